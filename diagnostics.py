@@ -4,6 +4,8 @@
 Nothing here changes training; `firm.py` calls these and writes the numbers down, so that it stays the algorithm.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,74 @@ def disagreement(lambdas: Tensor) -> float:
 def dispersion(thetas: Tensor) -> float:
     """mean_c ‖θ_c − θ̄‖, how far the clients' adapters lie from their mean. thetas [C, d]."""
     return float((thetas - thetas.mean(0)).norm(dim=1).mean())
+
+
+def averaging_residual(thetas: Sequence[Sequence[Tensor]], weights: Tensor, scale: float) -> tuple[float, float]:
+    """‖mean(ΔW) − scale · mean(B) mean(A)‖ and ‖mean(ΔW)‖, ΔW = scale · BA, over all layers (Frobenius).
+
+    What averaging A and B separately loses, and what there is to lose. thetas: each client's [A₀, B₀, A₁, B₁, …], A
+    [r, in] and B [out, r]; weights [C], of any sum. With a = A − mean(A) and b = B − mean(B), the residual is
+    scale · mean(ba): matrices of rank C·r, so it needs no [out, in] matrix.
+    """
+    w = (weights / weights.sum()).to(thetas[0][0])
+    residual = norm = 0.0
+    for layer in range(0, len(thetas[0]), 2):
+        A, B = (torch.stack([theta[layer + i] for theta in thetas]) for i in (0, 1))  # [C, r, in], [C, out, r]
+        a, b = (X - torch.einsum("c,cij->ij", w, X) for X in (A, B))
+        residual += _product_norm(torch.cat(list(w[:, None, None] * b), 1), a.flatten(0, 1))
+        norm += _product_norm(torch.cat(list(w[:, None, None] * B), 1), A.flatten(0, 1))
+    return scale * residual**0.5, scale * norm**0.5
+
+
+def _product_norm(P: Tensor, Q: Tensor) -> float:
+    """‖PQ‖² of P [out, n] and Q [n, in], through n × n matrices."""
+    return max(float(((P.T @ P) * (Q @ Q.T)).sum()), 0.0)
+
+
+def drift(gram: Tensor, lambdas: Tensor, weights: Tensor) -> float:
+    """‖Σ w_c J_cᵀ(λ_c − λ̄)‖ / ‖Σ w_c J_cᵀλ_c‖: how much of the federation's step comes from disagreement alone.
+
+    With unequal λ_c the federation comes to rest where Σ w_c J_cᵀλ_c = 0, which is not Pareto-stationary; this is the
+    part that keeps it away. λ̄ = Σ w_c λ_c. gram [C, M, C, M] holds ⟨g_{c,i}, g_{c′,j}⟩ of all clients at one θ,
+    lambdas [C, M], weights [C] of any sum. NaN where the step is zero.
+    """
+    w = weights / weights.sum()
+    mean = torch.einsum("c,cm->m", w, lambdas)
+    norms = [
+        max(float(torch.einsum("cm,cmdn,dn->", w[:, None] * v, gram, w[:, None] * v)), 0.0) ** 0.5
+        for v in (lambdas - mean, lambdas)
+    ]
+    return norms[0] / norms[1] if norms[1] > 0 else float("nan")
+
+
+def federated_gram(gram: Tensor, weights: Tensor) -> Tensor:
+    """Inner products of the half-batch gradients of the whole federation, g_{h,j} = Σ_c w_c g_{c,h,j}.
+
+    gram [C, 2, M, C, 2, M], weights [C] of any sum -> [2, M, 2, M]. A half's gradient is a sum over its rows divided
+    by the whole batch, so that the two halves add up to the gradient.
+    """
+    w = weights / weights.sum()
+    return torch.einsum("c,chmdin,d->hmin", w, gram, w)
+
+
+def half_batch_stationarity(gram: Tensor, lambdas: Tensor) -> float:
+    """‖Jᵀλ‖² estimated on independent halves, λ_aᵀ J_a J_bᵀ λ_a, mean over the two choices of the half a.
+
+    gram [2, M, 2, M] from `federated_gram`; lambdas [2, M], each chosen on its own half alone. On one batch ‖Jᵀλ‖² is
+    biased upward by the squared noise of J; two halves have independent noise. The factor 4 is for two halves that add
+    up to J. It may be negative where the true value is near 0.
+    """
+    cross = gram[0, :, 1, :]  # [M, M]
+    return float(2.0 * sum(lam @ cross @ lam for lam in lambdas))
+
+
+def roughness(curve: Sequence[float]) -> float:
+    """√(mean squared second difference / 6) of a curve, in its own units: the noise around a smooth trend.
+
+    A straight line has 0, and white noise of deviation σ around one has σ. NaN for fewer than 3 points.
+    """
+    x = torch.as_tensor(curve, dtype=torch.float64)
+    return float((x[2:] - 2 * x[1:-1] + x[:-2]).square().mean().div(6.0).sqrt())
 
 
 def mean_cosine(G: Tensor) -> float:

@@ -4,8 +4,8 @@
 
 n_c the number of prompts client c holds. η_s = 1 is plain FedAvg, Σ_c w_c θ_c. [paper: FedAvg. ours: η_s, w_c]
 
-Averaging A and B separately is not averaging BA: mean(BA) − mean(B) mean(A) is what the federation loses by it
-(not logged yet). Every method that averages A and B separately has this residual.
+Averaging A and B separately is not averaging BA: mean(BA) − mean(B) mean(A) is what the federation loses by it, logged
+as `adapter/averaging_residual`. Every method that averages A and B separately has this residual.
 
 A client whose upload is not finite is left out of the average and counted. (A gradient that is not finite ends the run
 earlier, in `ppo.policy_gradients`: the settings are at fault then, not the client.)
@@ -50,6 +50,44 @@ def finite(updates: Tensor) -> Tensor:
     return torch.isfinite(updates.flatten(1)).all(dim=1)
 
 
-def serialised_bytes(tensors: dict[str, Tensor]) -> int:
-    """Bytes on the wire: what safetensors, our format on disk, makes of these tensors, header included."""
-    return len(safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+def message_bytes(tensors: dict[str, Tensor], scalars: int = 0) -> dict[str, int]:
+    """Bytes on the wire of one message, by part: what safetensors, our format on disk, makes of it.
+
+    payload: the tensors' numbers; scalars: that many float64 numbers beside them; header: names, shapes and types.
+    """
+    parts = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    payload = sum(t.numel() * t.element_size() for t in parts.values())
+    if scalars:
+        parts["scalars"] = torch.zeros(scalars, dtype=torch.float64)
+    total = len(safetensors.torch.save(parts)) if parts else 0
+    return {"payload": payload, "scalars": 8 * scalars, "header": total - payload - 8 * scalars}
+
+
+class Ledger:
+    """What one client sends (`up`) and receives (`down`) in one round, in bytes as serialised.
+
+    Clients' messages are of equal size, so each kind of message is counted once, on one client's.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = {f"{way}/{part}": 0 for way in ("upload", "download") for part in ("payload", "header", "scalars")}
+
+    def up(self, tensors: dict[str, Tensor], scalars: int = 0) -> None:
+        """Count a message from a client to the server: tensors, and a number of float64 scalars."""
+        self._count("upload", tensors, scalars)
+
+    def down(self, tensors: dict[str, Tensor], scalars: int = 0) -> None:
+        """Count a message from the server to a client."""
+        self._count("download", tensors, scalars)
+
+    def _count(self, way: str, tensors: dict[str, Tensor], scalars: int) -> None:
+        for part, size in message_bytes(tensors, scalars).items():
+            self.bytes[f"{way}/{part}"] += size
+
+    def metrics(self) -> dict[str, int]:
+        """The six columns, and their sums `upload_bytes` and `download_bytes`."""
+        sums = {
+            f"{way}_bytes": sum(size for key, size in self.bytes.items() if key.startswith(way))
+            for way in ("upload", "download")
+        }
+        return sums | self.bytes

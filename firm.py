@@ -15,15 +15,15 @@
         θ_{t+1} ← θ_t + η_s Σ_c w_c (θ_c − θ_t),  w_c ∝ prompts held by c
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]
 
-A method is three swappable parts (`Method`): how scores become advantages, how gradients become weights, how uploads
-become the next θ. MGDA is FIRM with β = 0; `linear` puts fixed weights in the second place.
+A method is a few swappable parts (`Method`): how scores become advantages, how gradients become weights, how uploads
+become the next θ. MGDA is FIRM with β = 0, `linear` has fixed weights, and `baselines.py` has the rest.
 
 One simulation detail changes nothing that a client would compute alone, up to rounding at an edge of the sampler's
 CDF: the round's clients share θ_t, so their responses are sampled in one batch (see `rollout.py`). Everything after
 that is client by client, in turn.
 
 [ours] fresh Adam on every client and round (its moments are never averaged), η_s, the critic that stays at home.
-Not counted in `upload_bytes`: three scalars per objective once, for the calibration, and a client's mean KL per round.
+The gradients that the server's diagnostics look at (drift, stationarity) are the simulation's: no client sends them.
 Left out on purpose: secure aggregation, stragglers, differential privacy.
 """
 
@@ -60,6 +60,10 @@ class FIRMConfig:
         default=None, metadata={"help": "p, one weight per objective, the regulariser's centre; uniform if not given"}
     )
     lr: float = field(default=2e-4, metadata={"help": "client learning rate"})
+    gram: str = field(
+        default="normalised",
+        metadata={"help": "the QP's Gram: normalised by its trace [paper], raw, or cross (of two half-batches)"},
+    )
     optimizer: str = field(
         default="adam", metadata={"help": "client optimizer: adam (fresh every round), adam-keep or sgd"}
     )
@@ -77,6 +81,10 @@ class FIRMConfig:
         for name in ("beta", "lr"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: {getattr(self, name)} must be a finite number >= 0")
+        if self.gram not in ("normalised", "raw", "cross"):
+            raise ValueError(f"gram: {self.gram!r} is none of normalised, raw, cross")
+        if self.gram == "cross" and self.batch_size < 2:
+            raise ValueError("gram: cross needs two half-batches; use a batch_size of at least 2")
         if self.optimizer not in ("adam", "adam-keep", "sgd"):
             raise ValueError(f"optimizer: {self.optimizer!r} is none of adam, adam-keep, sgd")
         for name in ("server_lr", "max_grad_norm"):
@@ -136,6 +144,11 @@ class Client:
         self.moments = moments["adam"]
 
 
+def all_objectives(M: int, config: FIRMConfig) -> list[Tensor]:
+    """One local run on all M objectives: rewards = scores @ I."""
+    return [torch.eye(M)]
+
+
 def regularised_weights(Ghat: Tensor, config: FIRMConfig) -> Tensor:
     """FIRM's λ*: the regularised min-norm QP on the client's own gradients. Ghat [M, M] -> [M]."""
     return mgda.solve(Ghat, config.beta, config.preference)
@@ -146,19 +159,36 @@ def fixed_weights(Ghat: Tensor, config: FIRMConfig) -> Tensor:
     return mgda.preference_vector(config.preference, len(Ghat))
 
 
-def federated_average(theta: Tensor, uploads: Tensor, prompts_held: Tensor, config: FIRMConfig) -> Tensor:
-    """θ + η_s Σ_c w_c (θ_c − θ). theta [d], uploads [C, 1, d] (one adapter per client), prompts_held [C]."""
-    return theta + config.server_lr * fedavg.average(uploads[:, 0] - theta, prompts_held)
+def federated_average(
+    theta: Tensor, uploads: Tensor, prompts_held: Tensor, config: FIRMConfig
+) -> tuple[Tensor, Tensor]:
+    """θ + η_s Σ_c w_c (θ_c − θ), and [1.0], the weight of a client's one upload.
+
+    theta [d], uploads [C, 1, d] (one adapter per client), prompts_held [C].
+    """
+    step = fedavg.average(uploads[:, 0] - theta, prompts_held)
+    return theta + config.server_lr * step, torch.ones(1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A federated multi-objective method: three parts on one engine."""
+    """A federated multi-objective method: swappable parts on one engine. The defaults are FIRM.
+
+    runs(M, config): a matrix R [M, k] for each local run of a client, which trains on the k rewards scores @ R and
+        uploads one adapter; FIRM makes one run, on all M.
+    advantages(critic, scores [B, k], …): scores to advantages, see `ppo_advantages`.
+    weights(Ĝ [k, k], config): the client's λ [k], once per optimizer step.
+    server_weights(J [C, M, d], prompts_held [C], state, ledger, rng): where it is given, the server's λ [M], once per
+        round, from all clients' gradients at θ_t; it takes the place of `weights`. `state` lives as long as the run.
+    aggregate(theta, uploads [C, runs, d], prompts_held, config): the next θ, and how much each run counted [runs].
+    """
 
     name: str
+    runs: Callable[[int, FIRMConfig], list[Tensor]] = all_objectives
     advantages: Callable[..., Advantages] = ppo_advantages
     weights: Callable[[Tensor, FIRMConfig], Tensor] = regularised_weights
-    aggregate: Callable[[Tensor, Tensor, Tensor, FIRMConfig], Tensor] = federated_average
+    server_weights: Callable[..., Tensor] | None = None
+    aggregate: Callable[[Tensor, Tensor, Tensor, FIRMConfig], tuple[Tensor, Tensor]] = federated_average
 
 
 FIRM = Method("firm")
@@ -172,31 +202,60 @@ def local_update(
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """What one client does in one round, from θ_t to its upload.
 
-    theta [d]; batch of B rows; scores [B, M] calibrated. Returns the upload [k, d] (k = 1 here: the adapter itself)
-    and `update_log`. Raises ValueError where a gradient is not finite: that ends the run.
+    theta [d]; batch of B rows; scores [B, M] calibrated. Returns the upload [d], the adapter itself, and `update_log`.
+    Raises ValueError where a gradient is not finite: that ends the run.
     """
     adapter = policy.adapter
     adapter.assign(theta)
     optimizer = client.optimizer(adapter.parameters, config)
-    rows = ppo_config.micro_batch_size
-    logp_old, _, hidden = policy.logprobs_in_pieces(batch, rows)  # [B, L], entropy, [B, L, H]
-    with adapter.disabled():
-        logp_ref, _, _ = policy.logprobs_in_pieces(batch, rows)  # [B, L]
-    advantages = method.advantages(client.critic, scores, batch, logp_old, logp_ref, hidden, kl_coef, ppo_config)
+    logp_old, logp_ref, advantages = appraise(client, policy, batch, scores, kl_coef, method, ppo_config)
 
     steps = []
-    for _ in range(ppo_config.epochs):
-        J, hidden, log = ppo.policy_gradients(policy, batch, logp_old, advantages.whitened, ppo_config)  # [M, d]
-        Ghat = mgda.normalise(mgda.gram(J))  # [M, M]
-        lam = method.weights(Ghat, config)  # [M]
+    for epoch in range(ppo_config.epochs):
+        parts = 2 if epoch == 0 or config.gram == "cross" else 1  # halves, for the diagnostics at θ_t
+        halves, hidden, log = ppo.policy_gradients(policy, batch, logp_old, advantages.whitened, ppo_config, parts)
+        J = halves.sum(0)  # [M, d]
+        G = mgda.gram(J)  # [M, M]
+        lam = method.weights(qp_matrix(G, halves, config), config)  # [M]
         step = optimizer_step(optimizer, adapter, lam.to(J) @ J, config.max_grad_norm)  # [d], Δθ as taken
         ppo.fit_critic(client.critic, client.critic_optimizer, hidden, advantages, batch.mask, ppo_config.value_clip)
-        steps.append(log | step_log(J, Ghat, lam, step, advantages, kl_coef))
+        steps.append(log | step_log(J, G, lam, step, advantages, kl_coef))
+        if epoch == 0:
+            at_theta_t = halves
 
     if config.optimizer == "adam-keep":
         client.moments = optimizer.state_dict()["state"]
-    upload = adapter.vector()[None]  # [1, d]
-    return upload, update_log(steps, batch, logp_old, logp_ref, advantages)
+    return adapter.vector(), update_log(steps, at_theta_t, batch, logp_old, logp_ref, advantages)
+
+
+def qp_matrix(G: Tensor, halves: Tensor, config: FIRMConfig) -> Tensor:
+    """Ĝ [M, M], what the QP is solved on: G = JJᵀ over its trace [paper], or a variant for the ablations."""
+    if config.gram == "raw":
+        return G
+    return mgda.normalise(mgda.cross_gram(halves) if config.gram == "cross" else G)
+
+
+def appraise(
+    client: Client, policy: Policy, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
+    ppo_config: PPOConfig,
+) -> tuple[Tensor, Tensor, Advantages]:  # fmt: skip
+    """What a batch is worth before the first step: log π_old [B, L], log π_ref [B, L], and the advantages."""
+    rows = ppo_config.micro_batch_size
+    logp_old, _, hidden = policy.logprobs_in_pieces(batch, rows)  # [B, L], entropy, [B, L, H]
+    with policy.adapter.disabled():
+        logp_ref, _, _ = policy.logprobs_in_pieces(batch, rows)  # [B, L]
+    advantages = method.advantages(client.critic, scores, batch, logp_old, logp_ref, hidden, kl_coef, ppo_config)
+    return logp_old, logp_ref, advantages
+
+
+def objective_gradients(
+    client: Client, policy: Policy, theta: Tensor, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
+    ppo_config: PPOConfig,
+) -> Tensor:  # fmt: skip
+    """J [M, d] at θ_t, what a server that picks λ asks for: the very gradients of the client's first step."""
+    policy.adapter.assign(theta)
+    logp_old, _, advantages = appraise(client, policy, batch, scores, kl_coef, method, ppo_config)
+    return ppo.policy_gradients(policy, batch, logp_old, advantages.whitened, ppo_config)[0][0]
 
 
 def optimizer_step(
@@ -213,31 +272,34 @@ def optimizer_step(
     return adapter.vector() - before
 
 
-def step_log(
-    J: Tensor, Ghat: Tensor, lam: Tensor, step: Tensor, advantages: Advantages, kl_coef: float
-) -> dict[str, Any]:
+def step_log(J: Tensor, G: Tensor, lam: Tensor, step: Tensor, advantages: Advantages, kl_coef: float) -> dict[str, Any]:
     """What to remember of one optimizer step."""
     scale = advantages.scale.cpu().clamp_min(ppo.SCALE_FLOOR)
     return {
         "lambda": lam,
-        "cosine": diagnostics.mean_cosine(Ghat),
+        "gram": G,
+        "cosine": diagnostics.mean_cosine(G),
         "first_order_gain": diagnostics.first_order_gain(J, step),
-        "kl_weight": kl_coef * float((lam / scale).sum()) if len(lam) == len(scale) else float("nan"),
+        "kl_weight": kl_coef * float((lam / scale).sum()),
     }
 
 
 def update_log(
-    steps: list[dict[str, Any]], batch: Rollout, logp_old: Tensor, logp_ref: Tensor, advantages: Advantages
-) -> dict[str, Any]:
-    """What to remember of one local update: `lambda` [K, M], `kl` [B], per-objective [M], and means over the steps."""
-    log = {key: float(np.mean([step[key] for step in steps])) for key in steps[0] if key != "lambda"}
-    return log | {
-        "lambda": torch.stack([step["lambda"] for step in steps]),
+    steps: list[dict[str, Any]], at_theta_t: Tensor, batch: Rollout, logp_old: Tensor, logp_ref: Tensor,
+    advantages: Advantages,
+) -> dict[str, Any]:  # fmt: skip
+    """What to remember of one local update: `lambda` [K, M], `gram` [K, M, M], `halves` [2, M, d] at θ_t, `kl` [B],
+    per-objective [M], and means over the steps.
+    """
+    stacked = {key: torch.stack([step[key] for step in steps]) for key in ("lambda", "gram")}
+    log = {key: float(np.mean([step[key] for step in steps])) for key in steps[0].keys() - stacked.keys()}
+    return log | stacked | {
+        "halves": at_theta_t,
         "kl": diagnostics.sequence_kl(logp_old, logp_ref, batch.mask),
         "logp_gap": diagnostics.logp_gap(batch.sampled_logp, logp_old, batch.mask),
         "advantage_scale": advantages.scale,
         "explained_variance": ppo.explained_variance(advantages.values, advantages.returns, batch.mask),
-    }
+    }  # fmt: skip
 
 
 def stream(seed: int, *keys: int) -> np.random.Generator:
@@ -248,14 +310,15 @@ def stream(seed: int, *keys: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=keys))
 
 
-CLIENT_SAMPLING, TRAINING, CALIBRATION, EVALUATION = 1, 2, 3, 4  # what a stream is for: its first key
+CLIENT_SAMPLING, TRAINING, CALIBRATION, EVALUATION, SERVER = 1, 2, 3, 4, 5  # what a stream is for: its first key
 
 
 class Federation:
     """The server and its simulated clients. `round` is Algorithm 1's outer loop body.
 
     `score(prompts, rollout)` gives raw rewards [N, M] and `calibrate` maps them to the units that PPO trains on;
-    both are handed down, since nothing here knows of texts. State: theta [d], kl_coef, the clients, the round.
+    both are handed down, since nothing here knows of texts. State: theta [d], kl_coef, the clients, the round, and what
+    the server remembers. `grams` keeps the last round's inner products, so that λ can be solved again under another β.
     """
 
     def __init__(
@@ -266,13 +329,19 @@ class Federation:
         self.policy, self.names, self.score, self.calibrate = policy, list(names), score, calibrate
         self.config, self.ppo_config, self.method, self.seed = config, ppo_config, method, seed
         self.max_new_tokens = max_new_tokens
-        self.clients = [
-            Client(c, prompts, policy.hidden_size, len(self.names), ppo_config, policy.device)
-            for c, prompts in enumerate(shares)
+        self.run_rewards = method.runs(len(self.names), config)  # R [M, k] of every local run
+        # Each local run has a critic and an optimizer of its own: one Client per run, all with the same prompts.
+        self.runs = [
+            [Client(c, p, policy.hidden_size, R.shape[1], ppo_config, policy.device) for c, p in enumerate(shares)]
+            for R in self.run_rewards
         ]
+        self.clients = self.runs[0]
         self.theta = policy.adapter.vector()  # θ_0
         self.kl_coef = ppo_config.kl_coef
         self.rounds_done = 0
+        self.server_state: dict[str, Tensor] = {}  # what the method's server remembers between rounds
+        self.mean_lambda: Tensor | None = None  # λ̄ [M] of the last round
+        self.grams: dict[str, Tensor] = {}
 
     def rollout(self, cohort: Sequence[Client], t: int, purpose: int) -> tuple[list[list[Any]], Rollout]:
         """Every cohort client's batch of prompts, and one response to each, sampled in one batch."""
@@ -297,66 +366,118 @@ class Federation:
         raw = self.score([p for batch in prompts for p in batch], rollout)  # [N, M]
         scores = self.calibrate(raw).to(self.policy.device, torch.float32)  # [N, M]
 
-        uploads, logs = [], []
-        for i, client in enumerate(cohort):
-            rows = slice(i * size, (i + 1) * size)
-            upload, log = local_update(
-                client, self.policy, self.theta, rollout.rows(rows), scores[rows], self.kl_coef, self.method,
-                self.config, self.ppo_config,
-            )  # fmt: skip
-            uploads.append(upload)
-            logs.append(log)
+        batches = [slice(i * size, (i + 1) * size) for i in range(len(cohort))]
+        prompts_held = torch.tensor([len(client.prompts) for client in cohort], dtype=torch.float64)
+        ledger = fedavg.Ledger()
+        ledger.down({"theta": self.theta}, scalars=1)  # and κ
 
-        uploads = torch.stack(uploads)  # [C, k, d]
+        method = self.method
+        if method.server_weights:
+            J = torch.stack([
+                objective_gradients(
+                    client, self.policy, self.theta, rollout.rows(rows), scores[rows], self.kl_coef, method,
+                    self.ppo_config,
+                )
+                for client, rows in zip(cohort, batches, strict=True)
+            ])  # fmt: skip
+            rng = stream(self.seed, SERVER, t)
+            lam = method.server_weights(J, prompts_held, self.server_state, ledger, rng)
+            method = replace(method, weights=lambda Ghat, config: lam)
+
+        uploads, logs = [], []
+        for client, rows in zip(cohort, batches, strict=True):
+            batch = rollout.rows(rows)
+            for run, R in zip(self.runs, self.run_rewards, strict=True):  # FIRM: one run, R = I
+                upload, log = local_update(
+                    run[client.index], self.policy, self.theta, batch, scores[rows] @ R.to(scores), self.kl_coef,
+                    method, self.config, self.ppo_config,
+                )  # fmt: skip
+                uploads.append(upload)
+                logs.append(log)
+
+        uploads = torch.stack(uploads).view(len(cohort), len(self.runs), -1)  # [C, runs, d]
+        ledger.up({"theta": uploads[0]}, scalars=2)  # and prompts held, mean KL
         finite = fedavg.finite(uploads).cpu()  # [C]
         if not finite.any():
             raise ValueError("lr: every client's update is broken (NaN or infinite); lower lr")
-        prompts_held = torch.tensor([len(client.prompts) for client in cohort], dtype=torch.float64)
-        self.theta = self.method.aggregate(self.theta, uploads[finite], prompts_held[finite], self.config)
+        self.theta, mixing = method.aggregate(self.theta, uploads[finite], prompts_held[finite], self.config)
         self.policy.adapter.assign(self.theta)
 
-        metrics = self._metrics(raw, rollout, uploads, finite, logs)
+        metrics = self._metrics(raw, rollout, logs)
+        metrics |= self._agreement(uploads, mixing, prompts_held, finite, logs) | ledger.metrics()
+        metrics["rejected_clients"] = int((~finite).sum())
         self.kl_coef = ppo.adapt_kl(self.kl_coef, metrics["kl"], len(rollout), self.ppo_config)
         self.rounds_done += 1
         return {"round": t, **metrics, "seconds": time.perf_counter() - started}
 
-    def _metrics(
-        self, raw: Tensor, rollout: Rollout, uploads: Tensor, finite: Tensor, logs: list[dict[str, Any]]
-    ) -> dict[str, float]:
-        lambdas = torch.stack([log["lambda"] for log in logs])  # [C, K, M]
+    def _metrics(self, raw: Tensor, rollout: Rollout, logs: list[dict[str, Any]]) -> dict[str, float]:
+        """What the clients saw: rewards, KL, and means over their local updates."""
         metrics = {f"reward/{name}": float(raw[:, j].mean()) for j, name in enumerate(self.names)}
         metrics["kl"] = float(torch.cat([log["kl"] for log in logs]).mean())
-        metrics |= {f"lambda/{name}": float(lambdas[..., j].mean()) for j, name in enumerate(self.names)}
-        per_step = [diagnostics.disagreement(lambdas[:, k]) for k in range(lambdas.shape[1])]
-        metrics["lambda/disagreement"] = float(np.mean(per_step))
-        metrics["adapter/dispersion"] = diagnostics.dispersion(uploads[finite][:, 0])
-        metrics["upload_bytes"] = fedavg.serialised_bytes({"theta": uploads[0]})
-        metrics["rejected_clients"] = int((~finite).sum())
         metrics["kl_coef"] = self.kl_coef
         for key in ("kl_weight", "entropy", "clip_fraction", "approx_kl", "first_order_gain", "cosine", "logp_gap"):
             metrics[key] = float(np.mean([log[key] for log in logs]))
+        runs = len(self.runs)
         for key in ("advantage_scale", "explained_variance"):
-            mean = torch.stack([log[key] for log in logs]).mean(0).tolist()  # [k]
-            labels = self.names if len(mean) == len(self.names) else ["sum"]
-            metrics |= {f"{key}/{name}": value for name, value in zip(labels, mean, strict=True)}
+            means = torch.cat([torch.stack([log[key] for log in logs[r::runs]]).mean(0) for r in range(runs)]).tolist()
+            labels = self.names if len(means) == len(self.names) else ["sum"]  # one reward summed from all
+            metrics |= {f"{key}/{name}": value for name, value in zip(labels, means, strict=True)}
         metrics["ended"] = float(rollout.ended.double().mean())
         metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
         return metrics
 
+    def _agreement(
+        self, uploads: Tensor, mixing: Tensor, prompts_held: Tensor, finite: Tensor, logs: list[dict[str, Any]]
+    ) -> dict[str, float]:
+        """How far the clients agree: on λ, on the adapter, and on where to go from θ_t. Keeps the round's `grams`."""
+        C, runs, w = len(finite), len(self.runs), prompts_held * finite
+        by_client = [logs[c * runs : (c + 1) * runs] for c in range(C)]
+        per_run = torch.stack([torch.stack([log["lambda"] for log in mine]) for mine in by_client])  # [C, runs, K, k]
+        R = torch.stack(self.run_rewards).double()  # [runs, M, k]
+        lambdas = torch.einsum("r,rmi,crki->ckm", mixing, R, per_run)  # what every objective weighed  [C, K, M]
+        mean = lambdas.mean((0, 1))  # [M]
+        metrics = {f"lambda/{name}": value for name, value in zip(self.names, mean.tolist(), strict=True)}
+        metrics["lambda/disagreement"] = float(np.mean([diagnostics.disagreement(step) for step in lambdas.unbind(1)]))
+        moved = None if self.mean_lambda is None else mean - self.mean_lambda
+        metrics["lambda/movement"] = float("nan") if moved is None else float(moved.norm())
+        self.mean_lambda = mean
+
+        theta_c = torch.einsum("r,crd->cd", mixing.to(uploads), uploads)[finite]  # each client's adapter
+        metrics["adapter/dispersion"] = diagnostics.dispersion(theta_c)
+        parts = [self.policy.adapter.split(theta) for theta in theta_c]
+        residual, norm = diagnostics.averaging_residual(parts, w[finite], self.policy.adapter.config.scale)
+        metrics |= {"adapter/averaging_residual": residual, "adapter/norm": norm}
+
+        # The gradients at θ_t of every client, half-batch and loss (the losses of all local runs in a row).
+        halves = torch.stack([torch.cat([log["halves"] for log in mine], 1) for mine in by_client])  # [C, 2, k', d]
+        start = mgda.gram(halves.flatten(0, 2)).view(*halves.shape[:3], *halves.shape[:3])
+        weights = (mixing[:, None] * per_run[:, :, 0]).flatten(1)  # of these losses in the first step  [C, k']
+        metrics["lambda/drift"] = diagnostics.drift(start.sum((1, 4)), weights, w)
+        federated = diagnostics.federated_gram(start, w)  # [2, k', 2, k']
+        own = torch.stack([mgda.solve(mgda.normalise(federated[h, :, h]), 0.0) for h in (0, 1)])
+        metrics["stationarity"] = diagnostics.half_batch_stationarity(federated, own)
+        steps = torch.stack([torch.stack([log["gram"] for log in mine]) for mine in by_client])
+        self.grams = {"steps": steps, "start": start, "weights": w}
+        return metrics
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a restart needs beside the settings: tensors, and a few JSON values."""
-        tensors = {"theta": self.theta}
-        for client in self.clients:
-            tensors |= {f"client{client.index}.{name}": t for name, t in client.state().items()}
+        tensors = {"theta": self.theta} | {f"server.{name}": t for name, t in self.server_state.items()}
+        if self.mean_lambda is not None:
+            tensors["mean_lambda"] = self.mean_lambda
+        for r, run in enumerate(self.runs):
+            for client in run:
+                tensors |= {f"run{r}.client{client.index}.{name}": t for name, t in client.state().items()}
         return tensors, {"rounds_done": self.rounds_done, "kl_coef": self.kl_coef}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take back what `state` gave. Raises ValueError where the checkpoint is of another federation."""
         if tensors["theta"].shape != self.theta.shape:
             raise ValueError("resume: the checkpoint holds an adapter of another size; resume with its own settings")
-        self.theta = tensors["theta"].to(self.policy.device)
-        self.rounds_done, self.kl_coef = values["rounds_done"], values["kl_coef"]
-        for client in self.clients:
-            mine = f"client{client.index}."
-            client.restore({k.removeprefix(mine): t for k, t in tensors.items() if k.startswith(mine)})
+        under = lambda prefix: {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        self.theta, self.mean_lambda = tensors["theta"].to(self.policy.device), tensors.get("mean_lambda")
+        self.rounds_done, self.kl_coef, self.server_state = values["rounds_done"], values["kl_coef"], under("server.")
+        for r, run in enumerate(self.runs):
+            for client in run:
+                client.restore(under(f"run{r}.client{client.index}."))
         self.policy.adapter.assign(self.theta)

@@ -47,6 +47,18 @@ def gram(J: Tensor) -> Tensor:
     return (J @ J.T).double().cpu()
 
 
+def cross_gram(halves: Tensor) -> Tensor:
+    """The Gram matrix from two independent half-batches: 2 (J_a J_bᵀ + J_b J_aᵀ), its negative eigenvalues cut off.
+
+    halves [2, M, d] add up to J. The diagonal of `gram` counts the squared noise of a batch as if it were gradient;
+    products across independent halves do not. They may be indefinite, though, and the QP must be convex. [ours]
+    """
+    a, b = halves
+    both = gram(torch.cat([a, b]))[: len(a), len(a) :]  # J_a J_bᵀ [M, M]
+    values, vectors = torch.linalg.eigh(2.0 * (both + both.T))
+    return (vectors * values.clamp_min(0.0)) @ vectors.T
+
+
 def normalise(G: Tensor) -> Tensor:
     """Ĝ = G / tr(G) [M, M]: β then means the same for large and for small gradients. [paper]
 

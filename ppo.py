@@ -209,22 +209,27 @@ def ppo_advantages(
 
 
 def policy_gradients(
-    policy: Policy, batch: Rollout, logp_old: Tensor, advantages: Tensor, config: PPOConfig
+    policy: Policy, batch: Rollout, logp_old: Tensor, advantages: Tensor, config: PPOConfig, parts: int = 1
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """J [M, d], the gradients of the M losses: one forward pass and M backward passes per micro-batch.
+    """J, the gradients of the M losses: one forward pass and M backward passes per micro-batch.
 
-    logp_old [B, L], advantages [B, L, M]. Returns also the detached hidden states [B, L, H] and scalars to log.
+    logp_old [B, L], advantages [B, L, M]. Returns J [parts, M, d], each loss restricted to one of `parts` equal parts
+    of the batch's rows, so that J.sum(0) is the whole gradient; the detached hidden states [B, L, H]; scalars to log.
     Raises ValueError where a gradient is not finite.
     """
-    J, hiddens, ratios, entropies = 0.0, [], [], []
+    J = policy.adapter.vector().new_zeros(parts, advantages.shape[-1], policy.adapter.size)
+    hiddens, ratios, entropies = [], [], []
     tokens = batch.mask.sum()
+    part_of = torch.arange(len(batch), device=policy.device) * parts // len(batch)  # [B]
     for rows, piece in batch.micro_batches(config.micro_batch_size):
         logp, entropy, hidden = policy.logprobs(piece, config.entropy_coef > 0)  # [b, L], [b, L], [b, L, H]
         ratio = (logp - logp_old[rows]).exp()  # [b, L]
         loss = surrogate(ratio, advantages[rows], config.clip_range)  # [b, L, M]
         loss = loss - config.entropy_coef * entropy[..., None]  # Σ λ_j = 1, so the bonus counts once
-        losses = torch.einsum("blm,bl->m", loss, piece.mask.to(loss.dtype)) / tokens  # [M]
-        J = J + jacobian(losses, policy.adapter.parameters)
+        present = part_of[rows].unique()
+        member = (part_of[rows] == present[:, None]).to(loss.dtype)  # [p, b]
+        losses = torch.einsum("blm,bl,pb->pm", loss, piece.mask.to(loss.dtype), member) / tokens  # [p, M]
+        J[present] += jacobian(losses.flatten(), policy.adapter.parameters).view(len(present), *J.shape[1:])
         hiddens.append(hidden)
         ratios.append(ratio.detach())
         entropies.append(entropy.detach())

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-import fedavg
+import diagnostics
 
 
 @dataclass
@@ -38,7 +38,6 @@ def header(session: Any, out: Path) -> str:
     """What is about to run, in a few lines."""
     config, policy, counts = session.config, session.policy, session.counts
     total = sum(p.numel() for p in policy.model.parameters())
-    upload = fedavg.serialised_bytes({"theta": policy.adapter.vector()[None]})
     sizes = sorted(len(share) for share in session.shares)
     dropped = ", ".join(
         f"{counts[k]} {k.replace('_', ' ')}" for k in ("duplicates", "too_short", "too_long") if counts[k]
@@ -53,7 +52,7 @@ def header(session: Any, out: Path) -> str:
         f"  prompts     {counts['kept']:,} kept of {counts['rows']:,} rows" + (f" ({dropped})" if dropped else "")
         + f", {len(session.held_out)} of them held out",
         f"  federation  {config.firm.clients} clients of {sizes[0]} to {sizes[-1]} prompts ({config.data.split}), "
-        f"{config.firm.rounds} rounds; each uploads {upload:,} bytes a round",
+        f"{config.firm.rounds} rounds",
         f"  run         {out}",
     ])  # fmt: skip
 
@@ -72,6 +71,7 @@ def summarise(session: Any, before: Evaluation, after: Evaluation, metrics: list
         for key, values in (("before", before.scores), ("after", after.scores), ("gain", None)):
             values = after.scores - before.scores if values is None else values
             entry[key] = dict(zip(("mean", "standard_error"), clustered(values[..., j]), strict=True))
+        entry["roughness"] = diagnostics.roughness([m[f"reward/{name}"] for m in metrics])
         entry["gain"]["n_prompts"] = len(session.held_out)
         entry["calibration"] = {
             "mean": float(session.calibration.mean[j]),
@@ -79,14 +79,16 @@ def summarise(session: Any, before: Evaluation, after: Evaluation, metrics: list
         }
         objectives[name] = entry
     kl, kl_error = clustered(after.kl)
+    cohort, M = config.firm.clients_per_round or config.firm.clients, len(session.names)
     return {
         "method": config.run.method,
         "seed": config.run.seed,
         "seconds": seconds,
         "rounds": config.firm.rounds,
         "upload_bytes_per_client_round": metrics[-1]["upload_bytes"],
-        "upload_bytes_total": sum(m["upload_bytes"] for m in metrics)
-        * (config.firm.clients_per_round or config.firm.clients),
+        "upload_bytes_total": cohort * sum(m["upload_bytes"] for m in metrics),
+        "download_bytes_per_client_round": metrics[-1]["download_bytes"],
+        "calibration_bytes_per_client": {"upload": 8 * (1 + 2 * M), "download": 8 * 2 * M},  # n, Σr, Σr²; mean, scale
         "base_model": session.base_model,
         "eval_samples": config.run.eval_samples,
         "kl": {"mean": kl, "standard_error": kl_error},
@@ -112,8 +114,9 @@ def table(session: Any, summary: dict) -> str:
         )
     lines += [
         f"KL to the base model {summary['kl']['mean']:.2f} ± {summary['kl']['standard_error']:.2f} nats per response",
-        f"uploads {summary['upload_bytes_per_client_round']:,} bytes per client and round, "
-        f"{summary['upload_bytes_total']:,} in all; {summary['seconds']:.0f} s",
+        f"uploads {summary['upload_bytes_per_client_round']:,} bytes per client and round "
+        f"(downloads {summary['download_bytes_per_client_round']:,}), {summary['upload_bytes_total']:,} in all; "
+        f"{summary['seconds']:.0f} s",
     ]
     return "\n".join(lines)
 

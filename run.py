@@ -12,6 +12,7 @@ run the rounds, measure again, write the run directory:
     config.json      every setting                       samples.jsonl   held-out prompts, answered before and after
     metrics.jsonl    a line a round                      adapter/        PEFT's format
     summary.json     what came of it                     checkpoint/     for --resume
+    grams/           the gradients' inner products of every round, so that λ can be solved again under another β
     rewards.png, weights.png (and front.png on the embedded world, whose exact Pareto front is known)
 
 Left out on purpose: experiment trackers (metrics.jsonl is plain), schedules of the learning rate.
@@ -136,7 +137,7 @@ class Session:
         self.calibration: rewards.Calibration | None = None
         self.federation = Federation(
             self.policy, self.shares, self.names, self.score, lambda raw: self.calibration.apply(raw), config.firm,
-            config.ppo, config.rollout.max_new_tokens, METHODS[config.run.method], config.run.seed,
+            config.ppo, config.rollout.max_new_tokens, METHODS[config.run.method](config), config.run.seed,
         )  # fmt: skip
 
     def score(self, prompts: Sequence[Prompt], rollout) -> torch.Tensor:
@@ -268,6 +269,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     try:
         while federation.rounds_done < config.firm.rounds:
             metrics.append(federation.round())
+            save_grams(out, federation)
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(metrics[-1]) + "\n")
             session.save_checkpoint(out / "checkpoint", before)
@@ -288,6 +290,18 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     say(report.show_samples(session, before, after))
     say(f"{out}: adapter/ (PEFT format), samples.jsonl, metrics.jsonl, summary.json, pictures")
     return summary
+
+
+def save_grams(out: Path, federation: Federation) -> None:
+    """grams/NNNN.safetensors, one file per round, float64: what λ, drift and stationarity were computed from.
+
+    steps [C, runs, K, k, k]: the Gram matrix of every client and optimizer step; start [C, 2, runs·k, C, 2, runs·k]: of
+    the half-batch gradients of all clients at θ_t; weights [C]: w_c up to a factor, 0 for a rejected client.
+    """
+    file = out / "grams" / f"{federation.rounds_done - 1:04d}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    safetensors.torch.save_file({name: t.contiguous() for name, t in federation.grams.items()}, f"{file}.tmp")
+    os.replace(f"{file}.tmp", file)
 
 
 def draw(session: Session, before: Evaluation, after: Evaluation, metrics: list[dict], out: Path) -> None:

@@ -6,21 +6,30 @@ and its name is unique. A preset is a set of plain overrides of the defaults. Ba
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 
+import baselines
 import firm
+from baselines import FedCMOOConfig
 from data import DataConfig
-from firm import FIRMConfig
+from firm import FIRMConfig, Method
 from lora import LoRAConfig
 from ppo import PPOConfig
 from rollout import RolloutConfig
 
-METHODS = {method.name: method for method in (firm.FIRM, firm.MGDA, firm.LINEAR)}
+METHODS: dict[str, Callable[["Config"], Method]] = {
+    "firm": lambda config: firm.FIRM,
+    "mgda": lambda config: firm.MGDA,
+    "linear": lambda config: firm.LINEAR,
+    "morlhf": lambda config: baselines.MORLHF,
+    "fsmgda": lambda config: baselines.FSMGDA,
+    "fedcmoo": lambda config: baselines.fedcmoo(config.fedcmoo),
+}
 TOY_OBJECTIVES = ["py:toy.py:helpful", "py:toy.py:harmless"]
 
 PRESETS = {
@@ -57,7 +66,10 @@ class RunConfig:
     preset: str = field(
         default="tiny", metadata={"help": "tiny, tinyllama, or paper: no preset, the default where --model is given"}
     )
-    method: str = field(default="firm", metadata={"help": "firm, mgda (firm with beta 0) or linear (fixed weights)"})
+    method: str = field(
+        default="firm",
+        metadata={"help": "firm, mgda (firm with beta 0), linear (fixed weights), morlhf, fsmgda or fedcmoo"},
+    )
     objectives: list[str] = field(
         default_factory=list, metadata={"help": "[NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION, one or more"}
     )
@@ -99,6 +111,7 @@ SETTINGS = {
     "firm": FIRMConfig,
     "ppo": PPOConfig,
     "lora": LoRAConfig,
+    "fedcmoo": FedCMOOConfig,
 }
 
 
@@ -112,6 +125,7 @@ class Config:
     firm: FIRMConfig
     ppo: PPOConfig
     lora: LoRAConfig
+    fedcmoo: FedCMOOConfig
 
     def flat(self) -> dict:
         """Every field by its own name; names are unique."""

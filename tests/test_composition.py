@@ -118,7 +118,7 @@ def test_a_local_update_is_the_formulas_row_by_row(world):
     client.critic_optimizer = torch.optim.Adam(client.critic.parameters(), lr=PPO.critic_lr)
     upload, log = firm.local_update(client, built.policy, built.theta, rollout, scores, KL_COEF, FIRM, CONFIG, PPO)
     moved = (theta - built.theta).norm()
-    assert (upload[0] - theta).norm() < 1e-3 * moved
+    assert (upload - theta).norm() < 1e-3 * moved
     assert (log["lambda"] - lambdas).abs().max() < 1e-4
     assert (log["kl"] - kl).abs().max() < 1e-4
     assert (client.critic.weight - critic.weight).abs().max() < 1e-3
@@ -162,7 +162,7 @@ def test_sampled_clients_are_weighed_by_their_own_prompts():
     indices = [index for index, *_ in calls]
     held = torch.tensor([len(built.clients[i].prompts) for i in indices], dtype=torch.float32)
     assert indices != [0, 1] and held[0] != held[1]
-    uploads = torch.stack([upload[0] for *_, upload, _ in calls])
+    uploads = torch.stack([upload for *_, upload, _ in calls])
     assert (built.theta - (held / held.sum()) @ uploads).abs().max() < 1e-6
 
 
@@ -176,7 +176,7 @@ def test_a_rejected_clients_weight_goes_with_it(monkeypatch):
     monkeypatch.setattr(firm, "local_update", broken)
     built = federation()
     _, calls = spied_round(built)
-    uploads = torch.stack([upload[0] for *_, upload, _ in calls])[1:]
+    uploads = torch.stack([upload for *_, upload, _ in calls])[1:]
     assert (built.theta - (torch.tensor([5.0, 6.0]) / 11) @ uploads).abs().max() < 1e-6
 
 

@@ -51,5 +51,20 @@ def test_a_cohort_size_outside_1_to_c_is_refused_by_name(per_round):
         fedavg.sample_clients(8, per_round, np.random.default_rng(0))
 
 
-def test_bytes_are_the_payload_and_a_small_header():
-    assert 0 < fedavg.serialised_bytes({"theta": torch.zeros(1000)}) - 4000 < 200
+def test_a_message_is_its_payload_its_scalars_and_a_small_header():
+    parts = fedavg.message_bytes({"theta": torch.zeros(1000)}, scalars=3)
+    assert parts["payload"] == 4000 and parts["scalars"] == 24 and 0 < parts["header"] < 300
+
+
+def test_an_empty_message_is_not_sent():
+    assert sum(fedavg.message_bytes({}).values()) == 0
+
+
+def test_a_ledger_adds_up_each_way_by_part():
+    ledger = fedavg.Ledger()
+    ledger.up({"theta": torch.zeros(10)}, scalars=2)
+    ledger.up({"more": torch.zeros(5, dtype=torch.float64)})
+    ledger.down({"theta": torch.zeros(10)})
+    metrics = ledger.metrics()
+    assert (metrics["upload/payload"], metrics["upload/scalars"], metrics["download/payload"]) == (80, 16, 40)
+    assert metrics["upload_bytes"] == sum(metrics[f"upload/{part}"] for part in ("payload", "header", "scalars"))

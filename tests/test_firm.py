@@ -123,7 +123,7 @@ def test_the_server_averages_by_prompts_held():
 
     def spy(*args, **kwargs):
         result = real(*args, **kwargs)
-        uploads.append(result[0][0])
+        uploads.append(result[0])
         return result
 
     with pytest.MonkeyPatch.context() as patch:
@@ -142,11 +142,11 @@ def test_half_a_server_rate_goes_half_the_way():
 
 
 def test_one_adapter_is_uploaded_whatever_the_number_of_objectives():
-    two, three = federation(), federation()
-    three.names = ["even", "low", "odd"]
-    three.clients = [
-        firm.Client(c.index, c.prompts, three.policy.hidden_size, 3, three.ppo_config, "cpu") for c in three.clients
-    ]
+    two = federation()
+    three = Federation(
+        two.policy, [c.prompts for c in two.clients], ["even", "low", "odd"], None, two.calibrate, two.config,
+        two.ppo_config, two.max_new_tokens,
+    )  # fmt: skip
     three.score = lambda prompts, rollout: torch.cat([score(prompts, rollout), 1 - score(prompts, rollout)[:, :1]], 1)
     assert two.round()["upload_bytes"] == three.round()["upload_bytes"]
 

@@ -129,7 +129,7 @@ def batch_of(policy, n=6, L=8):
 
 
 def gradients(policy, batch, logp, advantages, **settings):
-    return ppo.policy_gradients(policy, batch, logp, advantages, PPOConfig(**settings))[0]
+    return ppo.policy_gradients(policy, batch, logp, advantages, PPOConfig(**settings))[0][0]
 
 
 def test_before_the_first_step_every_ratio_is_exactly_one(policy):

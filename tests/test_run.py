@@ -80,7 +80,7 @@ def refused(capsys, arguments) -> str:
 def test_a_run_leaves_every_file_that_the_readme_names(finished):
     assert {p.name for p in finished.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "adapter", "checkpoint", "rewards.png",
-        "weights.png",
+        "weights.png", "grams",
     }  # fmt: skip
 
 
