@@ -14,7 +14,8 @@ whitens every objective before weighing it; here an objective whose scores vary 
 FSMGDA (Yang et al. 2023). Every client trains once per objective, each time from θ_t with a fresh optimizer, and
 uploads M adapters. Δ_m = Σ_c w_c (θ_{c,m} − θ_t), λ = argmin over the simplex ‖Σ_m λ_m Δ_m‖², and
 θ_{t+1} = θ_t + η_s Σ_m λ_m Δ_m.                                                                                 [paper]
-It takes M times FIRM's local steps, and the min-norm point of M near-orthogonal updates is √M times shorter: tune η_s.
+A client's M runs share its responses [ours]. FSMGDA takes M times FIRM's local steps, and the min-norm point of M
+near-orthogonal updates of one length is √M times shorter than each of them: tune η_s.
 
 FedCMOO (arXiv 2410.16398). The server estimates the Gram of the mean gradient at θ_t from compressed gradients and
 picks one λ, which all clients use in all their local steps of the round. With one row per objective:      [paper, code]
@@ -147,7 +148,7 @@ def compress(A: Tensor, e: float, rng: np.random.Generator) -> dict[str, Tensor]
 
 def expand(factors: dict[str, Tensor], M: int, d: int) -> Tensor:
     """The low-rank [M, d] that `compress` packed, in float64, without the padding."""
-    return (factors["left"].double() @ factors["right"].double()).reshape(M, -1)[:, :d]
+    return (factors["left"].double() @ factors["right"].double()).reshape(M, -1)[:, :d]  # [M, q·n] cut to [M, d]
 
 
 def gram_terms(A: Tensor, low_rank: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +194,7 @@ def descend(lam: Tensor, G: Tensor, settings: FedCMOOConfig) -> Tensor:
     if not torch.isfinite(G).all():
         raise ValueError("fedcmoo: the estimated Gram matrix is not finite; a gradient has overflowed or is NaN")
     G = G / (G.diagonal().clamp_min(0.0) + 1e-4).sqrt().mean().square()
-    for _ in range(settings.fedcmoo_iterations if G.any() else 0):
+    for _ in range(settings.fedcmoo_iterations):
         lam = mgda.project_simplex(lam - settings.fedcmoo_step * (G @ lam))
     return lam
 

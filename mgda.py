@@ -55,7 +55,12 @@ def cross_gram(halves: Tensor) -> Tensor:
     """
     a, b = halves
     both = gram(torch.cat([a, b]))[: len(a), len(a) :]  # J_a J_bᵀ [M, M]
-    values, vectors = torch.linalg.eigh(2.0 * (both + both.T))
+    return positive_part(2.0 * (both + both.T))
+
+
+def positive_part(G: Tensor) -> Tensor:
+    """The nearest positive semidefinite matrix to a symmetric G [M, M]: negative eigenvalues become 0."""
+    values, vectors = torch.linalg.eigh(G)
     return (vectors * values.clamp_min(0.0)) @ vectors.T
 
 
