@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers; every li
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -91,4 +92,90 @@ def front(
         )
     ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)  # below: no point lies there
     tidy(ax, f"{names[0]} (raw units)", f"{names[1]} (raw units)", "Held-out prompts; bars are one standard error")
+    save(figure, path)
+
+
+@dataclass
+class Panel:
+    """One pair of axes: `lines` maps a label to (x values, y values, half-widths of y or None).
+
+    With `ticks` x values are positions of these names; `diagonal` adds the line y = x.
+    """
+
+    x: str
+    y: str
+    title: str
+    lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]
+    log_x: bool = False
+    ticks: Sequence[str] | None = None
+    diagonal: bool = False
+
+
+def panels(contents: Sequence[Panel], path: Path, columns: int = 3, legend: bool = True) -> None:
+    """Lines with error bars, side by side; one legend under them all for labels of several panels."""
+    columns = min(columns, len(contents))
+    rows = -(-len(contents) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(contents) :]:
+        ax.set_visible(False)
+    labels = list(dict.fromkeys(label for panel in contents for label in panel.lines))
+    for ax, panel in zip(axes.flat, contents, strict=False):
+        if panel.diagonal:
+            ax.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
+        for label, (x, y, half) in panel.lines.items():
+            j = labels.index(label)
+            style = {"color": COLOURS[j % 7], "marker": MARKERS[j % 7], "markersize": 5, "capsize": 3, "label": label}
+            ax.errorbar(x, y, yerr=half, linestyle="-" if len(x) > 1 else "", **style)
+        if panel.log_x and not panel.ticks:
+            ax.set_xscale("log")
+            values = sorted({value for x, _, _ in panel.lines.values() for value in x})
+            ax.set_xticks(values, [f"{value:g}" for value in values])
+            ax.minorticks_off()
+        if panel.ticks:
+            long = sum(map(len, panel.ticks)) > 30
+            ax.set_xticks(
+                range(len(panel.ticks)), panel.ticks, rotation=40 if long else 0, ha="right" if long else "center"
+            )
+            ax.set_xlim(-0.4, len(panel.ticks) - 0.6)
+        tidy(ax, panel.x, panel.y, panel.title)
+    if legend and len(labels) > 1:
+        handles = dict(sum((list(zip(*ax.get_legend_handles_labels()[::-1], strict=True)) for ax in axes.flat), []))
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncol=min(len(labels), 5), frameon=False
+        )
+    save(figure, path)
+
+
+def pareto(
+    groups: dict[str, dict[str, np.ndarray]], base: np.ndarray, exact: np.ndarray | None, names: Sequence[str],
+    path: Path, gain: str = "worst normalised gain",
+) -> None:  # fmt: skip
+    """Trade-offs: every other objective against the first one, and the worst-served objective's gain against the KL.
+
+    groups maps a label to its points in order of the preference: mean [n, M] and error [n, M] in raw units, kl [n],
+    gain [n] in the unit that the axis label `gain` states. base [M] is the base model, exact [K, 2] the exact front.
+    """
+    M = len(names)
+    figure, axes = plt.subplots(1, M, figsize=(4.8 * M, 4.2), layout="constrained", squeeze=False)
+    *trades, last = axes[0]
+    colours = [*COLOURS[:6], "#999999"]  # black is the base model's and the front's
+    for j, ax in enumerate(trades, start=1):
+        if exact is not None and M == 2:
+            ax.plot(*exact.T, color="black", label="exact Pareto front")
+        ax.plot(base[0], base[j], "x", color="black", markersize=9, markeredgewidth=2, label="base model", linestyle="")
+        tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", "Held-out prompts; bars are one standard error")
+    last.plot(0, 0, "x", color="black", markersize=9, markeredgewidth=2, label="base model", linestyle="")
+    last.axhline(0, color="0.8", linewidth=1, zorder=0)
+    tidy(last, "KL to the base model (nats per response)", gain, "What the worst-served objective gains")
+    for i, (label, group) in enumerate(groups.items()):
+        style = {"color": colours[i % 7], "marker": MARKERS[i % 7], "linewidth": 1, "label": label}
+        style["markersize"] = 8 if style["marker"] == "*" else 5
+        style["linestyle"] = "-" if M == 2 and len(group["kl"]) > 1 else ""
+        for j, ax in enumerate(trades, start=1):
+            (x, y), (dx, dy) = (group[key][:, [0, j]].T for key in ("mean", "error"))
+            ax.errorbar(x, y, xerr=dx, yerr=dy, elinewidth=0.8, capsize=2, **style)
+        last.plot(group["kl"], group["gain"], **style | {"linestyle": ""})  # a line would only zigzag
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    columns = len(labels) if len(labels) < 7 else -(-len(labels) // 2)
+    figure.legend(handles, labels, loc="outside lower center", ncol=columns, frameon=False)
     save(figure, path)

@@ -7,6 +7,7 @@ are averaged first, since they are no independent evidence about other prompts.
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,26 @@ class Evaluation:
     scores: Tensor  # [n, S, M] raw, float64
     kl: Tensor  # [n, S] nats per response
     texts: list[str]  # each prompt's first answer
+
+
+def to_json(values: dict, **settings) -> str:
+    """JSON with null where a figure does not exist (one objective has no cosine): NaN is not JSON."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), **settings)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
 
 
 def clustered(values: Tensor) -> tuple[float, float]:
@@ -118,6 +139,35 @@ def table(session: Any, summary: dict) -> str:
         f"(downloads {summary['download_bytes_per_client_round']:,}), {summary['upload_bytes_total']:,} in all; "
         f"{summary['seconds']:.0f} s",
     ]
+    return "\n".join(lines)
+
+
+def comparison(rows: Sequence[dict], names: Sequence[str], n: int, S: int) -> str:
+    """The closing table of a sweep: the base model, then one row per method and preference (see `sweep.figures`)."""
+    shares = lambda values: "/".join(f"{x:.2f}" for x in values) if values else "–"  # noqa: E731
+    wide = max(5 * len(names) + 2, 9)
+    columns = [(j, max(len(name) + 2, 17)) for j, name in enumerate(names)]
+    cell = lambda row, j: f"{row['mean'][j]:+.3f} ± {row['standard_error'][j]:.3f}"  # noqa: E731
+    lines = [
+        "",
+        f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, KL is in nats per response",
+        f"{'':10}{'p':>{wide}}{'mean λ':>{wide}}" + "".join(f"{names[j]:>{w}}{'gain':>8}" for j, w in columns)
+        + f"{'KL':>7}{'MB up':>8}",
+        f"{'base model':{10 + 2 * wide}}" + "".join(f"{cell(rows[0]['base'], j):>{w}}{'':8}" for j, w in columns)
+        .rstrip(),
+    ]  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"{row['method']:10}{shares(row['preference']):>{wide}}{shares(row['mean_lambda']):>{wide}}"
+            + "".join(f"{cell(row, j):>{w}}{row['gain'][j]:>+8.3f}" for j, w in columns)
+            + f"{row['kl']:>7.2f}{row['upload_bytes_per_client'] / 1e6:>8.2f}{' *' * row['dominated']}"
+        )
+    if any(row["dominated"] for row in rows):
+        lines.append("* dominated by the base model: better in no objective")
+    if any(row["method"] == "soups" for row in rows):
+        lines.append(f"MB up: by one client in the whole run; for soups in the {len(names)} runs that its rows share")
+    else:
+        lines.append("MB up: by one client in the whole run")
     return "\n".join(lines)
 
 

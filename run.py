@@ -4,6 +4,8 @@
     python run.py --preset tinyllama                         the paper's setup on one GPU
     python run.py --model DIR --prompts FILE --objectives hf:DIR hf:DIR --out runs/mine
     python run.py --resume runs/firm-tiny                    go on after a crash, same result
+    python run.py --sweep 0.1 0.3 0.5 0.7 0.9                a run per preference, the trade-off as a picture (sweep.py)
+    python run.py --compare firm linear morlhf soups         methods side by side; with --sweep at every preference
 
 Every setting is a flag (settings.py). `train(config)` is the whole run as a function: prepare (all that can
 be wrong is found here, before any long work), measure the base model on held-out prompts, calibrate the rewards once,
@@ -20,7 +22,6 @@ Left out on purpose: experiment trackers (metrics.jsonl is plain), schedules of 
 
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -42,47 +43,30 @@ import mgda
 import plots
 import report
 import rewards
+import sweep
 import toy
 from data import Prompt
 from firm import Federation, stream
-from report import Evaluation
+from report import Evaluation, to_json, write
 from rollout import Policy, load_model
-from settings import METHODS, TOY_OBJECTIVES, Config, RunConfig, parse
+from settings import METHODS, TOY_OBJECTIVES, Config, parse
 
 
-def to_json(values: dict, **settings) -> str:
-    """JSON with null where a figure does not exist (one objective has no cosine): NaN is not JSON."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(values), **settings)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
-
-
-def reserve_directory(config: RunConfig) -> Path:
-    """Make the run's directory, so that no other run can take it; without --out, the next free name.
+def reserve_directory(wanted: str | None, name: str) -> Path:
+    """Make the run's directory, so that no other run can take it: --out, or without it the next free runs/`name`.
 
     Raises ValueError where an explicit --out holds anything, or cannot be made.
     """
-    base = Path("runs") / f"{config.method}-{config.preset}"
-    names = [Path(config.out)] if config.out else [base, *(Path(f"{base}-{n}") for n in range(2, 10_000))]
+    base = Path("runs") / name
+    names = [Path(wanted)] if wanted else [base, *(Path(f"{base}-{n}") for n in range(2, 10_000))]
     for out in names:
         try:
             out.mkdir(parents=True)
             return out
         except FileExistsError as error:
-            if config.out and out.is_dir() and not any(out.iterdir()):
+            if wanted and out.is_dir() and not any(out.iterdir()):
                 return out
-            if config.out:
+            if wanted:
                 go_on = f", or --resume {out}" if (out / "checkpoint").is_dir() else ""
                 raise ValueError(f"out: {out} exists and is not empty; name another directory{go_on}") from error
         except OSError as error:
@@ -95,6 +79,8 @@ class Session:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         self.config, self.progress = config, progress
+        if config.run.method not in METHODS:
+            raise ValueError("method: soups is several runs and no training of its own; add --sweep 0.1 0.5 0.9")
         quiet_libraries()
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
@@ -228,15 +214,15 @@ def quiet_libraries() -> None:
     hub_logging.set_verbosity_error()
 
 
-def train(config: Config, resume: Path | None = None, progress: bool = True) -> dict:
-    """One whole run. Returns what summary.json holds.
+def train(config: Config, resume: Path | None = None, progress: bool = True, title: str = "") -> dict:
+    """One whole run. Returns what summary.json holds. With a title, all it shows is a bar of that name.
 
     Raises ValueError on bad input before any long work, and during the run for rewards that are not finite numbers and
     updates that have diverged; rewards.ObjectiveFailed where a user's function raises.
     """
     started = time.perf_counter()
-    say = print if progress else lambda *_: None
-    out = resume or reserve_directory(config.run)
+    say = print if progress and not title else lambda *_: None
+    out = resume or reserve_directory(config.run.out, f"{config.run.method}-{config.run.preset}")
     try:
         session = Session(config, progress)
         say(report.header(session, out))
@@ -256,16 +242,17 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
         metrics = [json.loads(line) for line in lines[: federation.rounds_done]]  # a crash may leave one too many
         say(f"goes on after round {federation.rounds_done}")
     for name, constant in zip(session.names, session.calibration.constant.tolist(), strict=True):
-        if constant:
-            say(f"warning: {name} gave every response of the base policy the same reward, so it is not scaled;")
-            say("  while its gradient is zero, min-norm weights go to it alone, and firm and mgda learn nothing")
+        if constant and progress:
+            print(f"warning: {name} gave every response of the base policy the same reward, so it is not scaled;")
+            print("  while its gradient is zero, min-norm weights go to it alone, and firm and mgda learn nothing")
     write(out / "metrics.jsonl", "".join(to_json(m) + "\n" for m in metrics))
     session.save_checkpoint(out / "checkpoint", before)
     write(out / "config.json", json.dumps(config.flat(), indent=2) + "\n")
 
     bar = tqdm(
-        total=config.firm.rounds, initial=federation.rounds_done, desc="round", disable=not progress, dynamic_ncols=True
-    )
+        total=config.firm.rounds, initial=federation.rounds_done, desc=title or "round", disable=not progress,
+        dynamic_ncols=True,
+    )  # fmt: skip
     try:
         while federation.rounds_done < config.firm.rounds:
             metrics.append(federation.round())
@@ -293,11 +280,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
 
 
 def save_grams(out: Path, federation: Federation) -> None:
-    """grams/NNNN.safetensors, one file per round, float64: what λ, drift and stationarity were computed from.
-
-    steps [C, runs, K, k, k]: the Gram matrix of every client and optimizer step; start [C, 2, runs·k, C, 2, runs·k]: of
-    the half-batch gradients of all clients at θ_t; weights [C]: w_c up to a factor, 0 for a rejected client.
-    """
+    """grams/NNNN.safetensors, one file per round, float64: the inner products of `monitor.agreement`."""
     file = out / "grams" / f"{federation.rounds_done - 1:04d}.safetensors"
     file.parent.mkdir(exist_ok=True)
     safetensors.torch.save_file({name: t.contiguous() for name, t in federation.grams.items()}, f"{file}.tmp")
@@ -321,9 +304,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
             output.reconfigure(errors="replace")  # a terminal that has no λ shall not end the run
-    config, resume = parse(sys.argv[1:] if arguments is None else arguments)
+    config, resume, preferences, methods = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        train(config, resume)
+        if preferences or methods:
+            sweep.sweep(config, preferences, methods, train, Session, reserve_directory)
+        else:
+            train(config, resume)
     except (ValueError, rewards.ObjectiveFailed) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2

@@ -68,7 +68,9 @@ class RunConfig:
     )
     method: str = field(
         default="firm",
-        metadata={"help": "firm, mgda (firm with beta 0), linear (fixed weights), morlhf, fsmgda or fedcmoo"},
+        metadata={
+            "help": "firm, mgda (firm with beta 0), linear (fixed weights), morlhf, fsmgda, fedcmoo; soups with --sweep"
+        },
     )
     objectives: list[str] = field(
         default_factory=list, metadata={"help": "[NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION, one or more"}
@@ -90,8 +92,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is none of {', '.join(PRESETS)}")
-        if self.method not in METHODS:
-            raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+        if self.method not in (*METHODS, "soups"):
+            raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}; or soups, with --sweep")
         if self.reward_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"reward_dtype: {self.reward_dtype!r} is none of float32, bfloat16, float16")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -143,8 +145,11 @@ class Config:
         })  # fmt: skip
 
 
-def parse(arguments: Sequence[str]) -> tuple[Config, Path | None]:
-    """Command line -> settings, and the run directory to go on with. Ends the program on bad usage."""
+def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | None, list[str] | None]:
+    """Command line -> settings, the run directory to go on with, and what --sweep and --compare name (None without).
+
+    The last two are no settings of a run; `sweep.plan` reads them. Ends the program on bad usage.
+    """
     one_line = lambda message: parser.exit(2, f"run.py: error: {message}\n")  # noqa: E731 - without the usage
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--resume", "--model"):
@@ -157,10 +162,19 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None]:
     )
     parser.error = first.error = one_line
     early, others = first.parse_known_args(arguments)
+    flags = {a.split("=")[0] for a in others if a.startswith("-")}
     parser.add_argument("--resume", metavar="RUN", help="go on with a run directory; only --rounds may stand beside it")
+    parser.add_argument(
+        "--sweep", nargs="+", metavar="P", help="a run per preference: 0.3 is (0.3, 0.7); a:b:c for any objectives"
+    )
+    parser.add_argument(
+        "--compare", nargs="+", metavar="METHOD", help="these methods side by side, soups among them; with --sweep too"
+    )
     try:
         if early.resume is not None:
-            if early.preset or early.model or {a.split("=")[0] for a in others if a.startswith("-")} - {"--rounds"}:
+            if flags & {"--sweep", "--compare"}:
+                raise ValueError("resume: a sweep goes on by its own command with --out naming its directory")
+            if early.preset or early.model or flags - {"--rounds"}:
                 raise ValueError("resume: a run goes on with its own settings; only --rounds may stand beside --resume")
             parser.set_defaults(**saved_settings(Path(early.resume)))
         else:
@@ -172,7 +186,12 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None]:
         )
         if unknown:
             raise ValueError(f"unknown option or value: {unknown[0]}; see --help")
-        return Config(**dict(zip(SETTINGS, rooms, strict=True))), Path(rest.resume) if rest.resume else None
+        if rest.compare and "--method" in flags:
+            raise ValueError("compare: it names the methods itself; leave --method out")
+        if rest.sweep and "--preference" in flags:
+            raise ValueError("sweep: it names the preferences itself; leave --preference out")
+        config = Config(**dict(zip(SETTINGS, rooms, strict=True)))
+        return config, Path(rest.resume) if rest.resume else None, rest.sweep, rest.compare
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,0 +1,318 @@
+"""Many runs as one command: a method at several preferences p, several methods side by side, or both. [ours]
+
+    python run.py --sweep 0.1 0.3 0.5 0.7 0.9           one training run per preference: the trade-off as a curve
+    python run.py --compare firm linear morlhf soups    these methods at one preference
+    python run.py --sweep 0.1 0.5 0.9 --compare firm mgda linear soups
+
+A method that takes no preference (mgda, fsmgda, fedcmoo) is run once, at uniform p. Rewarded Soups train a specialist
+per objective once (`baselines.py`), and every p only mixes their adapters. What comes of it:
+
+    sweep.json                        the settings; at the end the figures of the table too
+    firm/p0.30-0.70/                  an ordinary run directory, see run.py
+    soups/specialist-helpful/         likewise: morlhf on this objective alone
+    soups/p0.30-0.70/summary.json     the mixed adapter, measured
+    pareto.png, weights.png           the trade-off; requested p₁ against the mean λ₁ that came of it
+
+The same command with --out naming the directory goes on with it: what is finished is kept, a half-done run is resumed.
+
+Hypervolume is the area that a method's points dominate above a reference point, so one number for a whole trade-off;
+more points dominate more, so only sweeps of equally many points compare. Left out on purpose: hypervolume for M ≠ 2,
+the hull of mixtures of two policies, several seeds (one seed's ± is over prompts, not over training runs).
+"""
+
+import gc
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import baselines
+import mgda
+import plots
+import report
+import rewards
+import toy
+from settings import METHODS, TOY_OBJECTIVES, Config
+
+TAKE_NO_PREFERENCE = ("mgda", "fsmgda", "fedcmoo")
+
+
+def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
+    """Area that `points` [n, 2] dominate above `reference` [2], both objectives maximised (Zitzler and Thiele 1999).
+
+    A point that is not above the reference in both objectives contributes nothing.
+    """
+    area = height = 0.0
+    for x, y in sorted((np.reshape(points, (-1, 2)) - reference).tolist(), reverse=True):  # from right to left
+        if x > 0.0 and y > height:
+            area += x * (y - height)  # the strip that no point further right has covered
+            height = y
+    return area
+
+
+def normalised_hypervolume(points: np.ndarray, base: np.ndarray, front: np.ndarray) -> float:
+    """(HV − HV_base) / (HV_front − HV_base): 0 is the base model alone, 1 the whole exact front.
+
+    points [n, 2], base [2], front [K, 2] a polyline from left to right, counted with all points between its vertices.
+    The reference point is the componentwise minimum of the base model and the front's nadir `front.min(0)`.
+    """
+    reference = np.minimum(base, np.min(front, axis=0))
+    x, y = (np.asarray(front) - reference).T
+    whole = x[0] * y[0] + float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())  # left of the front, and under it
+    start = float(np.prod(base - reference))
+    return (hypervolume(points, reference) - start) / (whole - start)
+
+
+def label(p: Sequence[float]) -> str:
+    """A preference as a directory name: (0.3, 0.7) is p0.30-0.70, with up to four digits where they are needed."""
+    digits = [f"{x:.4f}" for x in p]
+    return "p" + "-".join(text[:-2] + text[-2:].rstrip("0") for text in digits)
+
+
+def parse_preference(text: str, M: int) -> list[float]:
+    """`0.3` -> [0.3, 0.7] for M = 2, `a:b:c` -> its shares [M]. Raises ValueError naming the value."""
+    try:
+        values = [float(value) for value in text.split(":")]
+        if len(values) == 1:
+            values.append(1.0 - values[0])
+        return [round(x, 12) for x in mgda.preference_vector(values, M).tolist()]
+    except ValueError:
+        form = "0.3 for (0.3, 0.7), or a:b:c, a number >= 0 per objective"
+        raise ValueError(f"sweep: {text!r} is no preference for {M} objectives; write {form}") from None
+
+
+def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> dict[str, list[list[float]]]:
+    """What is to be measured: method -> preferences, ascending. Raises ValueError where that makes no sense."""
+    M = len(config.run.objectives)
+    if not M:
+        raise ValueError("objectives: name at least one")
+    methods = sorted(compare or [config.run.method], key="soups".__eq__)  # soups last: then METHODS keep their colours
+    for method in methods:
+        if method not in (*METHODS, "soups"):
+            raise ValueError(f"compare: {method!r} is none of {', '.join(METHODS)}, soups")
+    if sweep and set(methods) <= set(TAKE_NO_PREFERENCE):
+        raise ValueError(f"sweep: {', '.join(methods)} takes no preference, so there is nothing to sweep")
+    centre = mgda.preference_vector(None, M).tolist()
+    if sweep:
+        preferences = sorted(parse_preference(text, M) for text in sweep)
+    else:
+        preferences = [mgda.preference_vector(config.firm.preference, M).tolist()]
+    for flag, values in (("compare", methods), ("sweep", [label(p) for p in preferences])):
+        if len(set(values)) < len(values):
+            twice = next(value for value in values if values.count(value) > 1)
+            raise ValueError(f"{flag}: {twice} is named twice")
+    return {method: [centre] if method in TAKE_NO_PREFERENCE else preferences for method in methods}
+
+
+def sweep(
+    config: Config, preferences: list[str] | None, methods: list[str] | None, train: Callable[..., dict],
+    Session: Callable[..., Any], reserve_directory: Callable[[str | None, str], Path],
+) -> None:  # fmt: skip
+    """Train and measure every point, then the table and the pictures. The callables are run.py's.
+
+    Raises ValueError before any long work where something is wrong, and whatever `train` raises.
+    """
+    points = plan(config, preferences, methods)
+    names = [rewards.parse_spec(spec)[0] for spec in config.run.objectives]
+    out = begin(config, points, "compare" if methods else "sweep", Session, reserve_directory)
+    runs = sum(len(names) if method == "soups" else len(ps) for method, ps in points.items())
+    print(f"{out}: {runs} training runs of {config.firm.rounds} rounds ({', '.join(points)})")
+    try:
+        for method, ps in points.items():
+            if method == "soups":
+                soups(config, ps, names, out / "soups", train, Session)
+                continue
+            for p in ps:
+                finish(one_run(config, method, p, out / method / label(p)), f"{method} {label(p)}", train)
+    except BaseException:
+        print(f"\nwhat is done is kept; the same command with --out {out} goes on from there")
+        raise
+    conclude(config, points, names, out)
+
+
+def begin(
+    config: Config, points: dict[str, list[list[float]]], kind: str, Session: Callable[..., Any],
+    reserve_directory: Callable[[str | None, str], Path],
+) -> Path:  # fmt: skip
+    """The sweep's directory: new, with its settings written down, or that of the same sweep begun before."""
+    settings = {name: v for name, v in config.flat().items() if name not in ("out", "method", "preference")}
+    settings |= {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
+    try:
+        saved = json.loads(Path(config.run.out or "", "sweep.json").read_text("utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):  # it holds no sweep of ours
+        saved = None
+    if config.run.out and saved is not None:
+        for name, value in settings.items():
+            if saved.get(name) != value:
+                theirs = f"{config.run.out} holds a sweep with {name} {saved.get(name)}, not {value}"
+                raise ValueError(f"out: {theirs}; name another directory")
+        return Path(config.run.out)
+    out = reserve_directory(config.run.out, f"{kind}-{config.run.preset}")
+    try:
+        method, ps = next(iter(points.items()))
+        Session(one_run(config, "morlhf" if method == "soups" else method, ps[0], out))  # finds all that can be wrong
+        report.write(out / "sweep.json", json.dumps({"settings": settings}, indent=2) + "\n")
+    except BaseException:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return out
+
+
+def one_run(config: Config, method: str, p: Sequence[float], out: Path) -> Config:
+    """The settings of one training run."""
+    run = replace(config.run, method=method, out=str(out))
+    return replace(config, run=run, firm=replace(config.firm, preference=list(p)))
+
+
+def finish(config: Config, title: str, train: Callable[..., dict]) -> None:
+    """Train, go on with what was begun, or do nothing where all is done."""
+    out = Path(config.run.out)
+    if (out / "summary.json").exists():
+        print(f"{title}: finished before")
+        return
+    begun = (out / "checkpoint" / "state.safetensors").exists()
+    if out.exists() and not begun:
+        shutil.rmtree(out)  # killed before its first checkpoint
+    gc.collect()  # a Session is a cycle of references: drop the last one's models before others are loaded
+    try:
+        train(config, out if begun else None, title=title)
+    except ValueError as error:
+        raise ValueError(f"{title}: {error}") from error
+
+
+def soups(
+    config: Config, ps: Sequence[Sequence[float]], names: Sequence[str], out: Path, train: Callable[..., dict],
+    Session: Callable[..., Any],
+) -> None:  # fmt: skip
+    """Rewarded Soups: a specialist per objective, trained once; then Σ_m p_m θ_m, measured at every p."""
+    homes = [out / f"specialist-{name}" for name in names]
+    for one_hot, home in zip(np.eye(len(names)).tolist(), homes, strict=True):
+        specialist = one_run(config, "morlhf", one_hot, home)
+        finish(specialist, f"soups {home.name}", train)
+    missing = [p for p in ps if not (out / label(p) / "summary.json").exists()]
+    if not missing:
+        return
+    gc.collect()
+    session = Session(specialist)
+    before = session.load_checkpoint(homes[-1] / "checkpoint")
+    thetas, metrics = [], []
+    for home in homes:
+        session.policy.adapter.load(home / "adapter")
+        thetas.append(session.policy.adapter.vector())
+        metrics += read_lines(home / "metrics.jsonl")
+    for p in missing:
+        started = time.perf_counter()
+        session.policy.adapter.assign(baselines.interpolate(torch.stack(thetas), p))
+        after = session.evaluate(f"soups {label(p)}")
+        summary = report.summarise(session, before, after, metrics, time.perf_counter() - started)
+        for entry in summary["objectives"].values():
+            del entry["roughness"]  # of a training curve
+        (out / label(p)).mkdir(exist_ok=True)
+        summary |= {"method": "soups", "preference": p}
+        report.write(out / label(p) / "summary.json", report.to_json(summary, indent=2) + "\n")
+
+
+def read(file: Path) -> dict:
+    """A JSON object, with NaN for null."""
+    nan = lambda found: {k: math.nan if v is None else v for k, v in found.items()}  # noqa: E731
+    return json.loads(file.read_text("utf-8"), object_hook=nan)
+
+
+def read_lines(file: Path) -> list[dict]:
+    """A JSON object from each line."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def figures(config: Config, method: str, p: Sequence[float], names: Sequence[str], run: Path) -> dict:
+    """What one point's files say; lists are by objective, in raw units. `mean_lambda` is None for soups."""
+    summary = read(run / "summary.json")
+    of = lambda stage, key: [summary["objectives"][name][stage][key] for name in names]  # noqa: E731
+    rounds = [] if method == "soups" else read_lines(run / "metrics.jsonl")
+    base, mean = of("before", "mean"), of("after", "mean")
+    return {
+        "method": method,
+        "preference": None if method in TAKE_NO_PREFERENCE else p,
+        "mean_lambda": [float(np.mean([m[f"lambda/{name}"] for m in rounds])) for name in names] if rounds else None,
+        "mean": mean,
+        "standard_error": of("after", "standard_error"),
+        "gain": of("gain", "mean"),
+        "kl": summary["kl"]["mean"],
+        "upload_bytes_per_client": summary["upload_bytes_total"] / config.firm.clients,
+        "dominated": all(a <= b for a, b in zip(mean, base, strict=True)) and mean != base,
+        "base": {"mean": base, "standard_error": of("before", "standard_error")},
+        "scale": of("calibration", "scale"),
+    }
+
+
+def conclude(config: Config, points: dict[str, list[list[float]]], names: Sequence[str], out: Path) -> None:
+    """The table, the pictures, and the figures of both into sweep.json."""
+    groups = {m: [figures(config, m, p, names, out / m / label(p)) for p in ps] for m, ps in points.items()}
+    rows = [row for group in groups.values() for row in group]
+    base, front = np.array(rows[0]["base"]["mean"]), None
+    if config.run.objectives == TOY_OBJECTIVES and not config.rollout.model:
+        samples = read_lines(next(out.glob("*/*/samples.jsonl")))
+        front = toy.pareto_front([sample["prompt"] for sample in samples])
+    volumes, meaning = hypervolumes(groups, base, front)
+    saved = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
+    report.write(out / "sweep.json", report.to_json(saved, indent=2) + "\n")
+    print(report.comparison(rows, names, config.data.held_out, config.run.eval_samples))
+    if volumes:
+        print("hypervolume: " + ", ".join(f"{name} {volume:.3f}" for name, volume in volumes.items()) + meaning)
+    if len(groups.get("firm", [])) > 1:
+        asked, moved = (np.ptp([row[k][0] for row in groups["firm"]]) for k in ("preference", "mean_lambda"))
+        if moved < asked / 2:
+            print(f"firm: λ moved by {moved:.2f} while p moved by {asked:.2f}; a larger --beta follows p more closely")
+    pictures = draw(groups, base, front, names, out)
+    print(f"\n{out}: {pictures}, sweep.json, and every run in METHOD/")
+
+
+def draw(
+    groups: dict[str, list[dict]], base: np.ndarray, front: np.ndarray | None, names: Sequence[str], out: Path
+) -> str:
+    """pareto.png, and weights.png where a preference could be followed; returns their names.
+
+    The worst gain is in units of what the ideal point would gain, or without a front in the base policy's deviations.
+    """
+    rows = next(iter(groups.values()))
+    unit, axis = np.array(rows[0]["scale"]), "worst gain (base policy's deviations)"
+    if front is not None:
+        unit, axis = front.max(0) - base, "worst gain (1 is the ideal point)"
+    drawn = {}
+    for method, group in groups.items():
+        mean, error, gain, kl = (np.array([row[k] for row in group]) for k in ("mean", "standard_error", "gain", "kl"))
+        drawn[method] = {"mean": mean, "error": error, "kl": kl, "gain": (gain / unit).min(1)}
+    plots.pareto(drawn, base, front, names, out / "pareto.png", axis)
+    lines = {}
+    for method, group in groups.items():
+        if len(group) > 1 and method != "soups":
+            lines[method] = [row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None
+    if lines:
+        axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")
+        plots.panels([plots.Panel(*axes, lines, diagonal=True)], out / "weights.png")
+    return "pareto.png, weights.png" if lines else "pareto.png"
+
+
+def hypervolumes(groups: dict[str, list[dict]], base: np.ndarray, front: np.ndarray | None) -> tuple[dict, str]:
+    """Hypervolume of every method with several points, and what it means; nothing for M ≠ 2.
+
+    Without an exact front: of gains in the base policy's deviations, above the worst of the base model and all points.
+    """
+    several = [method for method, group in groups.items() if len(group) > 1]
+    if len(base) != 2 or not several:
+        return {}, ""
+    if front is not None:
+        volumes = {m: normalised_hypervolume([row["mean"] for row in groups[m]], base, front) for m in several}
+        return volumes, " (0 is the base model, 1 the exact front)"
+    gains = {m: np.array([row["gain"] for row in group]) / group[0]["scale"] for m, group in groups.items()}
+    reference = np.minimum(np.concatenate(list(gains.values())).min(0), 0.0)
+    volumes = {m: hypervolume(gains[m], reference) for m in several} | {"base model": hypervolume(0 * base, reference)}
+    at = "/".join(f"{x:+.2f}" for x in reference)
+    return volumes, f"\n  (of gains in the base policy's deviations, above {at}: the worst of base model and points)"
