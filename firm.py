@@ -36,9 +36,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import diagnostics
 import fedavg
 import mgda
+import monitor
 import ppo
 from lora import Adapter
 from ppo import Advantages, PPOConfig, ppo_advantages
@@ -202,7 +202,8 @@ def local_update(
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """What one client does in one round, from θ_t to its upload.
 
-    theta [d]; batch of B rows; scores [B, M] calibrated. Returns the upload [d], the adapter itself, and `update_log`.
+    theta [d]; batch of B rows; scores [B, M] calibrated. Returns the upload [d], the adapter itself, and what
+    `monitor.update` makes of it.
     Raises ValueError where a gradient is not finite: that ends the run.
     """
     adapter = policy.adapter
@@ -219,13 +220,13 @@ def local_update(
         lam = method.weights(qp_matrix(G, halves, config), config)  # [M]
         step = optimizer_step(optimizer, adapter, lam.to(J) @ J, config.max_grad_norm)  # [d], Δθ as taken
         ppo.fit_critic(client.critic, client.critic_optimizer, hidden, advantages, batch.mask, ppo_config.value_clip)
-        steps.append(log | step_log(J, G, lam, step, advantages, kl_coef))
+        steps.append(log | monitor.step(J, G, lam, step, advantages, kl_coef))
         if epoch == 0:
             at_theta_t = halves
 
     if config.optimizer == "adam-keep":
         client.moments = optimizer.state_dict()["state"]
-    return adapter.vector(), update_log(steps, at_theta_t, batch, logp_old, logp_ref, advantages)
+    return adapter.vector(), monitor.update(steps, at_theta_t, batch, logp_old, logp_ref, advantages)
 
 
 def qp_matrix(G: Tensor, halves: Tensor, config: FIRMConfig) -> Tensor:
@@ -270,36 +271,6 @@ def optimizer_step(
     optimizer.step()
     optimizer.zero_grad()
     return adapter.vector() - before
-
-
-def step_log(J: Tensor, G: Tensor, lam: Tensor, step: Tensor, advantages: Advantages, kl_coef: float) -> dict[str, Any]:
-    """What to remember of one optimizer step."""
-    scale = advantages.scale.cpu().clamp_min(ppo.SCALE_FLOOR)
-    return {
-        "lambda": lam,
-        "gram": G,
-        "cosine": diagnostics.mean_cosine(G),
-        "first_order_gain": diagnostics.first_order_gain(J, step),
-        "kl_weight": kl_coef * float((lam / scale).sum()),
-    }
-
-
-def update_log(
-    steps: list[dict[str, Any]], at_theta_t: Tensor, batch: Rollout, logp_old: Tensor, logp_ref: Tensor,
-    advantages: Advantages,
-) -> dict[str, Any]:  # fmt: skip
-    """What to remember of one local update: `lambda` [K, M], `gram` [K, M, M], `halves` [2, M, d] at θ_t, `kl` [B],
-    per-objective [M], and means over the steps.
-    """
-    stacked = {key: torch.stack([step[key] for step in steps]) for key in ("lambda", "gram")}
-    log = {key: float(np.mean([step[key] for step in steps])) for key in steps[0].keys() - stacked.keys()}
-    return log | stacked | {
-        "halves": at_theta_t,
-        "kl": diagnostics.sequence_kl(logp_old, logp_ref, batch.mask),
-        "logp_gap": diagnostics.logp_gap(batch.sampled_logp, logp_old, batch.mask),
-        "advantage_scale": advantages.scale,
-        "explained_variance": ppo.explained_variance(advantages.values, advantages.returns, batch.mask),
-    }  # fmt: skip
 
 
 def stream(seed: int, *keys: int) -> np.random.Generator:
@@ -373,29 +344,23 @@ class Federation:
 
         method = self.method
         if method.server_weights:
-            J = torch.stack([
-                objective_gradients(
-                    client, self.policy, self.theta, rollout.rows(rows), scores[rows], self.kl_coef, method,
-                    self.ppo_config,
-                )
-                for client, rows in zip(cohort, batches, strict=True)
-            ])  # fmt: skip
-            rng = stream(self.seed, SERVER, t)
-            lam = method.server_weights(J, prompts_held, self.server_state, ledger, rng)
+            lam = self._server_lambda(cohort, prompts_held, rollout, scores, batches, ledger)
             method = replace(method, weights=lambda Ghat, config: lam)
 
         uploads, logs = [], []
         for client, rows in zip(cohort, batches, strict=True):
             batch = rollout.rows(rows)
-            for run, R in zip(self.runs, self.run_rewards, strict=True):  # FIRM: one run, R = I
-                upload, log = local_update(
+            by_run = [
+                local_update(
                     run[client.index], self.policy, self.theta, batch, scores[rows] @ R.to(scores), self.kl_coef,
                     method, self.config, self.ppo_config,
-                )  # fmt: skip
-                uploads.append(upload)
-                logs.append(log)
+                )
+                for run, R in zip(self.runs, self.run_rewards, strict=True)  # FIRM: one run, R = I
+            ]  # fmt: skip
+            uploads.append(torch.stack([upload for upload, _ in by_run]))
+            logs.append([log for _, log in by_run])
 
-        uploads = torch.stack(uploads).view(len(cohort), len(self.runs), -1)  # [C, runs, d]
+        uploads = torch.stack(uploads)  # [C, runs, d]
         ledger.up({"theta": uploads[0]}, scalars=2)  # and prompts held, mean KL
         finite = fedavg.finite(uploads).cpu()  # [C]
         if not finite.any():
@@ -403,62 +368,30 @@ class Federation:
         self.theta, mixing = method.aggregate(self.theta, uploads[finite], prompts_held[finite], self.config)
         self.policy.adapter.assign(self.theta)
 
-        metrics = self._metrics(raw, rollout, logs)
-        metrics |= self._agreement(uploads, mixing, prompts_held, finite, logs) | ledger.metrics()
-        metrics["rejected_clients"] = int((~finite).sum())
+        metrics = monitor.rewards_and_kl(self.names, raw, rollout, logs, self.kl_coef)
+        agreement, self.mean_lambda, self.grams = monitor.agreement(
+            self.names, self.run_rewards, mixing, logs, uploads, prompts_held * finite, self.policy.adapter,
+            self.mean_lambda,
+        )  # fmt: skip
+        metrics |= agreement | ledger.metrics() | {"rejected_clients": int((~finite).sum())}
         self.kl_coef = ppo.adapt_kl(self.kl_coef, metrics["kl"], len(rollout), self.ppo_config)
         self.rounds_done += 1
         return {"round": t, **metrics, "seconds": time.perf_counter() - started}
 
-    def _metrics(self, raw: Tensor, rollout: Rollout, logs: list[dict[str, Any]]) -> dict[str, float]:
-        """What the clients saw: rewards, KL, and means over their local updates."""
-        metrics = {f"reward/{name}": float(raw[:, j].mean()) for j, name in enumerate(self.names)}
-        metrics["kl"] = float(torch.cat([log["kl"] for log in logs]).mean())
-        metrics["kl_coef"] = self.kl_coef
-        for key in ("kl_weight", "entropy", "clip_fraction", "approx_kl", "first_order_gain", "cosine", "logp_gap"):
-            metrics[key] = float(np.mean([log[key] for log in logs]))
-        runs = len(self.runs)
-        for key in ("advantage_scale", "explained_variance"):
-            means = torch.cat([torch.stack([log[key] for log in logs[r::runs]]).mean(0) for r in range(runs)]).tolist()
-            labels = self.names if len(means) == len(self.names) else ["sum"]  # one reward summed from all
-            metrics |= {f"{key}/{name}": value for name, value in zip(labels, means, strict=True)}
-        metrics["ended"] = float(rollout.ended.double().mean())
-        metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
-        return metrics
-
-    def _agreement(
-        self, uploads: Tensor, mixing: Tensor, prompts_held: Tensor, finite: Tensor, logs: list[dict[str, Any]]
-    ) -> dict[str, float]:
-        """How far the clients agree: on λ, on the adapter, and on where to go from θ_t. Keeps the round's `grams`."""
-        C, runs, w = len(finite), len(self.runs), prompts_held * finite
-        by_client = [logs[c * runs : (c + 1) * runs] for c in range(C)]
-        per_run = torch.stack([torch.stack([log["lambda"] for log in mine]) for mine in by_client])  # [C, runs, K, k]
-        R = torch.stack(self.run_rewards).double()  # [runs, M, k]
-        lambdas = torch.einsum("r,rmi,crki->ckm", mixing, R, per_run)  # what every objective weighed  [C, K, M]
-        mean = lambdas.mean((0, 1))  # [M]
-        metrics = {f"lambda/{name}": value for name, value in zip(self.names, mean.tolist(), strict=True)}
-        metrics["lambda/disagreement"] = float(np.mean([diagnostics.disagreement(step) for step in lambdas.unbind(1)]))
-        moved = None if self.mean_lambda is None else mean - self.mean_lambda
-        metrics["lambda/movement"] = float("nan") if moved is None else float(moved.norm())
-        self.mean_lambda = mean
-
-        theta_c = torch.einsum("r,crd->cd", mixing.to(uploads), uploads)[finite]  # each client's adapter
-        metrics["adapter/dispersion"] = diagnostics.dispersion(theta_c)
-        parts = [self.policy.adapter.split(theta) for theta in theta_c]
-        residual, norm = diagnostics.averaging_residual(parts, w[finite], self.policy.adapter.config.scale)
-        metrics |= {"adapter/averaging_residual": residual, "adapter/norm": norm}
-
-        # The gradients at θ_t of every client, half-batch and loss (the losses of all local runs in a row).
-        halves = torch.stack([torch.cat([log["halves"] for log in mine], 1) for mine in by_client])  # [C, 2, k', d]
-        start = mgda.gram(halves.flatten(0, 2)).view(*halves.shape[:3], *halves.shape[:3])
-        weights = (mixing[:, None] * per_run[:, :, 0]).flatten(1)  # of these losses in the first step  [C, k']
-        metrics["lambda/drift"] = diagnostics.drift(start.sum((1, 4)), weights, w)
-        federated = diagnostics.federated_gram(start, w)  # [2, k', 2, k']
-        own = torch.stack([mgda.solve(mgda.normalise(federated[h, :, h]), 0.0) for h in (0, 1)])
-        metrics["stationarity"] = diagnostics.half_batch_stationarity(federated, own)
-        steps = torch.stack([torch.stack([log["gram"] for log in mine]) for mine in by_client])
-        self.grams = {"steps": steps, "start": start, "weights": w}
-        return metrics
+    def _server_lambda(
+        self, cohort: Sequence[Client], prompts_held: Tensor, rollout: Rollout, scores: Tensor, batches: list[slice],
+        ledger: fedavg.Ledger,
+    ) -> Tensor:  # fmt: skip
+        """λ [M] of a method whose server picks it, from every client's gradients at θ_t."""
+        J = [
+            objective_gradients(
+                client, self.policy, self.theta, rollout.rows(rows), scores[rows], self.kl_coef, self.method,
+                self.ppo_config,
+            )
+            for client, rows in zip(cohort, batches, strict=True)
+        ]  # fmt: skip
+        rng = stream(self.seed, SERVER, self.rounds_done)
+        return self.method.server_weights(torch.stack(J), prompts_held, self.server_state, ledger, rng)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a restart needs beside the settings: tensors, and a few JSON values."""
