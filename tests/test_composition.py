@@ -1,13 +1,18 @@
 """How the parts are wired: a client's update and a server's round, recomputed plainly with settings that tell apart."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from test_firm import federation, score
+from test_firm import NAMES, federation, score
 
 import firm
 import mgda
-from firm import FIRM, FIRMConfig
+import ppo
+from baselines import FSMGDA, MORLHF, FedCMOOConfig, fedcmoo
+from firm import FIRM, LINEAR, FIRMConfig
 from ppo import PPOConfig
 
 # No two settings are alike, and none is a value at which it would not show.
@@ -223,3 +228,245 @@ def test_the_critic_never_sees_the_token_it_judges():
     again = built.policy.logprobs(rollout)[2]
     assert (hidden[:, : t + 1] - again[:, : t + 1]).abs().max() < 1e-6
     assert np.all((hidden[:, t + 1 :] - again[:, t + 1 :]).abs().amax(-1)[rollout.mask[:, t + 1 :] == 1].numpy() > 1e-6)
+
+
+# What a round logs, recomputed from the gradients and uploads that pass by
+
+
+@contextmanager
+def recorded(module, name):
+    """Inside, every call of a module's function leaves its result in the list."""
+    results, real = [], getattr(module, name)
+
+    def through(*args, **kwargs):
+        results.append(real(*args, **kwargs))
+        return results[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, through)
+        yield results
+
+
+@contextmanager
+def broken_client(index):
+    """Inside, this client's uploads are NaN."""
+    real = firm.local_update
+
+    def broken(client, *args):
+        upload, log = real(client, *args)
+        return (upload * float("nan") if client.index == index else upload), log
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(firm, "local_update", broken)
+        yield
+
+
+def gradients_seen(built):
+    """One round: its metrics, and the halves [C, K, 2 or 1, M, d] of every client's every step, in float64."""
+    with recorded(ppo, "policy_gradients") as results:
+        metrics = built.round()
+    steps = [J.double() for J, _, _ in results]
+    K = built.ppo_config.epochs
+    return metrics, [steps[c * K : (c + 1) * K] for c in range(len(steps) // K)]
+
+
+def best_on_a_grid(G, beta=0.0, p=0.5):
+    """λ [2] by trying: G is scaled to trace 1, and ‖λ − (p, 1 − p)‖² = 2 (λ₁ − p)²."""
+    (a, b), (_, c) = (G / G.trace().clamp_min(1e-300)).tolist()  # all cut away: 0, and p wins
+    x = np.linspace(0, 1, 200_001)
+    first = x[np.argmin(a * x**2 + 2 * b * x * (1 - x) + c * (1 - x) ** 2 + beta * (x - p) ** 2)]
+    return torch.tensor([first, 1 - first])
+
+
+@pytest.mark.parametrize("rejected", [None, 0])
+def test_drift_is_that_of_the_accepted_clients_gradients_in_their_first_step(rejected):
+    built = federation(beta=0.02)
+    with broken_client(rejected):
+        metrics, seen = gradients_seen(built)
+    w = torch.tensor([4.0 * (rejected != 0), 5.0, 6.0], dtype=torch.float64)
+    assert torch.equal(built.grams["weights"], w)
+    w = w / w.sum()
+    J = [steps[0].sum(0) for steps in seen]
+    lambdas = torch.stack([mgda.solve(mgda.normalise(j @ j.T), 0.02) for j in J])
+    mean = w @ lambdas
+    lost, step = (sum(w[c] * v[c] @ J[c] for c in range(3)) for v in (lambdas - mean, lambdas))
+    assert metrics["lambda/drift"] == pytest.approx(float(lost.norm() / step.norm()), rel=1e-6)
+    assert metrics["lambda/drift"] > 0.01
+
+
+@pytest.mark.parametrize("rejected", [None, 0])
+def test_stationarity_is_that_of_the_accepted_clients_mean_gradient_in_the_first_step(rejected):
+    built = federation()
+    with broken_client(rejected):
+        metrics, seen = gradients_seen(built)
+    w = torch.tensor([4.0 * (rejected != 0), 5.0, 6.0], dtype=torch.float64)
+    a, b = sum(share * steps[0] for share, steps in zip(w / w.sum(), seen, strict=True))  # [M, d] each
+    estimate = 4 * np.mean([float((lam @ a) @ (lam @ b)) for lam in map(best_on_a_grid, (a @ a.T, b @ b.T))])
+    assert metrics["stationarity"] == pytest.approx(estimate, rel=1e-3)
+
+
+def test_the_kept_grams_are_the_inner_products_of_every_step_and_of_the_halves_at_theta_t():
+    built = federation(clients=2, ppo={"epochs": 2})
+    _, seen = gradients_seen(built)
+    for c, steps in enumerate(seen):
+        for k, halves in enumerate(steps):
+            J = halves.sum(0)
+            assert torch.allclose(built.grams["steps"][c, 0, k], J @ J.T, rtol=1e-5)
+    for c, h, i in np.ndindex(2, 2, 2):
+        for b, n, j in np.ndindex(2, 2, 2):
+            product = seen[c][0][h, i] @ seen[b][0][n, j]
+            assert float(built.grams["start"][c, h, i, b, n, j]) == pytest.approx(float(product), rel=1e-6, abs=1e-12)
+
+
+def resolved(built, beta, p=None):
+    """λ [C, K, M] of the last round, solved again under this β from what it kept."""
+    return torch.stack([
+        torch.stack([mgda.solve(mgda.normalise(G), beta, p) for G in steps]) for steps in built.grams["steps"][:, 0]
+    ])  # fmt: skip
+
+
+def mean_and_disagreement(lambdas):
+    distances = (lambdas - lambdas.mean(0, keepdim=True)).norm(dim=-1)  # [C, K] from the step's mean over clients
+    return [*lambdas.mean((0, 1)).tolist(), float(distances.mean())]
+
+
+def logged(metrics):
+    return [metrics["lambda/even"], metrics["lambda/low"], metrics["lambda/disagreement"]]
+
+
+def test_lambda_and_disagreement_can_be_solved_again_from_the_kept_grams():
+    built = federation(beta=0.05, preference=[0.3, 0.7])
+    metrics = built.round()
+    assert logged(metrics) == pytest.approx(mean_and_disagreement(resolved(built, 0.05, [0.3, 0.7])), abs=1e-12)
+
+
+def test_the_kept_grams_tell_the_first_lambda_of_a_run_under_another_beta():
+    kept, other = federation(beta=0.01, ppo={"epochs": 1}), federation(beta=3.0, ppo={"epochs": 1})
+    kept.round()
+    assert logged(other.round()) == pytest.approx(mean_and_disagreement(resolved(kept, 3.0)), abs=1e-12)
+
+
+def test_on_the_same_grams_a_larger_beta_gives_less_disagreement():
+    built = federation()
+    built.round()
+    small, middle, large = (mean_and_disagreement(resolved(built, beta))[-1] for beta in (0.0, 1.0, 100.0))
+    assert small > middle > large > 0.0
+
+
+def test_lambda_movement_is_the_distance_between_two_rounds_means():
+    built = federation()
+    first, second = built.round(), built.round()
+    assert np.isnan(first["lambda/movement"])
+    moved = np.hypot(*(second[f"lambda/{name}"] - first[f"lambda/{name}"] for name in ("even", "low")))
+    assert second["lambda/movement"] == pytest.approx(moved, abs=1e-12) and moved > 1e-3
+
+
+@pytest.mark.parametrize(("method", "rejected"), [(FIRM, None), (FIRM, 1), (FSMGDA, None)])
+def test_dispersion_and_averaging_residual_are_those_of_the_accepted_clients_mixed_adapters(method, rejected):
+    built = federation(method=method, server_lr=0.5)
+    with broken_client(rejected), recorded(firm, "local_update") as results:
+        metrics = built.round()
+    kept = [c for c in range(3) if c != rejected]
+    w = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64)[kept]
+    w = w / w.sum()
+    uploads = torch.stack([upload for upload, _ in results]).double().view(3, -1, len(built.theta))[kept]
+    mixing = [1.0] if method is FIRM else [metrics["lambda/even"], metrics["lambda/low"]]
+    thetas = sum(share * run for share, run in zip(mixing, uploads.unbind(1), strict=True))  # [C, d]
+    assert metrics["adapter/dispersion"] == pytest.approx(float((thetas - thetas.mean(0)).norm(dim=1).mean()), rel=1e-5)
+
+    parts = [built.policy.adapter.split(theta) for theta in thetas]
+    lost = norm = 0.0
+    for i in range(0, len(parts[0]), 2):
+        A, B = (torch.stack([part[i + k] for part in parts]) for k in (0, 1))
+        A_mean, B_mean, mean = (torch.einsum("c,cij->ij", w, X) for X in (A, B, B @ A))
+        lost += float((mean - B_mean @ A_mean).square().sum())
+        norm += float(mean.square().sum())
+    scale = built.policy.adapter.config.scale
+    assert scale == 2.0
+    assert metrics["adapter/averaging_residual"] == pytest.approx(scale * lost**0.5, rel=1e-4)
+    assert metrics["adapter/norm"] == pytest.approx(scale * norm**0.5, rel=1e-4)
+
+
+# Methods whose server decides
+
+
+def test_fsmgda_logs_the_lambda_that_its_server_used():
+    used = []
+
+    def watched(*args):
+        theta, lam = FSMGDA.aggregate(*args)
+        used.append(lam)
+        return theta, lam
+
+    metrics = federation(method=replace(FSMGDA, aggregate=watched), M=3).round()
+    assert [metrics[f"lambda/{name}"] for name in NAMES[:3]] == pytest.approx(used[0].tolist(), abs=1e-12)
+    assert len(set(used[0].tolist())) == 3
+
+
+def test_two_local_runs_of_two_objectives_are_logged_as_the_server_mixed_them():
+    mixing = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    method = replace(
+        FIRM, runs=lambda M, config: [torch.eye(4)[:, :2], torch.eye(4)[:, 2:]],
+        aggregate=lambda theta, uploads, prompts_held, config: (theta, mixing),
+    )  # fmt: skip
+    with recorded(firm, "local_update") as results, recorded(ppo, "policy_gradients") as taken:
+        metrics = federation(method=method, M=4, beta=0.02, ppo={"epochs": 1}).round()
+    by_client = [results[c : c + 2] for c in (0, 2, 4)]
+    lambdas = torch.stack([torch.cat([m * log["lambda"][0] for m, (_, log) in zip(mixing, mine, strict=True)])
+                           for mine in by_client])  # fmt: skip
+    assert [metrics[f"lambda/{name}"] for name in NAMES] == pytest.approx(lambdas.mean(0).tolist(), abs=1e-12)
+
+    J = torch.stack([torch.cat([taken[i + r][0].sum(0) for r in (0, 1)]) for i in (0, 2, 4)]).double()  # [C, 4, d]
+    w = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64) / 15
+    lost, step = (torch.einsum("c,cm,cmd->d", w, v, J).norm() for v in (lambdas - w @ lambdas, lambdas))
+    assert metrics["lambda/drift"] == pytest.approx(float(lost / step), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [LINEAR, MORLHF], ids=lambda method: method.name)
+def test_fixed_weights_are_logged_as_the_preference_and_do_not_drift(method):
+    metrics = federation(method=method, preference=[0.3, 0.7]).round()
+    assert logged(metrics) == pytest.approx([0.3, 0.7, 0.0], abs=1e-12)
+    assert metrics["lambda/drift"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_one_lambda_for_all_clients_and_steps_does_not_drift():
+    method = fedcmoo(FedCMOOConfig(fedcmoo_compression=4.0, fedcmoo_step=0.1, fedcmoo_iterations=3000))
+    with recorded(firm, "local_update") as results:
+        metrics = federation(method=method).round()
+    used = torch.cat([log["lambda"] for _, log in results])  # [C·K, M]
+    assert len(used) == 9 and torch.equal(used, used[:1].expand(9, 2)) and 0.0 < float(used[0, 0]) < 1.0
+    assert logged(metrics) == pytest.approx([*used[0].tolist(), 0.0], abs=1e-12)
+    assert metrics["lambda/drift"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_server_is_shown_the_gradients_of_every_clients_first_step():
+    built = federation(method=fedcmoo(FedCMOOConfig()))
+    built.round()  # so that θ_t is not θ_0, and the critics know something
+    with recorded(firm, "objective_gradients") as shown, recorded(ppo, "policy_gradients") as taken:
+        built.round()
+    first_steps = [J.sum(0) for J, _, _ in taken if len(J) == 2]  # only a first step is taken in halves
+    assert len(shown) == len(first_steps) == 3
+    for J, step in zip(shown, first_steps, strict=True):
+        assert (J - step).abs().max() < 1e-5 * step.abs().max()  # a sum of halves rounds otherwise
+
+
+def test_the_gradients_shown_to_the_server_are_those_at_theta_t_wherever_the_adapter_stands(world):
+    built, client, rollout, scores = world
+    built.policy.adapter.assign(torch.zeros_like(built.theta))
+    shown = firm.objective_gradients(client, built.policy, built.theta, rollout, scores, KL_COEF, FIRM, PPO)
+    with recorded(ppo, "policy_gradients") as taken:
+        firm.local_update(client, built.policy, built.theta, rollout, scores, KL_COEF, FIRM, CONFIG, PPO)
+    step = taken[0][0].sum(0)
+    assert (shown - step).abs().max() < 1e-5 * step.abs().max()
+
+
+def test_on_cross_grams_lambda_comes_from_products_of_halves_in_every_step():
+    metrics, seen = gradients_seen(federation(gram="cross", beta=0.3, preference=[0.3, 0.7]))
+    lambdas, cut = torch.zeros(3, 3, 2, dtype=torch.float64), 0
+    for c, steps in enumerate(seen):
+        for k, (a, b) in enumerate(steps):
+            values, vectors = torch.linalg.eigh(2 * (a @ b.T + b @ a.T))
+            lambdas[c, k] = best_on_a_grid((vectors * values.clamp_min(0)) @ vectors.T, beta=0.3, p=0.3)
+            cut += bool(values.min() < 0)
+    assert logged(metrics) == pytest.approx(mean_and_disagreement(lambdas), abs=1e-5)
+    assert cut > 0

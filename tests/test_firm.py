@@ -1,15 +1,19 @@
-"""Algorithm 1 as a whole, on a random tiny model with two toy objectives."""
+"""Algorithm 1 as a whole, on a random tiny model with toy objectives, and what the methods have in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import make_policy
 
 import firm
+from baselines import FSMGDA, MORLHF, FedCMOOConfig, fedcmoo
 from firm import FIRM, LINEAR, MGDA, Federation, FIRMConfig
-from ppo import PPOConfig
+from ppo import PPOConfig, ppo_advantages
+
+NAMES = ["even", "low", "third", "high"]
 
 
 @dataclass(frozen=True)
@@ -17,23 +21,23 @@ class Question:
     token_ids: tuple
 
 
-def score(prompts, rollout):
-    """Even tokens against low tokens: shares of a response, raw [N, 2]."""
-    n = rollout.mask.sum(1)
-    even = ((rollout.responses % 2 == 0) * rollout.mask).sum(1) / n
-    low = ((rollout.responses < 20) * rollout.mask).sum(1) / n
-    return torch.stack([even, low], 1).double()
+def score(prompts, rollout, M=2):
+    """Shares of even, of low, … tokens in a response: raw [N, M]."""
+    ids, n = rollout.responses, rollout.mask.sum(1)
+    kinds = [ids % 2 == 0, ids < 20, ids % 3 == 0, ids > 30][:M]
+    return torch.stack([(kind * rollout.mask).sum(1) / n for kind in kinds], 1).double()
 
 
-def federation(kind="llama", method=FIRM, seed=0, clients=3, ppo=None, **settings) -> Federation:
+def federation(kind="llama", method=FIRM, seed=0, clients=3, ppo=None, M=2, **settings) -> Federation:
     rng = np.random.default_rng(0)
     shares = [[Question(tuple(rng.integers(3, 50, rng.integers(2, 8)))) for _ in range(4 + c)] for c in range(clients)]
     config = FIRMConfig(**{"rounds": 2, "clients": clients, "batch_size": 6, "lr": 1e-2, **settings})
     ppo = PPOConfig(**{"kl_coef": 0.01, **(ppo or {})})
     policy = make_policy(kind, noise=0.0)
     return Federation(
-        policy, shares, ["even", "low"], score, lambda raw: (raw - 0.5) / 0.2, config, ppo, 6, method, seed
-    )
+        policy, shares, NAMES[:M], lambda prompts, rollout: score(prompts, rollout, M), lambda raw: (raw - 0.5) / 0.2,
+        config, ppo, 6, method, seed,
+    )  # fmt: skip
 
 
 def test_training_raises_both_objectives_where_they_can_rise_together():
@@ -141,14 +145,19 @@ def test_half_a_server_rate_goes_half_the_way():
     assert ((half.theta - start) - 0.5 * (full.theta - start)).abs().max() < 1e-6
 
 
-def test_one_adapter_is_uploaded_whatever_the_number_of_objectives():
-    two = federation()
-    three = Federation(
-        two.policy, [c.prompts for c in two.clients], ["even", "low", "odd"], None, two.calibrate, two.config,
-        two.ppo_config, two.max_new_tokens,
-    )  # fmt: skip
-    three.score = lambda prompts, rollout: torch.cat([score(prompts, rollout), 1 - score(prompts, rollout)[:, :1]], 1)
-    assert two.round()["upload_bytes"] == three.round()["upload_bytes"]
+@pytest.mark.parametrize("M", [2, 3, 4])
+def test_only_fsmgda_sends_more_for_more_objectives_and_fedcmoo_sends_one_plus_e_times_an_adapter(M):
+    e = 1.0
+    sent = {
+        method.name: federation(method=method, M=M, clients=2, batch_size=2, ppo={"epochs": 1}).round()
+        for method in (FIRM, MGDA, LINEAR, MORLHF, FSMGDA, fedcmoo(FedCMOOConfig(fedcmoo_compression=e)))
+    }
+    adapter = 4 * len(federation().theta)  # bytes
+    for name in ("firm", "mgda", "linear", "morlhf"):
+        assert sent[name]["upload/payload"] == sent[name]["download/payload"] == adapter
+    assert sent["fsmgda"]["upload/payload"] == M * adapter and sent["fsmgda"]["download/payload"] == adapter
+    for way in ("upload", "download"):
+        assert sent["fedcmoo"][f"{way}/payload"] == pytest.approx((1 + e) * adapter, rel=0.02)
 
 
 def test_mgda_is_firm_with_beta_zero():
@@ -221,8 +230,173 @@ def test_micro_batches_change_no_more_than_rounding():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("rounds", 0), ("clients", 0), ("batch_size", 0), ("beta", -0.1), ("lr", float("nan")), ("optimizer", "lion"),
-     ("server_lr", 0.0), ("clients_per_round", 9), ("preference", [0.5, -0.5]), ("max_grad_norm", 0.0)],
+     ("server_lr", 0.0), ("clients_per_round", 9), ("preference", [0.5, -0.5]), ("max_grad_norm", 0.0),
+     ("gram", "full")],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         FIRMConfig(**{field: value})
+
+
+def test_a_cross_gram_of_a_single_row_is_refused_by_name():
+    with pytest.raises(ValueError, match="gram: cross needs two half-batches"):
+        FIRMConfig(gram="cross", batch_size=1)
+
+
+# Local runs
+
+
+def watched(*runs):
+    """Firm with these rewards per local run, and a server that never moves: the method, and a list of its uploads."""
+    arrived = []
+
+    def aggregate(theta, uploads, prompts_held, config):
+        arrived.append(uploads)
+        return theta, torch.full((len(runs),), 1 / len(runs), dtype=torch.float64)
+
+    return replace(FIRM, runs=lambda M, config: list(runs), aggregate=aggregate), arrived
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam-keep"])
+def test_every_local_run_of_a_client_goes_as_it_would_alone(optimizer):
+    runs = [torch.tensor([[1.0], [0.0]]), torch.tensor([[0.3], [0.7]])]
+    method, together = watched(*runs)
+    built = federation(method=method, optimizer=optimizer)
+    built.round(), built.round()  # the second with critics, and perhaps moments, that know the first
+    assert together[0].shape == (3, 2, len(built.theta))
+    for r, R in enumerate(runs):
+        method, alone = watched(R)
+        built = federation(method=method, optimizer=optimizer)
+        built.round(), built.round()
+        assert all(torch.equal(both[:, [r]], one) for both, one in zip(together, alone, strict=True))
+
+
+def test_a_method_with_a_run_per_objective_uploads_as_many_adapters():
+    method, _ = watched(*torch.eye(3).split(1, dim=1))
+    assert federation(method=method, M=3).round()["upload/payload"] == 3 * federation(M=3).round()["upload/payload"]
+
+
+def test_a_client_is_rejected_whole_if_one_of_its_uploads_is_broken(monkeypatch):
+    real, method = firm.local_update, watched(*torch.eye(2).split(1, dim=1))
+    broken = federation(method=method[0])
+
+    def break_one(client, *args):
+        upload, log = real(client, *args)
+        return (upload * float("nan") if client is broken.runs[1][0] else upload), log
+
+    monkeypatch.setattr(firm, "local_update", break_one)
+    assert broken.round()["rejected_clients"] == 1
+    assert method[1][0].shape[:2] == (2, 2) and torch.isfinite(method[1][0]).all()
+
+
+def test_fsmgda_logs_each_objective_as_a_training_on_it_alone_would():
+    # At rate 0 the policy stays, so that both see the same responses; the critics learn all the same.
+    both = federation(method=FSMGDA, lr=0.0)
+    both.round()
+    metrics = both.round()
+    for name, corner in (("even", [1.0, 0.0]), ("low", [0.0, 1.0])):
+        alone = federation(method=MORLHF, preference=corner, lr=0.0)
+        alone.round()
+        expected = alone.round()
+        for key in ("advantage_scale", "explained_variance"):
+            assert metrics[f"{key}/{name}"] == pytest.approx(expected[f"{key}/sum"], abs=1e-6)
+    assert metrics["explained_variance/even"] != pytest.approx(metrics["explained_variance/low"], abs=1e-3)
+
+
+# Where methods are the same
+
+
+@pytest.mark.parametrize("method", [MGDA, LINEAR, MORLHF, FSMGDA, fedcmoo(FedCMOOConfig())], ids=lambda m: m.name)
+def test_with_one_objective_every_method_is_firm(method):
+    a, b = federation(M=1), federation(M=1, method=method)
+    for _ in range(2):
+        a.round(), b.round()
+    assert torch.equal(a.theta, b.theta)
+
+
+@pytest.mark.parametrize("objective", [0, 1])
+def test_morlhf_at_a_corner_is_training_on_that_objective_alone(objective):
+    corner = federation(method=MORLHF, preference=[1.0 - objective, float(objective)])
+    single = federation(M=1)
+    single.score = lambda prompts, rollout: score(prompts, rollout)[:, [objective]]
+    for _ in range(2):
+        corner.round(), single.round()
+    assert torch.equal(corner.theta, single.theta)
+
+
+def one_plain_step(method, clients, M, **settings):
+    """θ after two rounds of one gradient step per client and run, and how far it went."""
+    built = federation(method=method, clients=clients, M=M, optimizer="sgd", lr=0.1, ppo={"epochs": 1}, **settings)
+    start = built.theta
+    built.round(), built.round()
+    return built.theta, float((built.theta - start).norm())
+
+
+@pytest.mark.parametrize("M", [2, 3])
+def test_with_one_client_and_one_plain_step_fsmgda_is_mgda(M):
+    # Its update for one objective is −lr times that gradient, and the critic's heads learn apart.
+    (a, moved), (b, _) = (one_plain_step(method, 1, M) for method in (MGDA, FSMGDA))
+    assert (a - b).norm() < 1e-5 * moved
+
+
+@pytest.mark.parametrize("M", [2, 3])
+def test_with_one_plain_step_fsmgda_is_fedcmoo_without_compression(M):
+    # Both weigh the mean gradients of the federation by min-norm, one from uploads, the other from gradients.
+    lossless = FedCMOOConfig(fedcmoo_compression=2.0 * M, fedcmoo_step=0.3, fedcmoo_iterations=3000)
+    (a, moved), (b, _) = (one_plain_step(method, 3, M, server_lr=0.7) for method in (fedcmoo(lossless), FSMGDA))
+    assert (a - b).norm() < 1e-4 * moved
+    assert (a - one_plain_step(MGDA, 3, M, server_lr=0.7)[0]).norm() > 1e-2 * moved  # while clients of mgda disagree
+
+
+# Going on after an interruption
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [(FIRM, "adam"), (MORLHF, "adam-keep"), (FSMGDA, "adam-keep"),
+     (fedcmoo(FedCMOOConfig(fedcmoo_iterations=50)), "adam")], ids=lambda part: getattr(part, "name", part),
+)  # fmt: skip
+def test_from_a_checkpoint_every_method_goes_on_bit_for_bit_in_state_and_metrics(method, optimizer):
+    whole, resumed = (federation(method=method, optimizer=optimizer) for _ in range(2))
+    whole.round(), whole.round()
+    tensors, values = whole.state()
+    resumed.restore(safetensors.torch.load(safetensors.torch.save(tensors)), values)
+    expected, metrics = whole.round(), resumed.round()
+    assert expected["lambda/movement"] == metrics["lambda/movement"]  # not NaN: it knows the last round's λ
+    different = {name for name in expected if repr(expected[name]) != repr(metrics[name])}
+    assert different == {"seconds"}
+    (after, counts), (again, counts_again) = whole.state(), resumed.state()
+    assert after.keys() == again.keys() and all(torch.equal(after[name], again[name]) for name in after)
+    assert counts == counts_again
+
+
+# The QP's Gram
+
+
+def at_gradient_scale(factor, **settings):
+    """λ of the first step where every advantage, and so every gradient, is `factor` times as large."""
+
+    def scaled(*args):
+        advantages = ppo_advantages(*args)
+        return replace(advantages, whitened=factor * advantages.whitened)
+
+    built = federation(method=replace(FIRM, advantages=scaled), ppo={"epochs": 1}, preference=[0.2, 0.8], **settings)
+    metrics = built.round()
+    return [metrics["lambda/even"], metrics["lambda/disagreement"]]
+
+
+def test_on_raw_grams_gradients_s_times_as_large_are_as_a_beta_s_squared_times_smaller():
+    larger = at_gradient_scale(8.0, gram="raw", beta=0.5)
+    assert larger == pytest.approx(at_gradient_scale(1.0, gram="raw", beta=0.5 / 64), abs=1e-9)
+    assert larger != pytest.approx(at_gradient_scale(1.0, gram="raw", beta=0.5), abs=1e-3)
+
+
+def test_on_normalised_grams_the_scale_of_the_gradients_does_not_matter():
+    larger = at_gradient_scale(8.0, gram="normalised", beta=0.5)
+    assert larger == pytest.approx(at_gradient_scale(1.0, gram="normalised", beta=0.5), abs=1e-9)
+
+
+def test_on_raw_grams_huge_gradients_get_mgdas_weights_and_tiny_ones_the_preference():
+    mgda = at_gradient_scale(1.0, gram="normalised", beta=0.0)
+    assert at_gradient_scale(2.0**12, gram="raw", beta=0.5) == pytest.approx(mgda, abs=1e-5)
+    assert at_gradient_scale(2.0**-12, gram="raw", beta=0.5) == pytest.approx([0.2, 0.0], abs=1e-5)

@@ -93,6 +93,13 @@ def test_weights_move_at_most_two_over_beta_times_the_gram(M, beta):
     assert 0.0 < largest <= 1.0
 
 
+def test_with_a_preference_beta_can_part_clients_that_agree_without_it():
+    # Equal norms, so MGDA says ½ to both; then β moves each by its own share β / (D + β), here of D = 1 and D = 0.2.
+    far, near = torch.tensor([[0.5, 0.0], [0.0, 0.5]]), torch.tensor([[0.5, 0.4], [0.4, 0.5]])
+    assert [float(mgda.solve(G, 0.0, [0, 1])[0]) for G in (far, near)] == pytest.approx([0.5, 0.5], abs=1e-6)
+    assert [float(mgda.solve(G, 0.5, [0, 1])[0]) for G in (far, near)] == pytest.approx([1 / 3, 1 / 7], abs=1e-6)
+
+
 def test_the_lipschitz_bound_is_nearly_tight_for_parallel_gradients():
     beta, epsilon = 0.01, 1e-4
     g = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
@@ -121,6 +128,67 @@ def test_the_gram_of_float32_gradients_is_summed_in_float64():
     rows = J.double().tolist()
     exact = [[math.fsum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
     assert (mgda.gram(J) - torch.tensor(exact, dtype=torch.float64)).abs().max() <= 1e-12 * max(map(max, exact))
+
+
+def halves_of(signal, noise, rng):
+    """Two half-batch gradients [2, M, d] that add up to `signal` plus independent noise of that deviation in each."""
+    return signal / 2 + noise * torch.from_numpy(rng.standard_normal((2, *signal.shape)))
+
+
+def naive_cross(halves):
+    a, b = halves.numpy()
+    return torch.from_numpy(2 * (np.einsum("id,jd->ij", a, b) + np.einsum("id,jd->ij", b, a)))
+
+
+@pytest.mark.parametrize("M", [1, 2, 3])
+def test_the_cross_gram_is_the_symmetrised_product_of_the_halves_where_that_is_semidefinite(M):
+    halves = halves_of(3 * torch.eye(M, 20, dtype=torch.float64), 0.1, np.random.default_rng(M))
+    naive = naive_cross(halves)
+    assert np.linalg.eigvalsh(naive.numpy()).min() > 1
+    assert (mgda.cross_gram(halves) - naive).abs().max() < 1e-12
+
+
+def test_halves_that_see_the_same_gradient_have_the_gram_of_their_sum():
+    half = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 20)))
+    assert (mgda.cross_gram(torch.stack([half, half])) - mgda.gram(2 * half)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("M", [1, 2, 3])
+def test_the_cross_gram_is_the_semidefinite_matrix_nearest_to_the_product(M):
+    rng, cut = np.random.default_rng(M), 0
+    for _ in range(50):
+        halves = halves_of(torch.zeros(M, 20, dtype=torch.float64), 1.0, rng)  # nothing but noise
+        naive, ours = naive_cross(halves), mgda.cross_gram(halves)
+        added = ours - naive
+        assert torch.equal(ours, ours.T) or (ours - ours.T).abs().max() < 1e-12
+        # Moreau: a point and its projection on a cone. Both parts are semidefinite, and they are orthogonal.
+        assert min(np.linalg.eigvalsh(ours.numpy()).min(), np.linalg.eigvalsh(added.numpy()).min()) > -1e-11
+        assert abs(float((ours * added).sum())) < 1e-9
+        cut += bool(added.abs().max() > 1e-6)
+    assert cut > 10  # else nothing was cut
+
+
+def test_noise_raises_the_diagonal_of_the_gram_and_not_that_of_the_cross_gram():
+    M, d, noise, draws, rng = 2, 50, 1.0, 1000, np.random.default_rng(0)
+    signal = 20 * torch.eye(M, d, dtype=torch.float64)
+    one, two = [], []
+    for _ in range(draws):
+        halves = halves_of(signal, noise, rng)
+        assert np.linalg.eigvalsh(naive_cross(halves).numpy()).min() > 0  # so no eigenvalue is cut
+        one.append(mgda.gram(halves.sum(0)))
+        two.append(mgda.cross_gram(halves))
+    one, two = torch.stack(one), torch.stack(two)
+    error = 4 * two.std(0).max() / math.sqrt(draws)  # four standard errors of the mean, about 8
+    assert (two.mean(0) - signal @ signal.T).abs().max() < error < 10
+    # The squared norm of the sum of two noises is 2 d σ² = 100.
+    assert (one.mean(0) - signal @ signal.T - 2 * d * noise**2 * torch.eye(M)).abs().max() < error
+
+
+def test_the_products_of_float32_halves_are_summed_in_float64():
+    halves = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0)) * 1e3
+    halves[1] += 2 * halves[0]  # far from where eigenvalues are cut
+    naive = naive_cross(halves.double())
+    assert (mgda.cross_gram(halves) - naive).abs().max() <= 1e-12 * naive.abs().max()
 
 
 @pytest.mark.parametrize("bad", [[1.0], [0.5, -0.5], [0.0, 0.0], [float("nan"), 1.0]])

@@ -177,6 +177,52 @@ def test_micro_batches_give_the_same_jacobian(policy):
     assert (whole - pieces).abs().max() < 1e-4 * whole.abs().max()
 
 
+def halved(policy, B, **settings):
+    """A batch of B rows with ratios away from one, and what `policy_gradients` gives for its two halves."""
+    batch, logp, _ = batch_of(policy, n=B)
+    generator = torch.Generator().manual_seed(B)
+    old = logp + 0.2 * torch.randn(logp.shape, generator=generator)  # some ratios are clipped
+    advantages = torch.randn(*logp.shape, 3, generator=generator)
+    return batch, old, advantages, ppo.policy_gradients(policy, batch, old, advantages, PPOConfig(**settings), parts=2)
+
+
+@pytest.mark.parametrize("B", [6, 5, 1])
+def test_the_gradients_of_the_halves_add_up_to_the_whole_gradient(policy, B):
+    batch, old, advantages, (halves, _, _) = halved(policy, B)
+    whole = gradients(policy, batch, old, advantages)
+    assert (halves.sum(0) - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize(("B", "first", "second"), [(6, [0, 1, 2], [3, 4, 5]), (5, [0, 1, 2], [3, 4]), (1, [0], [])])
+def test_each_half_is_the_gradient_of_the_loss_of_its_own_rows(B, first, second):
+    policy = make_policy()
+    batch, old, advantages, (halves, _, _) = halved(policy, B, entropy_coef=0.3)
+    for J, rows in zip(halves, (first, second), strict=True):
+        logp, entropy, _ = policy.logprobs(batch, entropy_gradient=True)
+        ratio = (logp - old).exp()[..., None]
+        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + 0.3 * entropy[..., None]
+        for j in range(3):
+            loss = -sum(gain[b, : int(batch.mask[b].sum()), j].sum() for b in rows) / float(batch.mask.sum())
+            direct = torch.zeros(policy.adapter.size)
+            if rows:
+                grads = torch.autograd.grad(loss, policy.adapter.parameters, retain_graph=True)
+                direct = torch.cat([g.flatten() for g in grads])
+            assert (J[j] - direct).abs().max() <= 1e-4 * direct.abs().max()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_that_straddle_the_halves_give_the_same_halves(policy, size):
+    whole, pieces = (halved(policy, 6, micro_batch_size=rows)[-1][0] for rows in (None, size))
+    assert (whole - pieces).abs().amax(-1).max() < 1e-4 * whole.abs().amax(-1).min()
+
+
+def test_asking_for_halves_changes_neither_the_hidden_states_nor_the_log():
+    policy = make_policy()
+    batch, old, advantages, (_, hidden, log) = halved(policy, 5)
+    _, whole_hidden, whole_log = ppo.policy_gradients(policy, batch, old, advantages, PPOConfig())
+    assert torch.equal(hidden, whole_hidden) and log == whole_log
+
+
 def test_the_entropy_bonus_adds_the_entropys_gradient_to_every_objective(policy):
     batch, logp, _ = batch_of(policy)
     advantages = torch.randn(*logp.shape, 2, generator=G)
