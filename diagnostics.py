@@ -68,15 +68,19 @@ def federated_gram(gram: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("c,chmdin,d->hmin", w, gram, w)
 
 
-def half_batch_stationarity(gram: Tensor, lambdas: Tensor) -> float:
+def half_batch_stationarity(gram: Tensor, lambdas: Tensor, rows: int) -> float:
     """‖Jᵀλ‖² estimated on independent halves, λ_aᵀ J_a J_bᵀ λ_a, mean over the two choices of the half a.
 
-    gram [2, M, 2, M] from `federated_gram`; lambdas [2, M], each chosen on its own half alone. On one batch ‖Jᵀλ‖² is
-    biased upward by the squared noise of J; two halves have independent noise. The factor 4 is for two halves that add
-    up to J. It may be negative where the true value is near 0.
+    gram [2, M, 2, M] from `federated_gram`; lambdas [2, M], each chosen on one half alone; rows, the size of the whole
+    batch, whose halves' gradients add up to J. On one batch ‖Jᵀλ‖² is biased upward by the squared noise of J; two
+    halves have independent noise, so for a λ chosen elsewhere this has no bias (a λ fitted to a half keeps a little,
+    downward). It may be negative where the true value is near 0. NaN for a single row.
     """
+    if rows < 2:
+        return float("nan")
     cross = gram[0, :, 1, :]  # [M, M]
-    return float(2.0 * sum(lam @ cross @ lam for lam in lambdas))
+    mean = sum(lam @ cross @ lam for lam in lambdas) / 2.0
+    return float(mean * rows**2 / ((rows + 1) // 2 * (rows // 2)))  # each half's gradient is its share of the mean
 
 
 def roughness(curve: Sequence[float]) -> float:

@@ -16,7 +16,8 @@
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]
 
 A method is a few swappable parts (`Method`): how scores become advantages, how gradients become weights, how uploads
-become the next θ. MGDA is FIRM with β = 0, `linear` has fixed weights, and `baselines.py` has the rest.
+become the next θ. MGDA is FIRM with β = 0, `linear` has fixed weights, and `baselines.py` has the rest: fsmgda makes a
+local run per objective and uploads them all, fedcmoo's server picks one λ per round from the clients' gradients.
 
 One simulation detail changes nothing that a client would compute alone, up to rounding at an edge of the sampler's
 CDF: the round's clients share θ_t, so their responses are sampled in one batch (see `rollout.py`). Everything after
@@ -95,8 +96,140 @@ class FIRMConfig:
             mgda.preference_vector(self.preference, len(self.preference))  # normalised where it is used
 
 
+def all_objectives(M: int, config: FIRMConfig) -> list[Tensor]:
+    """One local run on all M objectives: rewards = scores @ I."""
+    return [torch.eye(M)]
+
+
+def regularised_weights(Ghat: Tensor, config: FIRMConfig) -> Tensor:
+    """FIRM's λ*: the regularised min-norm QP on the client's own gradients. Ghat [M, M] -> [M]."""
+    return mgda.solve(Ghat, config.beta, config.preference)
+
+
+def fixed_weights(Ghat: Tensor, config: FIRMConfig) -> Tensor:
+    """λ = p, whatever the gradients are: linear scalarisation of separately whitened objectives."""
+    return mgda.preference_vector(config.preference, len(Ghat))
+
+
+def federated_average(
+    theta: Tensor, uploads: Tensor, prompts_held: Tensor, config: FIRMConfig
+) -> tuple[Tensor, Tensor]:
+    """θ + η_s Σ_c w_c (θ_c − θ), and [1.0], the weight of a client's one upload.
+
+    theta [d], uploads [C, 1, d] (one adapter per client), prompts_held [C].
+    """
+    step = fedavg.average(uploads[:, 0] - theta, prompts_held)
+    return theta + config.server_lr * step, torch.ones(1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated multi-objective method: swappable parts on one engine. The defaults are FIRM.
+
+    runs(M, config): a matrix R [M, k] for each local run of a client, which trains on the k rewards scores @ R and
+        uploads one adapter; k is the same for all runs. FIRM makes one run, on all M.
+    advantages(critic, scores [B, k], …): scores to advantages, see `ppo_advantages`.
+    weights(Ĝ [k, k], config): the client's λ [k], once per optimizer step; Ĝ from `qp_matrix`.
+    server_weights(J [C, M, d], prompts_held [C], state, ledger, rng): where it is given, the server's λ [M], once per
+        round, from all clients' gradients at θ_t; it takes the place of `weights`. `state` lives as long as the run.
+    aggregate(theta, uploads [C, runs, d], prompts_held, config): the next θ, and how much each run counted [runs].
+    """
+
+    name: str
+    runs: Callable[[int, FIRMConfig], list[Tensor]] = all_objectives
+    advantages: Callable[..., Advantages] = ppo_advantages
+    weights: Callable[[Tensor, FIRMConfig], Tensor] = regularised_weights
+    server_weights: Callable[..., Tensor] | None = None
+    aggregate: Callable[[Tensor, Tensor, Tensor, FIRMConfig], tuple[Tensor, Tensor]] = federated_average
+
+
+FIRM = Method("firm")
+MGDA = replace(FIRM, name="mgda", weights=lambda Ghat, config: mgda.solve(Ghat, 0.0, config.preference))
+LINEAR = replace(FIRM, name="linear", weights=fixed_weights)
+
+
+def local_update(
+    client: "Client", policy: Policy, theta: Tensor, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
+    config: FIRMConfig, ppo_config: PPOConfig,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """What one client does in one round, from θ_t to its upload.
+
+    theta [d]; batch of B rows; scores [B, M] calibrated. Returns the upload [d], the adapter itself, and what
+    `monitor.update` makes of it.
+    Raises ValueError where a gradient is not finite: that ends the run.
+    """
+    adapter = policy.adapter
+    adapter.assign(theta)
+    optimizer = client.optimizer(adapter.parameters, config)
+    logp_old, logp_ref, advantages = appraise(client, policy, batch, scores, kl_coef, method, ppo_config)
+
+    steps = []
+    for epoch in range(ppo_config.epochs):
+        parts = 2 if epoch == 0 or config.gram == "cross" else 1  # halves, for the diagnostics at θ_t
+        halves, hidden, log = ppo.policy_gradients(policy, batch, logp_old, advantages.whitened, ppo_config, parts)
+        J = halves.sum(0)  # [M, d]
+        G = mgda.gram(J)  # [M, M]
+        lam = method.weights(qp_matrix(G, halves, config), config)  # [M]
+        step = optimizer_step(optimizer, adapter, lam.to(J) @ J, config.max_grad_norm)  # [d], Δθ as taken
+        ppo.fit_critic(client.critic, client.critic_optimizer, hidden, advantages, batch.mask, ppo_config.value_clip)
+        steps.append(log | monitor.step(J, G, lam, step, advantages, kl_coef))
+        if epoch == 0:
+            at_theta_t = halves
+
+    if config.optimizer == "adam-keep":
+        client.moments = optimizer.state_dict()["state"]
+    return adapter.vector(), monitor.update(steps, at_theta_t, batch, logp_old, logp_ref, advantages)
+
+
+def qp_matrix(G: Tensor, halves: Tensor, config: FIRMConfig) -> Tensor:
+    """Ĝ [M, M], what the QP is solved on: G = JJᵀ over its trace [paper], or a variant for the ablations."""
+    if config.gram == "raw":
+        return G
+    return mgda.normalise(mgda.cross_gram(halves) if config.gram == "cross" else G)
+
+
+def appraise(
+    client: "Client", policy: Policy, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
+    ppo_config: PPOConfig,
+) -> tuple[Tensor, Tensor, Advantages]:  # fmt: skip
+    """What a batch is worth before the first step: log π_old [B, L], log π_ref [B, L], and the advantages."""
+    rows = ppo_config.micro_batch_size
+    logp_old, _, hidden = policy.logprobs_in_pieces(batch, rows)  # [B, L], entropy, [B, L, H]
+    with policy.adapter.disabled():
+        logp_ref, _, _ = policy.logprobs_in_pieces(batch, rows)  # [B, L]
+    advantages = method.advantages(client.critic, scores, batch, logp_old, logp_ref, hidden, kl_coef, ppo_config)
+    return logp_old, logp_ref, advantages
+
+
+def objective_gradients(
+    client: "Client", policy: Policy, theta: Tensor, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
+    ppo_config: PPOConfig,
+) -> Tensor:  # fmt: skip
+    """J [M, d] at θ_t for a server that picks λ: up to rounding, the gradients of the client's first step."""
+    policy.adapter.assign(theta)
+    logp_old, _, advantages = appraise(client, policy, batch, scores, kl_coef, method, ppo_config)
+    return ppo.policy_gradients(policy, batch, logp_old, advantages.whitened, ppo_config)[0][0]
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, adapter: Adapter, gradient: Tensor, max_norm: float | None
+) -> Tensor:
+    """One step along −gradient [d], clipped to max_norm. Returns Δθ [d], the step as taken."""
+    before = adapter.vector()
+    if max_norm is not None:
+        gradient = gradient * (max_norm / gradient.norm().clamp_min(max_norm))
+    for parameter, part in zip(adapter.parameters, adapter.split(gradient), strict=True):
+        parameter.grad = part
+    optimizer.step()
+    optimizer.zero_grad()
+    return adapter.vector() - before
+
+
 class Client:
-    """What never leaves a client: its prompts, its critic, and its optimizer's moments if those are kept."""
+    """What never leaves a client: its prompts, its critic, and its optimizer's moments if those are kept.
+
+    Of a method that makes several local runs, each run has a Client of its own, with the same prompts.
+    """
 
     def __init__(
         self, index: int, prompts: Sequence[Any], hidden_size: int, M: int, config: PPOConfig, device: torch.device
@@ -144,135 +277,6 @@ class Client:
         self.moments = moments["adam"]
 
 
-def all_objectives(M: int, config: FIRMConfig) -> list[Tensor]:
-    """One local run on all M objectives: rewards = scores @ I."""
-    return [torch.eye(M)]
-
-
-def regularised_weights(Ghat: Tensor, config: FIRMConfig) -> Tensor:
-    """FIRM's λ*: the regularised min-norm QP on the client's own gradients. Ghat [M, M] -> [M]."""
-    return mgda.solve(Ghat, config.beta, config.preference)
-
-
-def fixed_weights(Ghat: Tensor, config: FIRMConfig) -> Tensor:
-    """λ = p, whatever the gradients are: linear scalarisation of separately whitened objectives."""
-    return mgda.preference_vector(config.preference, len(Ghat))
-
-
-def federated_average(
-    theta: Tensor, uploads: Tensor, prompts_held: Tensor, config: FIRMConfig
-) -> tuple[Tensor, Tensor]:
-    """θ + η_s Σ_c w_c (θ_c − θ), and [1.0], the weight of a client's one upload.
-
-    theta [d], uploads [C, 1, d] (one adapter per client), prompts_held [C].
-    """
-    step = fedavg.average(uploads[:, 0] - theta, prompts_held)
-    return theta + config.server_lr * step, torch.ones(1, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A federated multi-objective method: swappable parts on one engine. The defaults are FIRM.
-
-    runs(M, config): a matrix R [M, k] for each local run of a client, which trains on the k rewards scores @ R and
-        uploads one adapter; FIRM makes one run, on all M.
-    advantages(critic, scores [B, k], …): scores to advantages, see `ppo_advantages`.
-    weights(Ĝ [k, k], config): the client's λ [k], once per optimizer step.
-    server_weights(J [C, M, d], prompts_held [C], state, ledger, rng): where it is given, the server's λ [M], once per
-        round, from all clients' gradients at θ_t; it takes the place of `weights`. `state` lives as long as the run.
-    aggregate(theta, uploads [C, runs, d], prompts_held, config): the next θ, and how much each run counted [runs].
-    """
-
-    name: str
-    runs: Callable[[int, FIRMConfig], list[Tensor]] = all_objectives
-    advantages: Callable[..., Advantages] = ppo_advantages
-    weights: Callable[[Tensor, FIRMConfig], Tensor] = regularised_weights
-    server_weights: Callable[..., Tensor] | None = None
-    aggregate: Callable[[Tensor, Tensor, Tensor, FIRMConfig], tuple[Tensor, Tensor]] = federated_average
-
-
-FIRM = Method("firm")
-MGDA = replace(FIRM, name="mgda", weights=lambda Ghat, config: mgda.solve(Ghat, 0.0, config.preference))
-LINEAR = replace(FIRM, name="linear", weights=fixed_weights)
-
-
-def local_update(
-    client: Client, policy: Policy, theta: Tensor, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
-    config: FIRMConfig, ppo_config: PPOConfig,
-) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
-    """What one client does in one round, from θ_t to its upload.
-
-    theta [d]; batch of B rows; scores [B, M] calibrated. Returns the upload [d], the adapter itself, and what
-    `monitor.update` makes of it.
-    Raises ValueError where a gradient is not finite: that ends the run.
-    """
-    adapter = policy.adapter
-    adapter.assign(theta)
-    optimizer = client.optimizer(adapter.parameters, config)
-    logp_old, logp_ref, advantages = appraise(client, policy, batch, scores, kl_coef, method, ppo_config)
-
-    steps = []
-    for epoch in range(ppo_config.epochs):
-        parts = 2 if epoch == 0 or config.gram == "cross" else 1  # halves, for the diagnostics at θ_t
-        halves, hidden, log = ppo.policy_gradients(policy, batch, logp_old, advantages.whitened, ppo_config, parts)
-        J = halves.sum(0)  # [M, d]
-        G = mgda.gram(J)  # [M, M]
-        lam = method.weights(qp_matrix(G, halves, config), config)  # [M]
-        step = optimizer_step(optimizer, adapter, lam.to(J) @ J, config.max_grad_norm)  # [d], Δθ as taken
-        ppo.fit_critic(client.critic, client.critic_optimizer, hidden, advantages, batch.mask, ppo_config.value_clip)
-        steps.append(log | monitor.step(J, G, lam, step, advantages, kl_coef))
-        if epoch == 0:
-            at_theta_t = halves
-
-    if config.optimizer == "adam-keep":
-        client.moments = optimizer.state_dict()["state"]
-    return adapter.vector(), monitor.update(steps, at_theta_t, batch, logp_old, logp_ref, advantages)
-
-
-def qp_matrix(G: Tensor, halves: Tensor, config: FIRMConfig) -> Tensor:
-    """Ĝ [M, M], what the QP is solved on: G = JJᵀ over its trace [paper], or a variant for the ablations."""
-    if config.gram == "raw":
-        return G
-    return mgda.normalise(mgda.cross_gram(halves) if config.gram == "cross" else G)
-
-
-def appraise(
-    client: Client, policy: Policy, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
-    ppo_config: PPOConfig,
-) -> tuple[Tensor, Tensor, Advantages]:  # fmt: skip
-    """What a batch is worth before the first step: log π_old [B, L], log π_ref [B, L], and the advantages."""
-    rows = ppo_config.micro_batch_size
-    logp_old, _, hidden = policy.logprobs_in_pieces(batch, rows)  # [B, L], entropy, [B, L, H]
-    with policy.adapter.disabled():
-        logp_ref, _, _ = policy.logprobs_in_pieces(batch, rows)  # [B, L]
-    advantages = method.advantages(client.critic, scores, batch, logp_old, logp_ref, hidden, kl_coef, ppo_config)
-    return logp_old, logp_ref, advantages
-
-
-def objective_gradients(
-    client: Client, policy: Policy, theta: Tensor, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
-    ppo_config: PPOConfig,
-) -> Tensor:  # fmt: skip
-    """J [M, d] at θ_t, what a server that picks λ asks for: the very gradients of the client's first step."""
-    policy.adapter.assign(theta)
-    logp_old, _, advantages = appraise(client, policy, batch, scores, kl_coef, method, ppo_config)
-    return ppo.policy_gradients(policy, batch, logp_old, advantages.whitened, ppo_config)[0][0]
-
-
-def optimizer_step(
-    optimizer: torch.optim.Optimizer, adapter: Adapter, gradient: Tensor, max_norm: float | None
-) -> Tensor:
-    """One step along −gradient [d], clipped to max_norm. Returns Δθ [d], the step as taken."""
-    before = adapter.vector()
-    if max_norm is not None:
-        gradient = gradient * (max_norm / gradient.norm().clamp_min(max_norm))
-    for parameter, part in zip(adapter.parameters, adapter.split(gradient), strict=True):
-        parameter.grad = part
-    optimizer.step()
-    optimizer.zero_grad()
-    return adapter.vector() - before
-
-
 def stream(seed: int, *keys: int) -> np.random.Generator:
     """An independent random stream per (seed, purpose, …); no order of calls and no restart can change it.
 
@@ -301,7 +305,6 @@ class Federation:
         self.config, self.ppo_config, self.method, self.seed = config, ppo_config, method, seed
         self.max_new_tokens = max_new_tokens
         self.run_rewards = method.runs(len(self.names), config)  # R [M, k] of every local run
-        # Each local run has a critic and an optimizer of its own: one Client per run, all with the same prompts.
         self.runs = [
             [Client(c, p, policy.hidden_size, R.shape[1], ppo_config, policy.device) for c, p in enumerate(shares)]
             for R in self.run_rewards
@@ -401,12 +404,14 @@ class Federation:
         for r, run in enumerate(self.runs):
             for client in run:
                 tensors |= {f"run{r}.client{client.index}.{name}": t for name, t in client.state().items()}
-        return tensors, {"rounds_done": self.rounds_done, "kl_coef": self.kl_coef}
+        shape = [len(self.runs), len(self.clients), len(self.names)]
+        return tensors, {"rounds_done": self.rounds_done, "kl_coef": self.kl_coef, "shape": shape}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take back what `state` gave. Raises ValueError where the checkpoint is of another federation."""
-        if tensors["theta"].shape != self.theta.shape:
-            raise ValueError("resume: the checkpoint holds an adapter of another size; resume with its own settings")
+        shape = [len(self.runs), len(self.clients), len(self.names)]
+        if tensors["theta"].shape != self.theta.shape or values["shape"] != shape:
+            raise ValueError("resume: the checkpoint is of another federation; resume with its own settings")
         under = lambda prefix: {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}  # noqa: E731
         self.theta, self.mean_lambda = tensors["theta"].to(self.policy.device), tensors.get("mean_lambda")
         self.rounds_done, self.kl_coef, self.server_state = values["rounds_done"], values["kl_coef"], under("server.")

@@ -3,6 +3,11 @@
 `diagnostics.py` has the measures, each a pure function; here they are applied to what a round has at hand, so that
 `firm.py` stays the algorithm. Nothing here changes training, and nothing here is sent: a server that wanted these
 figures would have to ask for more than an upload.
+
+Means over clients are plain, except where the server's own average is meant: drift, averaging residual and stationarity
+weigh clients by the prompts they hold and leave rejected ones out. A method is measured by its own losses: morlhf has
+only one, so its `stationarity` is that of Σ_j p_j R_j and no Pareto stationarity, and its `first_order_gain`, like
+fsmgda's, is that of a local run's own loss.
 """
 
 from collections.abc import Sequence
@@ -61,7 +66,7 @@ def rewards_and_kl(
         metrics[key] = float(np.mean([log[key] for log in every]))
     for key in ("advantage_scale", "explained_variance"):
         means = torch.stack([torch.cat([log[key] for log in mine]) for mine in logs]).mean(0).tolist()  # of every loss
-        labels = names if len(means) == len(names) else ["sum"]  # morlhf: one reward summed from all
+        labels = names if len(means) == len(names) else [f"loss{i}" for i in range(len(means))]  # morlhf: one, the sum
         metrics |= {f"{key}/{name}": value for name, value in zip(labels, means, strict=True)}
     metrics["ended"] = float(rollout.ended.double().mean())
     metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
@@ -77,7 +82,7 @@ def agreement(
     run_rewards: R [M, k] of every local run; mixing [runs]: how much each run counted; uploads [C, runs, d]; weights
     [C]: prompts held, 0 for a rejected client; last_lambda: λ̄ of the round before. Returns the metrics, λ̄ [M], and the
     inner products they came from:
-        steps [C, runs, K, k, k]     the Gram matrix of every optimizer step
+        steps [C, runs, K, k, k]     the Gram matrix JJᵀ of every optimizer step, as it is
         start [C, 2, l, C, 2, l]     of the half-batch gradients at θ_t of all clients and their l = runs · k losses
         weights [C]
     """
@@ -103,6 +108,6 @@ def agreement(
     metrics["lambda/drift"] = diagnostics.drift(start.sum((1, 4)), first, weights)
     federated = diagnostics.federated_gram(start, weights)  # [2, l, 2, l]
     own = torch.stack([mgda.solve(mgda.normalise(federated[half, :, half]), 0.0) for half in (0, 1)])  # [2, l]
-    metrics["stationarity"] = diagnostics.half_batch_stationarity(federated, own)
+    metrics["stationarity"] = diagnostics.half_batch_stationarity(federated, own, rows=len(logs[0][0]["kl"]))
     steps = torch.stack([torch.stack([log["gram"] for log in mine]) for mine in logs])
     return metrics, mean, {"steps": steps, "start": start, "weights": weights}

@@ -299,7 +299,7 @@ def test_fsmgda_logs_each_objective_as_a_training_on_it_alone_would():
         alone.round()
         expected = alone.round()
         for key in ("advantage_scale", "explained_variance"):
-            assert metrics[f"{key}/{name}"] == pytest.approx(expected[f"{key}/sum"], abs=1e-6)
+            assert metrics[f"{key}/{name}"] == pytest.approx(expected[f"{key}/loss0"], abs=1e-6)
     assert metrics["explained_variance/even"] != pytest.approx(metrics["explained_variance/low"], abs=1e-3)
 
 
@@ -400,3 +400,20 @@ def test_on_raw_grams_huge_gradients_get_mgdas_weights_and_tiny_ones_the_prefere
     mgda = at_gradient_scale(1.0, gram="normalised", beta=0.0)
     assert at_gradient_scale(2.0**12, gram="raw", beta=0.5) == pytest.approx(mgda, abs=1e-5)
     assert at_gradient_scale(2.0**-12, gram="raw", beta=0.5) == pytest.approx([0.2, 0.0], abs=1e-5)
+
+
+def test_a_checkpoint_of_another_federation_is_refused():
+    tensors, values = federation(method=FSMGDA).state()
+    with pytest.raises(ValueError, match="another federation"):
+        federation(method=MORLHF).restore(tensors, values)
+    with pytest.raises(ValueError, match="another federation"):
+        federation(clients=2).restore(*federation(clients=3).state())
+
+
+def test_a_method_of_other_losses_than_the_objectives_does_not_borrow_their_names():
+    twice = replace(
+        FIRM, runs=lambda M, config: [torch.eye(M)] * 2,
+        aggregate=lambda theta, uploads, held, config: (uploads[0, 0], torch.tensor([0.5, 0.5], dtype=torch.float64)),
+    )  # fmt: skip
+    metrics = federation(method=twice).round()
+    assert {f"advantage_scale/loss{i}" for i in range(4)} <= metrics.keys()
