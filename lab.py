@@ -343,6 +343,7 @@ def sweep_volume(rows: list[dict]) -> float:
 # ---- tables and pictures --------------------------------------------------------------------------------------
 
 LABELS = {
+    "helpful": "helpful, held out (raw units)", "harmless": "harmless, held out (raw units)",
     "worst_gain": "worst normalised gain", "kl": "KL (nats per response)", "disagreement": "disagreement ‖λ_c − λ̄‖",
     "drift": "drift / step", "movement": "movement of λ̄ per round", "dispersion": "dispersion ‖θ_c − θ̄‖",
     "averaging_residual": "averaging residual / ‖mean(ΔW)‖", "same_disagreement": "disagreement / at β = 0, same Grams",
@@ -407,7 +408,7 @@ def curves(
             xs = list(dict.fromkeys(column(rows, x)))
             cells = [interval(column(of(rows, **{x: value}), figure)) for value in xs]
             lines[group] = (range(len(xs)) if ticks else xs, *map(list, zip(*cells, strict=True)))
-        panels.append(plots.Panel(label, LABELS.get(figure, figure), "", lines, log_x=log_x, ticks=ticks))
+        panels.append(plots.Panel(label, "", LABELS.get(figure, figure), lines, log_x=log_x, ticks=ticks))
     plots.panels(panels, lab.results / f"{name}.png")
 
 
@@ -419,5 +420,5 @@ def bars(lab: Lab, name: str, groups: dict[str, list[dict]], figures: Sequence[s
         lines = {
             label: ([i], [mean], [half]) for i, (label, (mean, half)) in enumerate(zip(groups, cells, strict=True))
         }
-        panels.append(plots.Panel("", LABELS.get(figure, figure), "", lines, ticks=list(groups)))
+        panels.append(plots.Panel("", "", LABELS.get(figure, figure), lines, ticks=list(groups)))
     plots.panels(panels, lab.results / f"{name}.png", legend=False)

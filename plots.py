@@ -113,7 +113,7 @@ class Panel:
 
 def panels(contents: Sequence[Panel], path: Path, columns: int = 3, legend: bool = True) -> None:
     """Lines with error bars, side by side; one legend under them all for labels of several panels."""
-    columns = min(columns, len(contents))
+    columns = 2 if len(contents) == 4 else min(columns, len(contents))
     rows = -(-len(contents) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat[len(contents) :]:
