@@ -152,7 +152,7 @@ def expand(factors: dict[str, Tensor], M: int, d: int) -> Tensor:
 
 
 def gram_terms(A: Tensor, low_rank: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """What one client computes once it holds S: Γ = A Aᵀ + K + Kᵀ and D Dᵀ, [M, M] each. A, C, S [M, d] in float64."""
+    """What one client computes once it holds S: Γ and D Dᵀ [M, M], see above. A, low_rank (C), S [M, d] in float64."""
     D = A - low_rank
     K = (0.5 * low_rank + D) @ (S - low_rank).T
     return A @ A.T + K + K.T, D @ D.T

@@ -1,7 +1,7 @@
 """What to watch: pure functions from gradients, weights, adapters and log-probs to numbers.
 
 [ours] where no source is named.
-Nothing here changes training; `firm.py` calls these and writes the numbers down, so that it stays the algorithm.
+Nothing here changes training; `monitor.py` applies most of these to what a round has at hand.
 """
 
 from collections.abc import Sequence
@@ -43,13 +43,13 @@ def _product_norm(P: Tensor, Q: Tensor) -> float:
 
 
 def drift(gram: Tensor, lambdas: Tensor, weights: Tensor) -> float:
-    """‖Σ w_c J_cᵀ(λ_c − λ̄)‖ / ‖Σ w_c J_cᵀλ_c‖: how much of the federation's step comes from disagreement alone.
+    """‖Σ w_c J_cᵀ(λ_c − λ̄)‖ / ‖Σ w_c J_cᵀλ_c‖: how much of the federation's direction is disagreement alone.
 
     With unequal λ_c the federation comes to rest where Σ w_c J_cᵀλ_c = 0, which is not Pareto-stationary; this is the
     part that keeps it away. λ̄ = Σ w_c λ_c. gram [C, M, C, M] holds ⟨g_{c,i}, g_{c′,j}⟩ of all clients at one θ,
     lambdas [C, M], weights [C] of any sum. NaN where the step is zero.
     """
-    w = weights / weights.sum()
+    w = weights / weights.sum()  # directions are gradients, before any optimizer
     mean = torch.einsum("c,cm->m", w, lambdas)
     norms = [
         max(float(torch.einsum("cm,cmdn,dn->", w[:, None] * v, gram, w[:, None] * v)), 0.0) ** 0.5
@@ -61,8 +61,8 @@ def drift(gram: Tensor, lambdas: Tensor, weights: Tensor) -> float:
 def federated_gram(gram: Tensor, weights: Tensor) -> Tensor:
     """Inner products of the half-batch gradients of the whole federation, g_{h,j} = Σ_c w_c g_{c,h,j}.
 
-    gram [C, 2, M, C, 2, M], weights [C] of any sum -> [2, M, 2, M]. A half's gradient is a sum over its rows divided
-    by the whole batch, so that the two halves add up to the gradient.
+    gram [C, 2, M, C, 2, M], weights [C] of any sum -> [2, M, 2, M]. A half's gradient is a sum over its tokens
+    divided by those of the whole batch, so that the two halves add up to the gradient.
     """
     w = weights / weights.sum()
     return torch.einsum("c,chmdin,d->hmin", w, gram, w)
@@ -80,7 +80,7 @@ def half_batch_stationarity(gram: Tensor, lambdas: Tensor, rows: int) -> float:
         return float("nan")
     cross = gram[0, :, 1, :]  # [M, M]
     mean = sum(lam @ cross @ lam for lam in lambdas) / 2.0
-    return float(mean * rows**2 / ((rows + 1) // 2 * (rows // 2)))  # each half's gradient is its share of the mean
+    return float(mean * rows**2 / ((rows + 1) // 2 * (rows // 2)))  # undoes the halves' shares, counted in rows
 
 
 def roughness(curve: Sequence[float]) -> float:

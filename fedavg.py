@@ -23,7 +23,7 @@ def average(updates: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the clients' vectors.
 
     updates [C, d], weights [C] non-negative, of any sum above 0. Returns [d] in the updates' type. The sum runs in
-    client order in float64, so that it does not depend on how the clients were spread over processes.
+    client order in float64.
     Raises ValueError where no weight is left or the shapes do not match.
     """
     weights = weights.double()

@@ -1,9 +1,9 @@
 """FIRM, Algorithm 1: Federated In-client Regularized Multi-objective alignment (arXiv 2511.16992).
 
-    server: θ_0 ← fresh adapter (B = 0, so π_θ0 is the base model π_ref)
-    for t = 0 … T − 1                                                       [paper: T = 16]
+    server: θ_0 ← fresh adapter (B = 0, so π_θ0 is the base model π_ref); rewards calibrated once (run.py)
+    for t = 0 … T − 1, `Federation.round`                                   [paper: T = 16]
         broadcast θ_t to the round's clients
-        each client c, on its own prompts:
+        each client c, on its own prompts, `local_update`:
             sample responses y ~ π_θt(· | x), score R_j(x, y), j = 1 … M
             log π_old, log π_ref, and per objective advantages Â_j on the client's own critic
             repeat K times                                                  [paper: K = 3]
@@ -11,7 +11,7 @@
                 λ* ← argmin over the simplex of λᵀĜλ + (β/2)‖λ − p‖²,  Ĝ = JJᵀ / tr(JJᵀ)
                 θ  ← one optimizer step along −Σ_j λ*_j g_j
                 critic ← one step towards its returns
-            upload θ_c: d numbers, whatever M is
+            upload θ_c: d numbers, whatever M is (and n_c and a mean KL)
         θ_{t+1} ← θ_t + η_s Σ_c w_c (θ_c − θ_t),  w_c ∝ prompts held by c
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]
 
@@ -154,8 +154,8 @@ def local_update(
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """What one client does in one round, from θ_t to its upload.
 
-    theta [d]; batch of B rows; scores [B, M] calibrated. Returns the upload [d], the adapter itself, and what
-    `monitor.update` makes of it.
+    theta [d]; batch of B rows; scores [B, M] calibrated, or the k rewards of one local run (M stands for k then).
+    Returns the upload [d], the adapter itself, and what `monitor.update` makes of it.
     Raises ValueError where a gradient is not finite: that ends the run.
     """
     adapter = policy.adapter
@@ -165,16 +165,16 @@ def local_update(
 
     steps = []
     for epoch in range(ppo_config.epochs):
-        parts = 2 if epoch == 0 or config.gram == "cross" else 1  # halves, for the diagnostics at θ_t
+        parts = 2 if epoch == 0 or config.gram == "cross" else 1  # half-batches, for diagnostics or the cross Gram
         halves, hidden, log = ppo.policy_gradients(policy, batch, logp_old, advantages.whitened, ppo_config, parts)
+        if epoch == 0:
+            at_theta_t = halves
         J = halves.sum(0)  # [M, d]
         G = mgda.gram(J)  # [M, M]
-        lam = method.weights(qp_matrix(G, halves, config), config)  # [M]
+        lam = method.weights(qp_matrix(G, halves, config), config)  # [M]; FIRM: mgda.solve(Ĝ, β, p)
         step = optimizer_step(optimizer, adapter, lam.to(J) @ J, config.max_grad_norm)  # [d], Δθ as taken
         ppo.fit_critic(client.critic, client.critic_optimizer, hidden, advantages, batch.mask, ppo_config.value_clip)
         steps.append(log | monitor.step(J, G, lam, step, advantages, kl_coef))
-        if epoch == 0:
-            at_theta_t = halves
 
     if config.optimizer == "adam-keep":
         client.moments = optimizer.state_dict()["state"]
@@ -340,18 +340,18 @@ class Federation:
         raw = self.score([p for batch in prompts for p in batch], rollout)  # [N, M]
         scores = self.calibrate(raw).to(self.policy.device, torch.float32)  # [N, M]
 
-        batches = [slice(i * size, (i + 1) * size) for i in range(len(cohort))]
+        row_slices = [slice(i * size, (i + 1) * size) for i in range(len(cohort))]
         prompts_held = torch.tensor([len(client.prompts) for client in cohort], dtype=torch.float64)
         ledger = fedavg.Ledger()
         ledger.down({"theta": self.theta}, scalars=1)  # and κ
 
         method = self.method
         if method.server_weights:
-            lam = self._server_lambda(cohort, prompts_held, rollout, scores, batches, ledger)
+            lam = self._server_lambda(cohort, prompts_held, rollout, scores, row_slices, ledger)
             method = replace(method, weights=lambda Ghat, config: lam)
 
         uploads, logs = [], []
-        for client, rows in zip(cohort, batches, strict=True):
+        for client, rows in zip(cohort, row_slices, strict=True):
             batch = rollout.rows(rows)
             by_run = [
                 local_update(
@@ -382,7 +382,7 @@ class Federation:
         return {"round": t, **metrics, "seconds": time.perf_counter() - started}
 
     def _server_lambda(
-        self, cohort: Sequence[Client], prompts_held: Tensor, rollout: Rollout, scores: Tensor, batches: list[slice],
+        self, cohort: Sequence[Client], prompts_held: Tensor, rollout: Rollout, scores: Tensor, row_slices: list[slice],
         ledger: fedavg.Ledger,
     ) -> Tensor:  # fmt: skip
         """λ [M] of a method whose server picks it, from every client's gradients at θ_t."""
@@ -391,7 +391,7 @@ class Federation:
                 client, self.policy, self.theta, rollout.rows(rows), scores[rows], self.kl_coef, self.method,
                 self.ppo_config,
             )
-            for client, rows in zip(cohort, batches, strict=True)
+            for client, rows in zip(cohort, row_slices, strict=True)
         ]  # fmt: skip
         rng = stream(self.seed, SERVER, self.rounds_done)
         return self.method.server_weights(torch.stack(J), prompts_held, self.server_state, ledger, rng)

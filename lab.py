@@ -10,6 +10,7 @@ Differences are paired by seed: equal seeds mean equal splits, prompts and unifo
 """
 
 import csv
+import io
 import json
 import multiprocessing
 import tempfile
@@ -34,15 +35,16 @@ from settings import PRESETS, Config
 
 ROUND_FIGURES = [
     *("lambda_helpful", "lambda_harmless", "disagreement", "drift", "movement", "dispersion", "averaging_residual"),
-    *("cosine", "stationarity", "roughness_helpful", "roughness_harmless", "training_seconds"),
+    *("cosine", "stationarity", "roughness_helpful", "roughness_harmless", "net_roughness_helpful"),
+    *("net_roughness_harmless", "training_seconds"),
 ]
 BASE = PRESETS["tiny"] | {"preset": "tiny"}
 NAMES = ("helpful", "harmless")
 BETAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
 GRAM_FIGURES = [
     *(f"{figure}@{beta:g}" for beta in BETAS for figure in ("disagreement", "drift", "twin_disagreement")),
-    *("gap", "gap_max", "trace_first", "trace_last", "half_cosine", "error_batch", "error_cross"),
-    *("lambda1_batch", "lambda1_cross", "lambda1_reference"),
+    *("gap", "gap_max", "gap_small", "trace_first", "trace_last", "half_cosine", "error_batch", "error_cross"),
+    *("error_constant", "lambda1_batch", "lambda1_cross", "lambda1_reference"),
 ]
 
 
@@ -73,7 +75,8 @@ class Lab:
         if missing:
             spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
             failed = []
-            with ProcessPoolExecutor(self.workers, spawn) as pool:
+            pool = ProcessPoolExecutor(self.workers, spawn)
+            try:
                 futures = {pool.submit(run_job, job): job for job in missing}
                 for future in tqdm(as_completed(futures), name, total=len(missing), unit="run"):
                     settings = key(futures[future])
@@ -81,6 +84,8 @@ class Lab:
                         failed.append((settings, error))
                     else:
                         append_rows(path, [{"settings": settings} | row for row in future.result()])
+            finally:
+                pool.shutdown(cancel_futures=True)  # a stop waits for the runs under way, not for those in the queue
             if failed:  # only now: the other runs are kept
                 settings, error = failed[0]
                 raise RuntimeError(f"{name}: {len(failed)} runs failed, first {settings}: {error}") from error
@@ -105,12 +110,13 @@ def append_rows(path: Path, rows: list[dict]) -> None:
     if path.exists():
         with open(path, encoding="utf-8", newline="") as file:
             header = next(csv.reader(file))
-    new = not path.exists()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows(rows)
     with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        file.write(text.getvalue())  # at once: a job's rows are all there or none is
 
 
 def read_rows(path: Path) -> dict[str, list[dict]]:
@@ -136,9 +142,9 @@ def run_job(job: dict) -> list[dict]:
         out = Path(scratch) / "run"
         summary = run.train(Config.from_flat(BASE | job | {"out": str(out)}), progress=False)
         metrics, grams = read_run(out)
-        row = progress_figures(job, summary, read_prompts(out)) | round_figures(metrics, summary)
+        row = progress_figures(job, summary, read_prompts(out)) | round_figures(job, metrics, summary)
         row |= byte_figures(metrics)
-        own = job["method"] in ("firm", "mgda", "linear")  # whose clients solve for λ, or could have
+        own = job["method"] in ("firm", "mgda", "linear")  # their clients have the Gram of all objectives
         return [row | (gram_figures(job, grams) if own else dict.fromkeys(GRAM_FIGURES, float("nan")))]
 
 
@@ -195,8 +201,13 @@ def byte_figures(metrics: list[dict]) -> dict:
     return row
 
 
-def round_figures(metrics: list[dict], summary: dict) -> dict:
-    """Means over the rounds of what is logged every round; the averaging residual is relative to ‖mean(ΔW)‖."""
+def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
+    """Means over the rounds of what is logged every round.
+
+    The averaging residual is relative to ‖mean(ΔW)‖, stationarity is that of the second half of the rounds. Roughness
+    is in deviations of the base policy's rewards; `net_roughness` is without what sampling the round's N responses
+    alone would make, √max(roughness² − mean(s² / N), 0), s the deviation of the round's rewards.
+    """
     later = metrics[1:] or metrics  # the first round has no movement, and starts from an adapter of zero
     mean = lambda name, rows=metrics: float(np.mean([m[name] for m in rows]))  # noqa: E731
     row = {f"lambda_{name}": mean(f"lambda/{name}") for name in NAMES}
@@ -207,7 +218,10 @@ def round_figures(metrics: list[dict], summary: dict) -> dict:
     row["stationarity"] = mean("stationarity", metrics[len(metrics) // 2 :])
     for name in NAMES:
         o = summary["objectives"][name]
-        row[f"roughness_{name}"] = o["roughness"] / o["calibration"]["scale"]
+        scale, N = o["calibration"]["scale"], job.get("clients", 8) * job.get("batch_size", 16)
+        floor = float(np.mean([m[f"reward_sd/{name}"] ** 2 for m in metrics])) / N
+        row[f"roughness_{name}"] = o["roughness"] / scale
+        row[f"net_roughness_{name}"] = max(o["roughness"] ** 2 - floor, 0.0) ** 0.5 / scale
     return row | {"training_seconds": sum(m["seconds"] for m in metrics)}
 
 
@@ -221,14 +235,14 @@ def gram_figures(job: dict, grams: list[dict]) -> dict:
         row[f"twin_disagreement@{beta:g}"] = float(np.mean([twin for _, _, twin in solved]))
     steps = torch.cat([g["steps"].flatten(0, 2) for g in grams])  # [n, M, M]
     traces = steps.diagonal(dim1=1, dim2=2).sum(1)
-    row["gap"] = float(((steps[:, 0, 0] - 2 * steps[:, 0, -1] + steps[:, -1, -1]) / traces).mean())
-    row["gap_max"] = float(((steps[:, 0, 0] - 2 * steps[:, 0, -1] + steps[:, -1, -1]) / traces).max())
+    gaps = (steps[:, 0, 0] - 2 * steps[:, 0, -1] + steps[:, -1, -1]) / traces  # ‖g₁ − g_M‖² / tr G
+    row |= {"gap": float(gaps.mean()), "gap_max": float(gaps.max()), "gap_small": float((gaps <= 1e-6).double().mean())}
     quarter = max(len(grams) // 4, 1)
     for label, part in (("first", grams[:quarter]), ("last", grams[-quarter:])):
         row[f"trace_{label}"] = float(
             torch.cat([g["steps"].diagonal(dim1=-2, dim2=-1).sum(-1).flatten() for g in part]).mean()
         )
-    noise = [noise_figures(g, job.get("beta", 0.01)) for g in grams]
+    noise = [noise_figures(g, job.get("beta", 0.01), p) for g in grams]
     return row | {k: float(np.nanmean([n[k] for n in noise])) for k in noise[0]}
 
 
@@ -244,15 +258,18 @@ def resolve(g: dict, beta: float, preference: list[float] | None) -> tuple[float
     return disagreement, diagnostics.drift(g["start"].sum((1, 4)), lam[:, 0], g["weights"]), twin
 
 
-def noise_figures(g: dict, beta: float) -> dict:
-    """How far a client's λ lies from what the other clients' gradients say, from one batch and from two halves.
+def noise_figures(g: dict, beta: float, preference: list[float] | None = None) -> dict:
+    """How far λ under FIRM's rule lies from what the other clients' gradients say: from one batch, from two halves, and
+    for λ = p, which knows nothing.
 
-    The reference is solved on the cross Gram of the others' mean gradient: many times the rows, and none of the
-    client's own. `half_cosine` is the cosine of two half-batch gradients of one objective on one client.
+    The reference is solved on the cross Gram of the others' mean gradient: C − 1 times the rows, none of them the
+    client's own, and still noisy; on an iid split it is an estimate of the same λ. `half_cosine` is the cosine of two
+    half-batch gradients of one objective on one client.
     """
     start, w = g["start"], g["weights"]  # [C, 2, M, C, 2, M]
     C = len(w)
-    batch, cross, cosines, values = [], [], [], []
+    batch, cross, constant, cosines, values = [], [], [], [], []
+    centre = mgda.preference_vector(preference, start.shape[2])
     for c in range(C):
         rest = w.clone()
         rest[c] = 0.0
@@ -260,9 +277,10 @@ def noise_figures(g: dict, beta: float) -> dict:
         cosines.append((own[0, :, 1].diagonal() / (own[0, :, 0].diagonal() * own[1, :, 1].diagonal()).sqrt()).mean())
         if C == 1 or not rest.any():
             continue
-        reference = solve_cross(diagnostics.federated_gram(start, rest), beta)
-        from_batch = mgda.solve(mgda.normalise(own.sum((0, 2))), beta)
-        from_halves = solve_cross(own, beta)
+        reference = solve_cross(diagnostics.federated_gram(start, rest), beta, preference)
+        from_batch = mgda.solve(mgda.normalise(own.sum((0, 2))), beta, preference)
+        from_halves = solve_cross(own, beta, preference)
+        constant.append(float((centre - reference).norm()))
         batch.append(float((from_batch - reference).norm()))
         cross.append(float((from_halves - reference).norm()))
         values.append([float(from_batch[0]), float(from_halves[0]), float(reference[0])])
@@ -271,16 +289,17 @@ def noise_figures(g: dict, beta: float) -> dict:
         "half_cosine": float(torch.stack(cosines).mean()),
         "error_batch": float(np.mean(batch or [np.nan])),
         "error_cross": float(np.mean(cross or [np.nan])),
+        "error_constant": float(np.mean(constant or [np.nan])),
         "lambda1_batch": batch_1,
         "lambda1_cross": cross_1,
         "lambda1_reference": reference_1,
     }
 
 
-def solve_cross(halves: torch.Tensor, beta: float) -> torch.Tensor:
+def solve_cross(halves: torch.Tensor, beta: float, preference: list[float] | None = None) -> torch.Tensor:
     """λ [M] from the inner products of two half-batches [2, M, 2, M], as mgda.cross_gram would have it."""
     both = halves[0, :, 1]
-    return mgda.solve(mgda.normalise(mgda.positive_part(2.0 * (both + both.T))), beta)
+    return mgda.solve(mgda.normalise(mgda.positive_part(2.0 * (both + both.T))), beta, preference)
 
 
 # ---- statistics and tables ------------------------------------------------------------------------------------
@@ -343,6 +362,11 @@ def sweep_volume(rows: list[dict]) -> float:
 # ---- tables and pictures --------------------------------------------------------------------------------------
 
 LABELS = {
+    "net_roughness_helpful": "roughness of helpful, net of sampling",
+    "net_roughness_harmless": "roughness of harmless, net of sampling",
+    "gap_small": "share of steps with a gap ≤ 1e-6",
+    "error_constant": "‖λ − reference‖, λ = p",
+
     "helpful": "helpful, held out (raw units)", "harmless": "harmless, held out (raw units)",
     "worst_gain": "worst normalised gain", "kl": "KL (nats per response)", "disagreement": "disagreement ‖λ_c − λ̄‖",
     "drift": "drift / step", "movement": "movement of λ̄ per round", "dispersion": "dispersion ‖θ_c − θ̄‖",
@@ -358,7 +382,7 @@ LABELS = {
 
 
 def number(value: float) -> str:
-    """Three significant places, or as many as the integer part has."""
+    """Three significant digits below 0.1, three decimals below 100, else an integer."""
     return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
@@ -369,13 +393,17 @@ def cell(rows: list[dict], figure: str) -> str:
 
 
 def against(groups: dict[str, list[dict]], ours: str, figure: str) -> dict[str, tuple[str, str]]:
-    """For every group: the paired difference ours − it with its 95 % interval, and the p-value after Holm."""
+    """For every group: the paired difference ours − it with its 95 % interval, and the p-value after Holm.
+
+    Holm's family is the baselines: other settings of our own method (labels like `firm β=1`) are not tested.
+    """
     tests = {label: paired(groups[ours], rows, figure) for label, rows in groups.items() if label != ours}
-    corrected = dict(zip(tests, holm([p for _, _, p in tests.values()]), strict=True))
-    cells = {
-        label: (f"{number(d)} ± {number(half)}", f"{corrected[label]:.2g}") for label, (d, half, _) in tests.items()
+    family = [label for label in tests if label.split()[0] != ours.split()[0]]
+    corrected = dict(zip(family, holm([tests[label][2] for label in family]), strict=True))
+    return {ours: ("", "")} | {
+        label: (f"{number(d)} ± {number(half)}", f"{corrected[label]:.2g}" if label in corrected else "")
+        for label, (d, half, _) in tests.items()
     }
-    return {ours: ("", "")} | cells
 
 
 def show(lab: Lab, name: str, head: Sequence[str], lines: Sequence[Sequence], note: str = "") -> None:

@@ -1,11 +1,11 @@
-"""LoRA by hand (Hu et al. 2021): train two thin matrices beside every frozen one.
+r"""LoRA by hand (Hu et al. 2021): train two thin matrices beside every frozen one.
 
              x [.., in]
-            /          \\
+            /          \
     W [out, in]      A [r, in]       A: small random numbers
       frozen             |           B: zeros, so the adapted model starts as the base model
-            \\       B [out, r]       scale = alpha / r      (or alpha / √r: rsLoRA, Kalajdzievski 2023)
-             \\          /
+            \       B [out, r]       scale = alpha / r      (or alpha / √r: rsLoRA, Kalajdzievski 2023)
+             \          /
           y = W x + scale · B A x
 
 Switching the adapter off *is* the reference policy π_ref, so no second model is ever held. All that a client

@@ -22,7 +22,7 @@ assured; `diagnostics.first_order_gain` measures what really happened. And β = 
 D = ‖g₁ − g₂‖² / tr G, M = 2 and away from the clip, β moves λ by the share β/(D + β) of its way to p. That is half the
 way at D = 0.01, gradients that nearly coincide, and 1 % of it at D = 1, orthogonal ones.
 
-Everything here is float64 on the CPU; M is small, so a QP costs far less than one row of J.
+Everything but the products in `gram` is float64 on the CPU; M is small, so a QP costs far less than one row of J.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,9 @@ def gram(J: Tensor) -> Tensor:
 def cross_gram(halves: Tensor) -> Tensor:
     """The Gram matrix from two independent half-batches: 2 (J_a J_bᵀ + J_b J_aᵀ), its negative eigenvalues cut off.
 
-    halves [2, M, d] add up to J. The diagonal of `gram` counts the squared noise of a batch as if it were gradient;
-    products across independent halves do not. They may be indefinite, though, and the QP must be convex. [ours]
+    halves [2, M, d] add up to J, so each is about ½J, and J_a J_bᵀ about ¼G. The diagonal of `gram` counts the squared
+    noise of a batch as if it were gradient; products across independent halves do not. They may be indefinite, though,
+    and the QP must be convex. [ours]
     """
     a, b = halves
     both = gram(torch.cat([a, b]))[: len(a), len(a) :]  # J_a J_bᵀ [M, M]

@@ -5,9 +5,11 @@
 figures would have to ask for more than an upload.
 
 Means over clients are plain, except where the server's own average is meant: drift, averaging residual and stationarity
-weigh clients by the prompts they hold and leave rejected ones out. A method is measured by its own losses: morlhf has
-only one, so its `stationarity` is that of Σ_j p_j R_j and no Pareto stationarity, and its `first_order_gain`, like
-fsmgda's, is that of a local run's own loss.
+weigh clients by the prompts they hold; these and dispersion leave rejected clients out. A method is measured by its own
+losses: morlhf has only one, so its `stationarity` is that of Σ_j p_j R_j and no Pareto stationarity, and its
+`first_order_gain`, like fsmgda's, is that of a local run's own loss. `kl_weight` is κ Σ_j λ_j / max(σ_j, 0.1): what the
+KL weighs in a step after whitening. The price: up to twice the backward passes in the first epoch, and the gradients at
+θ_t of all clients held until the round ends.
 """
 
 from collections.abc import Sequence
@@ -61,6 +63,7 @@ def rewards_and_kl(
     """What the clients saw in a round: rewards (raw [N, M]), KL, and means over the local updates logs[client][run]."""
     every = [log for mine in logs for log in mine]
     metrics = {f"reward/{name}": float(raw[:, j].mean()) for j, name in enumerate(names)}
+    metrics |= {f"reward_sd/{name}": float(raw[:, j].double().std(correction=0)) for j, name in enumerate(names)}
     metrics |= {"kl": float(torch.cat([mine[0]["kl"] for mine in logs]).mean()), "kl_coef": kl_coef}
     for key in ("kl_weight", "entropy", "clip_fraction", "approx_kl", "first_order_gain", "cosine", "logp_gap"):
         metrics[key] = float(np.mean([log[key] for log in every]))

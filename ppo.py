@@ -211,7 +211,7 @@ def ppo_advantages(
 def policy_gradients(
     policy: Policy, batch: Rollout, logp_old: Tensor, advantages: Tensor, config: PPOConfig, parts: int = 1
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """J, the gradients of the M losses: one forward pass and M backward passes per micro-batch.
+    """J, the gradients of the M losses: per micro-batch one forward pass, and M backward passes for each part in it.
 
     logp_old [B, L], advantages [B, L, M]. Returns J [parts, M, d], each loss restricted to one of `parts` equal parts
     of the batch's rows, so that J.sum(0) is the whole gradient; the detached hidden states [B, L, H]; scalars to log.
@@ -225,7 +225,7 @@ def policy_gradients(
         logp, entropy, hidden = policy.logprobs(piece, config.entropy_coef > 0)  # [b, L], [b, L], [b, L, H]
         ratio = (logp - logp_old[rows]).exp()  # [b, L]
         loss = surrogate(ratio, advantages[rows], config.clip_range)  # [b, L, M]
-        loss = loss - config.entropy_coef * entropy[..., None]  # Σ λ_j = 1, so the bonus counts once
+        loss = loss - config.entropy_coef * entropy[..., None]  # Σ λ_j = 1, so a step has the bonus once
         present = part_of[rows].unique()
         member = (part_of[rows] == present[:, None]).to(loss.dtype)  # [p, b]
         losses = torch.einsum("blm,bl,pb->pm", loss, piece.mask.to(loss.dtype), member) / tokens  # [p, M]

@@ -91,7 +91,9 @@ class Session:
         if not config.run.objectives:
             raise ValueError("objectives: name at least one, as [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")
         names = [rewards.parse_spec(spec)[0] for spec in config.run.objectives]
-        mgda.preference_vector(config.firm.preference, len(names))
+        p = mgda.preference_vector(config.firm.preference, len(names))
+        if config.run.method in sweep.TAKE_NO_PREFERENCE and p.std(correction=0) > 1e-9:
+            raise ValueError(f"preference: {config.run.method} takes none; leave it out, or use firm, linear or morlhf")
         embedded = not config.rollout.model
         if not embedded and not config.data.prompts:
             raise ValueError("prompts: name the files that go with --model, as --prompts FILE...")
