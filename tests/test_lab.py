@@ -1,6 +1,7 @@
 """The experiments' machinery: rows, figures, statistics. The experiments themselves are run by `experiments.py`."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,6 +25,7 @@ def bench(tmp_path, monkeypatch):
 
     def fake(job):
         calls.append(job)
+        time.sleep(job.get("slow", 0))
         if job["seed"] == 99:
             raise RuntimeError("stopped")
         return [{"method": job["method"], "seed": job["seed"], "figure": float(len(calls))}]
@@ -45,6 +47,14 @@ def test_a_stopped_experiment_keeps_its_finished_rows(bench):
     with pytest.raises(RuntimeError, match="stopped"):
         made.rows("x", [{"method": "firm", "seed": s} for s in (0, 99)])
     assert made.rows("x", [{"method": "firm", "seed": 0}])[0]["figure"] == 1.0 and len(calls) == 2  # not run again
+
+
+def test_a_stop_does_not_wait_for_the_queue(bench, monkeypatch):
+    made, calls = bench
+    monkeypatch.setattr(lab, "append_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        made.rows("x", [{"method": "firm", "seed": s, "slow": 0.05} for s in range(50)])
+    assert len(calls) < 50
 
 
 def test_equal_jobs_are_run_once_and_both_get_the_row(bench):
@@ -188,6 +198,56 @@ def test_an_unknown_experiment_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
         experiments.main(["parteo"])
     assert "parteo" in capsys.readouterr().err
+
+
+def test_the_common_setting_is_best_on_average_over_the_methods(bench, monkeypatch):
+    made, _ = bench
+    scores = {("firm", 1e-3): 0.9, ("mgda", 1e-3): 0.0, ("firm", 3e-3): 0.5, ("mgda", 3e-3): 0.5}
+    rows = [
+        {"method": m, "seed": 101, "lr": lr, "server_lr": 1.0, "kl_coef": 0.01, "worst_gain": v}
+        for (m, lr), v in scores.items()
+    ]
+    monkeypatch.setattr(lab.Lab, "rows", lambda *_: rows)
+    assert experiments.common(made)["lr"] == 3e-3 and experiments.tuned(made, "firm")["lr"] == 1e-3
+
+
+def test_holms_family_leaves_out_other_settings_of_our_own_method():
+    rng = np.random.default_rng(0)
+    groups = {
+        label: [{"seed": s, "v": v} for s, v in enumerate(rng.normal(shift, 1.0, 10))]
+        for label, shift in (("firm", 0.0), ("firm β=1", 1.0), ("mgda", 1.0), ("linear", 0.5))
+    }
+    test = lab.against(groups, "firm", "v")
+    p = [lab.paired(groups["firm"], groups[label], "v")[2] for label in ("mgda", "linear")]
+    assert test["firm β=1"][1] == "" and test["firm"] == ("", "")
+    assert [test[label][1] for label in ("mgda", "linear")] == [f"{q:.2g}" for q in lab.holm(p)]
+
+
+def rounds_of(rewards, spread):
+    """metrics.jsonl lines with these mean rewards, and a summary."""
+    names = ("lambda/helpful", "lambda/harmless", "lambda/disagreement", "lambda/drift", "lambda/movement", "seconds",
+             "adapter/dispersion", "adapter/averaging_residual", "adapter/norm", "cosine", "stationarity")  # fmt: skip
+    lines = [
+        dict.fromkeys(names, 1.0) | {f"reward/{n}": float(r) for n in lab.NAMES}
+        | {f"reward_sd/{n}": spread for n in lab.NAMES}
+        for r in rewards
+    ]  # fmt: skip
+    rough = lab.diagnostics.roughness(rewards)
+    return lines, {"objectives": {n: {"roughness": rough, "calibration": {"scale": 0.5}} for n in lab.NAMES}}
+
+
+def test_the_noise_of_sampling_alone_leaves_no_net_roughness():
+    rng = np.random.default_rng(0)
+    spread = 2.0  # of the rewards of a round's 4 · 25 responses, whose mean then has deviation 0.2
+    quiet, loud = 0.05 * np.arange(2000), rng.normal(0.0, spread / 10, 2000)
+    wild = loud + rng.normal(0.0, 0.5, 2000)
+    job = {"clients": 4, "batch_size": 25}
+    net = [lab.round_figures(job, *rounds_of(r, spread))["net_roughness_helpful"] for r in (quiet, loud, wild)]
+    assert net[0] == 0.0 and net[1] < 0.1 and net[2] == pytest.approx(0.5 / 0.5, rel=0.1)
+
+
+def test_every_row_has_every_figure_of_the_rounds():
+    assert set(lab.round_figures({}, *rounds_of([0.0, 1.0, 0.0], 1.0))) == set(lab.ROUND_FIGURES)
 
 
 def test_a_table_has_a_line_per_group(tmp_path, capsys):

@@ -77,6 +77,11 @@ def refused(capsys, arguments) -> str:
     return lines[0]
 
 
+def test_a_preference_is_refused_where_the_method_takes_none(world, capsys):
+    assert run.main(command(world, method="fsmgda", preference=[0.3, 0.7])) == 2
+    assert "preference: fsmgda takes none" in capsys.readouterr().err
+
+
 def test_a_run_leaves_every_file_that_the_readme_names(finished):
     assert {p.name for p in finished.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "adapter", "checkpoint", "rewards.png",
