@@ -28,6 +28,7 @@ from tqdm import tqdm
 import diagnostics
 import mgda
 import plots
+import report
 import run
 import sweep
 import toy
@@ -104,19 +105,19 @@ def key(job: dict) -> str:
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
-    """Add rows at the end, under the header that the first ones made. Raises ValueError for a column it lacks."""
+    """Add rows at the end, under the header that the first ones made; the file is written whole or not at all.
+
+    Raises ValueError for a column that the header lacks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = list(rows[0])
-    if path.exists():
-        with open(path, encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file))
+    before = path.read_text("utf-8") if path.exists() else ""
     text = io.StringIO()
+    header = next(csv.reader([before.split("\n")[0]])) if before else list(rows[0])
     writer = csv.DictWriter(text, header, lineterminator="\n")
-    if not path.exists():
+    if not before:
         writer.writeheader()
     writer.writerows(rows)
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        file.write(text.getvalue())  # at once: a job's rows are all there or none is
+    report.write(path, before + text.getvalue())
 
 
 def read_rows(path: Path) -> dict[str, list[dict]]:
