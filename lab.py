@@ -363,6 +363,8 @@ def sweep_volume(rows: list[dict]) -> float:
 # ---- tables and pictures --------------------------------------------------------------------------------------
 
 LABELS = {
+    "normalised_helpful": "normalised gain in helpful",
+    "normalised_harmless": "normalised gain in harmless",
     "net_roughness_helpful": "roughness of helpful, net of sampling",
     "net_roughness_harmless": "roughness of harmless, net of sampling",
     "gap_small": "share of steps with a gap ≤ 1e-6",
