@@ -86,6 +86,7 @@ def tuning(lab: Lab) -> None:
 
 
 def tuning_jobs(lab: Lab) -> list[dict]:
+    """Every method at every point of the grid, on the tuning seeds; one point in miniature."""
     grid = [dict(zip(GRID, (lr, rate, kl), strict=True)) for lr in GRID["lr"] for rate in GRID["server_lr"]
             for kl in GRID["kl_coef"]]  # fmt: skip
     seeds = TUNING_SEEDS
@@ -208,6 +209,7 @@ def pareto(
     setting = setting or common(lab)
 
     def sweep(label: str, seed: int) -> list[dict]:
+        """One label's jobs for one seed, in the order of the preferences."""
         method, extra = SWEEPS[label]
         shared = {"rounds": rounds} | setting | extra
         if method == "soups":
@@ -313,7 +315,7 @@ def rank(lab: Lab) -> None:
 
 
 def clients(lab: Lab) -> None:
-    """2, 3, 8, 32 clients: with 16 prompts each, and with 128 in all."""
+    """2, 3, 8, 32 clients: with 16 prompts each, and with about 128 in all (3 · 43 = 129)."""
     setting = common(lab)
     counts, kinds = (
         lab.some((2, 3, 8, 32)),
