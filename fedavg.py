@@ -18,7 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from stopwatch import phase
 
+
+@phase("aggregate")
 def average(updates: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the clients' vectors.
 

@@ -44,6 +44,7 @@ import ppo
 from lora import Adapter
 from ppo import Advantages, PPOConfig, ppo_advantages
 from rollout import Policy, Rollout
+from stopwatch import phase
 
 
 @dataclass
@@ -148,6 +149,7 @@ MGDA = replace(FIRM, name="mgda", weights=lambda Ghat, config: mgda.solve(Ghat, 
 LINEAR = replace(FIRM, name="linear", weights=fixed_weights)
 
 
+@phase("update")
 def local_update(
     client: "Client", policy: Policy, theta: Tensor, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
     config: FIRMConfig, ppo_config: PPOConfig,
@@ -188,6 +190,7 @@ def qp_matrix(G: Tensor, halves: Tensor, config: FIRMConfig) -> Tensor:
     return mgda.normalise(mgda.cross_gram(halves) if config.gram == "cross" else G)
 
 
+@phase("reference")
 def appraise(
     client: "Client", policy: Policy, batch: Rollout, scores: Tensor, kl_coef: float, method: Method,
     ppo_config: PPOConfig,

@@ -76,14 +76,21 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(n_out, rank, device=base.weight.device))  # [out, r]
         self.scale = scale
         self.enabled = True
+        self.rounded: tuple[Tensor, Tensor] | None = None  # A and B in the base's type, see `ready_to_sample`
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the base layer's type."""
+        """x [..., in] -> [..., out], in the base layer's type.
+
+        Over 16-bit weights the products with A and B run in 16 bits too, as in any mixed-precision training: the
+        adapter's own numbers, its gradients and its optimizer stay float32. [ours]
+        """
         y = self.base(x)
         if not self.enabled:
             return y
-        update = nn.functional.linear(nn.functional.linear(x.to(self.A.dtype), self.A), self.B)  # [..., out]
-        return y + (self.scale * update).to(y.dtype)
+        A, B = self.rounded or (self.A.to(x.dtype), self.B.to(x.dtype))
+        z = nn.functional.linear(x, A)  # [..., r]
+        # y + scale · z Bᵀ in one product, so that nothing of y's size is scaled or added by itself
+        return torch.addmm(y.view(-1, y.shape[-1]), z.view(-1, z.shape[-1]), B.T, alpha=self.scale).view_as(y)
 
     def delta(self) -> Tensor:
         """scale · B A in the shape in which the base stores its weight, float32."""
@@ -103,6 +110,7 @@ class Adapter:
         self.config = config
         self.parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
         self.size = sum(p.numel() for p in self.parameters)
+        self._copies: list[tuple[Tensor, Tensor]] | None = None  # of `ready_to_sample`
 
     def vector(self) -> Tensor:
         """A copy of θ [d], float32."""
@@ -120,6 +128,11 @@ class Adapter:
         """Cut a vector [d] into views shaped like the parameters."""
         parts = flat.split([p.numel() for p in self.parameters])
         return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+
+    @property
+    def enabled(self) -> bool:
+        """False inside `disabled`."""
+        return all(layer.enabled for layer in self.layers.values())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -152,6 +165,40 @@ class Adapter:
             with torch.no_grad():
                 for name, weight in saved.items():
                     self.layers[name].base.weight.copy_(weight)
+
+    @contextmanager
+    def ready_to_sample(self) -> Iterator[None]:
+        """Inside, the adapter costs as little as it can at the same fidelity; it must not change there.
+
+        Merged into float32 weights, which is exact to rounding; over 16-bit weights, where merging would lose it, A and
+        B are rounded once and not at every token. The copies keep their addresses, for a CUDA graph to read. [ours]
+        """
+        layers = list(self.layers.values())
+        types = {layer.base.weight.dtype for layer in layers}
+        if not self.enabled:
+            yield
+        elif types == {torch.float32}:
+            with self.merged():
+                yield
+        else:
+            for layer, copies in zip(layers, self._rounded_copies(), strict=True):
+                layer.rounded = copies
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.rounded = None
+
+    @torch.no_grad()
+    def _rounded_copies(self) -> list[tuple[Tensor, Tensor]]:
+        if self._copies is None:
+            self._copies = [
+                tuple(half.to(layer.base.weight.dtype) for half in (layer.A, layer.B)) for layer in self.layers.values()
+            ]
+        for copies, layer in zip(self._copies, self.layers.values(), strict=True):
+            copies[0].copy_(layer.A)
+            copies[1].copy_(layer.B)
+        return self._copies
 
     def save(self, directory: str | Path, base_model: str) -> None:
         """Write PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`, each whole or not at all."""

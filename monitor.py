@@ -25,8 +25,10 @@ import ppo
 from lora import Adapter
 from ppo import Advantages
 from rollout import Rollout
+from stopwatch import phase
 
 
+@phase("monitor")
 def step(J: Tensor, G: Tensor, lam: Tensor, moved: Tensor, advantages: Advantages, kl_coef: float) -> dict[str, Any]:
     """What to remember of one optimizer step. J [k, d], G [k, k], lam [k], moved [d] is Δθ as taken."""
     scale = advantages.scale.cpu().clamp_min(ppo.SCALE_FLOOR)
@@ -39,6 +41,7 @@ def step(J: Tensor, G: Tensor, lam: Tensor, moved: Tensor, advantages: Advantage
     }
 
 
+@phase("monitor")
 def update(
     steps: list[dict[str, Any]], at_theta_t: Tensor, batch: Rollout, logp_old: Tensor, logp_ref: Tensor,
     advantages: Advantages,
@@ -57,6 +60,7 @@ def update(
     }  # fmt: skip
 
 
+@phase("monitor")
 def rewards_and_kl(
     names: Sequence[str], raw: Tensor, rollout: Rollout, logs: list[list[dict[str, Any]]], kl_coef: float
 ) -> dict[str, float]:
@@ -76,6 +80,7 @@ def rewards_and_kl(
     return metrics
 
 
+@phase("monitor")
 def agreement(
     names: Sequence[str], run_rewards: list[Tensor], mixing: Tensor, logs: list[list[dict[str, Any]]], uploads: Tensor,
     weights: Tensor, adapter: Adapter, last_lambda: Tensor | None,

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 import diagnostics
+from stopwatch import Stopwatch, peak_memory
 
 
 @dataclass
@@ -140,6 +141,21 @@ def table(session: Any, summary: dict) -> str:
         f"{summary['seconds']:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def profile(watch: Stopwatch, rounds: int) -> dict:
+    """What --profile leaves in summary.json: seconds per round and phase, peak memory."""
+    kind, peak = peak_memory()
+    return {"rounds": rounds, "seconds": dict(watch.seconds), "memory": kind, "peak_gib": peak}
+
+
+def profile_table(profile: dict) -> str:
+    """Where the rounds' time went, largest first."""
+    total = sum(profile["seconds"].values())
+    lines = ["", f"{'phase':12}{'s/round':>10}{'share':>8}   (of {profile['rounds']} rounds, {total:.1f} s)"]
+    for name, seconds in sorted(profile["seconds"].items(), key=lambda item: -item[1]):
+        lines.append(f"{name:12}{seconds / profile['rounds']:>10.3f}{seconds / total:>8.0%}")
+    return "\n".join([*lines, f"peak {profile['memory']} {profile['peak_gib']:.2f} GiB"])
 
 
 def comparison(rows: Sequence[dict], names: Sequence[str], n: int, S: int) -> str:

@@ -1,21 +1,20 @@
 """From prompts to responses and their log-probabilities.
 
-Sampling is inverse-CDF: the token at step t is the first whose cumulative probability exceeds a uniform u_t drawn
-up front. A client's uniforms depend on (seed, round, client) alone, so its responses do not depend on who shares its
-batch, on early stops, or on a restart, except where a uniform lies within rounding of an edge of the CDF. [ours]
+Sampling (`sampler.py`) turns uniforms into tokens. A client's uniforms depend on (seed, round, client) alone, so its
+responses do not depend on who shares its batch, on early stops, or on a restart, except where a uniform lies within
+rounding of an edge of the CDF. [ours]
 
     prompts   [N, P]  left-padded, so that every row's last prompt token stands at P − 1
     responses [N, L]  right-padded; mask [N, L] is 1 up to and including the first EOS, which is trained like any token
     logp      [B, L]  log π(response token | everything before), float32, at the sampling temperature
 
 Position ids come from the mask. Log-softmax runs in float32 and only over response positions: the backbone's hidden
-states first, then the output embedding on the slice that is needed. Only sampling is cohort-wide; a client's
-log-probs run on its own rows, cut to its own width and to micro-batches, for π_old and π_new alike.
-
-Left out on purpose: top-k and top-p (π would no longer be the distribution that is trained), beam search.
+states first, then the output embedding, on the slice that is needed and a chunk of tokens at a time (`TokenLogProbs`).
+Only sampling is cohort-wide; a client's log-probs run on its own rows, cut to its own width and to micro-batches, for
+π_old and π_new alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -23,9 +22,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora import Adapter, LoRAConfig, inject
+from sampler import Sampler, pad_left, positions
+from stopwatch import phase
+
+LOGITS_IN_MEMORY = 2**24  # float32 logits of one chunk: 64 MB, a few times over
 
 
 @dataclass
@@ -38,12 +42,21 @@ class RolloutConfig:
     dtype: str = field(default="float32", metadata={"help": "type of the frozen weights: float32, bfloat16 or float16"})
     max_new_tokens: int = field(default=128, metadata={"help": "response length L, in tokens"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature, also that of every log-prob"})
+    sample_batch_size: int | None = field(
+        default=None, metadata={"help": "rows sampled at once; the whole cohort where not given"}
+    )
+    cuda_graph: bool = field(default=True, metadata={"help": "on a GPU, capture the decode step as a CUDA graph"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "keep one state per layer and recompute the rest: less memory, more time"}
+    )
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: {self.dtype!r} is none of float32, bfloat16, float16")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} must be at least 1")
+        if self.sample_batch_size is not None and self.sample_batch_size < 1:
+            raise ValueError(f"sample_batch_size: {self.sample_batch_size} must be at least 1")
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: {self.temperature} must be a positive number")
 
@@ -93,58 +106,46 @@ class Policy:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         lora: LoRAConfig,
-        temperature: float = 1.0,
+        config: RolloutConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        config = config or RolloutConfig()
+        self.model, self.tokenizer, self.temperature = model, tokenizer, config.temperature
+        self.sample_batch_size, self.gradient_checkpointing = config.sample_batch_size, config.gradient_checkpointing
         self.eos = eos_ids(model, tokenizer)
         pad, vocabulary = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
         self.pad = pad if pad is not None and pad < vocabulary else self.eos[0]
         self.device = next(model.parameters()).device
         self.hidden_size = model.get_output_embeddings().weight.shape[1]
+        self.chunk = max(LOGITS_IN_MEMORY // vocabulary, 1)  # tokens
         model.eval()
         refuse_altered_logits(model)
         self.adapter: Adapter = inject(model, lora, seed)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.sampler = Sampler(model, self.log_softmax, self.eos, self.pad, config.cuda_graph)
 
-    def pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token lists of any lengths -> ids [N, P] and mask [N, P], padded on the left."""
-        P = max(len(p) for p in prompts)
-        ids = torch.tensor([[self.pad] * (P - len(p)) + list(p) for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        return ids, mask
-
-    @torch.no_grad()
+    @phase("sample")
     def sample(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray) -> Rollout:
         """One response to each prompt. prompts: N token lists; uniforms [N, L] float64 in [0, 1), row by row.
 
         Stops early once every row has ended. Returned widths are P (the longest prompt) and at most L.
         """
-        ids, prompt_mask = self.pad_left(prompts)
         u = torch.from_numpy(uniforms).to(self.device)  # [N, L]
-        eos = torch.tensor(self.eos, device=self.device)
-        seen = prompt_mask  # attention mask over prompt and what has been sampled
-        alive = torch.ones(len(ids), dtype=torch.bool, device=self.device)
-        step_ids, cache = ids, None
-        tokens, masks, logps = [], [], []
-        for t in range(u.shape[1]):
-            position = positions(seen)[:, -step_ids.shape[1] :]
-            out = self.model.base_model(
-                input_ids=step_ids, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-            )
-            cache = out.past_key_values
-            logp = self._log_softmax(out.last_hidden_state[:, -1])  # [N, V]
-            token = inverse_cdf(logp, u[:, t])  # [N]
-            logps.append(logp.gather(1, token[:, None])[:, 0])
-            token = torch.where(alive, token, self.pad)
-            tokens.append(token)
-            masks.append(alive)
-            alive = alive & ~torch.isin(token, eos)
-            if not alive.any():
-                break
-            step_ids, seen = token[:, None], torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
-        mask = torch.stack(masks, 1)  # [N, L]
-        logp = torch.stack(logps, 1) * mask
-        return Rollout(ids, prompt_mask, torch.stack(tokens, 1), mask.long(), logp, ended=~alive)
+        size = self.sample_batch_size or len(prompts)
+        on = self.adapter.enabled  # the captured step has it on
+        with self.adapter.ready_to_sample():
+            pieces = [
+                self.sampler.draw(prompts[i : i + size], u[i : i + size], cuda_graph=on)
+                for i in range(0, len(prompts), size)
+            ]
+        width = max(tokens.shape[1] for tokens, _, _, _ in pieces)
+        widen = lambda x, value: pad(x, (0, width - x.shape[1]), value=value)  # noqa: E731
+        tokens = torch.cat([widen(tokens, self.pad) for tokens, _, _, _ in pieces])
+        mask = torch.cat([widen(mask, False) for _, mask, _, _ in pieces])
+        logp = torch.cat([widen(logp, 0.0) for _, _, logp, _ in pieces])
+        alive = torch.cat([alive for _, _, _, alive in pieces])
+        return Rollout(*pad_left(prompts, self.pad, self.device), tokens, mask.long(), logp * mask, ended=~alive)
 
     def logprobs(self, batch: Rollout, entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass over prompts and responses.
@@ -153,6 +154,7 @@ class Policy:
         which each response token was predicted, detached: what a critic may read of the past and nothing more. The
         entropy carries a gradient only if asked to.
         """
+        self.model.train(self.gradient_checkpointing)  # the same function either way: there is no dropout
         seen = torch.cat([batch.prompt_mask, batch.mask], 1)  # [B, P + L]
         P, L = batch.prompts.shape[1], batch.responses.shape[1]
         hidden = self.model.base_model(
@@ -161,11 +163,10 @@ class Policy:
             position_ids=positions(seen),
             use_cache=False,
         ).last_hidden_state[:, P - 1 : P + L - 1]  # [B, L, H]; position t predicts token t + 1
-        logp_all = self._log_softmax(hidden)  # [B, L, V]
-        logp = logp_all.gather(-1, batch.responses[..., None])[..., 0]  # [B, L]
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):  # else it would only be kept
-            entropy = -(logp_all.exp() * logp_all).sum(-1)  # [B, L]
-        return logp * batch.mask, entropy * batch.mask, hidden.detach()
+        logp, entropy = TokenLogProbs.apply(
+            hidden.flatten(0, 1), batch.responses.flatten(), self.log_softmax, self.chunk, entropy_gradient
+        )  # [B · L] each
+        return logp.view_as(batch.mask) * batch.mask, entropy.view_as(batch.mask) * batch.mask, hidden.detach()
 
     @torch.no_grad()
     def logprobs_in_pieces(self, batch: Rollout, micro_batch_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +175,8 @@ class Policy:
         logp, entropy, hidden = zip(*pieces, strict=True)
         return torch.cat(logp), torch.cat(entropy), torch.cat(hidden)
 
-    def _log_softmax(self, hidden: Tensor) -> Tensor:
+    def log_softmax(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., H] -> log-probs of the next token [..., V], float32, at the sampling temperature."""
         logits = self.model.get_output_embeddings()(hidden).float()
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
@@ -185,18 +187,47 @@ class Policy:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True), ids
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position ids [N, T] from an attention mask [N, T]: the first real token of a row stands at 0."""
-    return (mask.cumsum(1) - 1).clamp_min(0)
+class TokenLogProbs(torch.autograd.Function):
+    """log π and entropy of n tokens, from the hidden states that predict them, a chunk of tokens at a time.
 
-
-def inverse_cdf(logp: Tensor, u: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds u. logp [N, V], u [N] in [0, 1) -> ids [N].
-
-    A token of probability 0 is never chosen. Summed in float64, so that V = 32,000 terms still add up to 1.
+    log π_t depends on θ through h_t alone, so ∂log π_t/∂h_t [H] is taken here, while the chunk's logits exist. Each of
+    the M backward passes then only scales it: the output embedding is passed once backward, not M times, and no
+    [B, L, V] tensor is ever whole in memory. [ours]
     """
-    cdf = logp.double().exp().cumsum(-1)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_max(logp.shape[1] - 1)
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, tokens: Tensor, log_softmax: Callable[[Tensor], Tensor], chunk: int,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """hidden [n, H], tokens [n] -> log π [n] and entropy [n], float32; the entropy has a gradient only if asked."""
+        values, slopes = [], []  # of each chunk: [2, chunk], and [1 or 2, chunk, H]
+        for h, token in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+            h = h.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(h.requires_grad):
+                logp_all = log_softmax(h)  # [chunk, V]
+                logp = logp_all.gather(1, token[:, None])[:, 0]
+                with torch.set_grad_enabled(h.requires_grad and entropy_gradient):
+                    entropy = -(logp_all.exp() * logp_all).sum(1)
+            values.append(torch.stack([logp.detach(), entropy.detach()]))
+            if h.requires_grad:
+                wanted = [logp, entropy] if entropy_gradient else [logp]
+                slopes.append(
+                    torch.stack([torch.autograd.grad(x, h, torch.ones_like(x), retain_graph=True)[0] for x in wanted])
+                )
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes, 1))
+        logp, entropy = torch.cat(values, 1)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The chain rule: ∂L/∂h_t = ∂L/∂log π_t · ∂log π_t/∂h_t, and the entropy's alike."""
+        (slopes,) = ctx.saved_tensors  # [1 or 2, n, H]
+        hidden = sum(g[:, None] * slope for g, slope in zip(grads, slopes, strict=False))
+        return hidden.to(slopes.dtype), None, None, None, None
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -26,6 +26,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ from firm import Federation, stream
 from report import Evaluation, to_json, write
 from rollout import Policy, load_model
 from settings import METHODS, TOY_OBJECTIVES, Config, parse
+from stopwatch import Stopwatch, phase
 
 
 def reserve_directory(wanted: str | None, name: str) -> Path:
@@ -121,13 +123,14 @@ class Session:
         self.shares = data.split_clients(
             train, config.firm.clients, config.data.split, config.data.dirichlet_alpha, config.run.seed
         )
-        self.policy = Policy(model, tokenizer, config.lora, config.rollout.temperature, config.run.seed)
+        self.policy = Policy(model, tokenizer, config.lora, config.rollout, config.run.seed)
         self.calibration: rewards.Calibration | None = None
         self.federation = Federation(
             self.policy, self.shares, self.names, self.score, lambda raw: self.calibration.apply(raw), config.firm,
             config.ppo, config.rollout.max_new_tokens, METHODS[config.run.method](config), config.run.seed,
         )  # fmt: skip
 
+    @phase("score")
     def score(self, prompts: Sequence[Prompt], rollout) -> torch.Tensor:
         """Raw rewards [N, M] of a rollout."""
         texts, ids = self.policy.texts(rollout)
@@ -255,15 +258,17 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         total=config.firm.rounds, initial=federation.rounds_done, desc=title or "round", disable=not progress,
         dynamic_ncols=True,
     )  # fmt: skip
+    first = federation.rounds_done
     try:
-        while federation.rounds_done < config.firm.rounds:
-            metrics.append(federation.round())
-            save_grams(out, federation)
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(to_json(metrics[-1]) + "\n")
-            session.save_checkpoint(out / "checkpoint", before)
-            bar.set_postfix_str(report.progress_line(metrics[-1], session.names))
-            bar.update()
+        with Stopwatch() if config.run.profile else nullcontext() as watch:
+            while federation.rounds_done < config.firm.rounds:
+                metrics.append(federation.round())
+                save_grams(out, federation)
+                with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(to_json(metrics[-1]) + "\n")
+                session.save_checkpoint(out / "checkpoint", before)
+                bar.set_postfix_str(report.progress_line(metrics[-1], session.names))
+                bar.update()
         bar.close()
         after = session.evaluate("trained model")
     except BaseException:
@@ -272,11 +277,15 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
 
     session.policy.adapter.save(out / "adapter", session.base_model)
     summary = report.summarise(session, before, after, metrics, time.perf_counter() - started)
+    if watch and federation.rounds_done > first:
+        summary["profile"] = report.profile(watch, federation.rounds_done - first)
     write(out / "samples.jsonl", report.samples(session, before, after))
     draw(session, before, after, metrics, out)
     write(out / "summary.json", to_json(summary, indent=2) + "\n")  # last, see above
     say(report.table(session, summary))
     say(report.show_samples(session, before, after))
+    if "profile" in summary:
+        say(report.profile_table(summary["profile"]) + "\n")
     say(f"{out}: adapter/ (PEFT format), samples.jsonl, metrics.jsonl, summary.json, pictures")
     return summary
 

@@ -54,8 +54,17 @@ PRESETS = {
         "reward_dtype": "bfloat16",
         "min_prompt_tokens": 8,
         "max_grad_norm": 0.5,
+        "micro_batch_size": 8,
+        "eval_batch_size": 128,  # the cohort's size, so that one decoder serves both
     },
     "paper": {},  # the fields' defaults: the paper's settings where it states them, else RiC's or ours
+}
+PRESETS["tinyllama-12gb"] = PRESETS["tinyllama"] | {  # the same training, in smaller pieces
+    "sample_batch_size": 32,
+    "eval_batch_size": 32,
+    "micro_batch_size": 2,
+    "gradient_checkpointing": True,
+    "reward_batch_size": 8,
 }
 
 
@@ -64,7 +73,8 @@ class RunConfig:
     """What the run is and where it goes."""
 
     preset: str = field(
-        default="tiny", metadata={"help": "tiny, tinyllama, or paper: no preset, the default where --model is given"}
+        default="tiny",
+        metadata={"help": "tiny, tinyllama, tinyllama-12gb, or paper: no preset, the default where --model is given"},
     )
     method: str = field(
         default="firm",
@@ -84,6 +94,7 @@ class RunConfig:
         default="float32", metadata={"help": "type of the reward models: float32, bfloat16 or float16"}
     )
     reward_batch_size: int = field(default=32, metadata={"help": "rows per batch of a reward model"})
+    profile: bool = field(default=False, metadata={"help": "print where the rounds' time goes, and the peak memory"})
     show: int = field(default=4, metadata={"help": "held-out prompts whose answers are printed, before and after"})
     out: str | None = field(
         default=None, metadata={"help": "run directory; the next free runs/METHOD-PRESET if not given"}

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora import LoRAConfig
-from rollout import Policy
+from rollout import Policy, RolloutConfig
 
 torch.set_num_threads(1)
 WORDS = [f"w{i}" for i in range(46)]
@@ -47,7 +47,9 @@ def make_model(kind: str, seed: int = 0):
 
 def make_policy(kind: str = "llama", noise: float = 0.1, temperature: float = 1.0, rank: int = 4) -> Policy:
     """A policy whose adapter has been moved away from zero, so that it does something."""
-    policy = Policy(make_model(kind), make_tokenizer(), LoRAConfig(lora_rank=rank), temperature)
+    policy = Policy(
+        make_model(kind), make_tokenizer(), LoRAConfig(lora_rank=rank), RolloutConfig(temperature=temperature)
+    )
     theta = policy.adapter.vector()
     policy.adapter.assign(theta + noise * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1)))
     return policy

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy
+from conftest import make_model, make_policy, make_tokenizer
 
 import ppo
+from lora import LoRAConfig
 from ppo import PPOConfig
+from rollout import Policy, RolloutConfig
 
 G = torch.Generator().manual_seed(0)
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
@@ -230,6 +232,35 @@ def test_the_entropy_bonus_adds_the_entropys_gradient_to_every_objective(policy)
     entropy = policy.logprobs(batch, entropy_gradient=True)[1].sum() / batch.mask.sum()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(entropy, policy.adapter.parameters)])
     assert (bonus - plain + 0.5 * expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_recomputing_activations_changes_no_gradient(kind):
+    plain = make_policy(kind)
+    saving = Policy(
+        make_model(kind), make_tokenizer(), LoRAConfig(lora_rank=4), RolloutConfig(gradient_checkpointing=True)
+    )
+    saving.adapter.assign(plain.adapter.vector())
+    batch, logp, _ = batch_of(plain)
+    advantages = torch.randn(*logp.shape, 2, generator=G)
+    kept, recomputed = (gradients(policy, batch, logp, advantages) for policy in (plain, saving))
+    assert (kept - recomputed).abs().max() <= 1e-6 * kept.abs().max()
+    layers = [module for module in saving.model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert layers and saving.model.training  # it really was the checkpointed path
+
+
+def test_over_16_bit_weights_the_gradients_are_float32_and_those_of_float32_to_rounding(kind):
+    exact, rounded = make_policy(kind), make_policy(kind)
+    batch, logp, _ = batch_of(exact)
+    advantages = torch.randn(*logp.shape, 2, generator=G)
+    expected = gradients(exact, batch, logp, advantages)
+    for module in rounded.model.modules():  # the frozen weights alone
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                setattr(module, name, torch.nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
+    old, _, _ = rounded.logprobs_in_pieces(batch, None)
+    J = gradients(rounded, batch, old, advantages)
+    assert J.dtype == torch.float32
+    assert torch.cosine_similarity(J, expected, dim=1).min() > 0.97
 
 
 def test_a_response_that_never_ends_pays_the_penalty_on_every_objective():

@@ -7,10 +7,13 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_model, make_policy, make_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rollout
 from lora import LoRAConfig
-from rollout import Policy, RolloutConfig, inverse_cdf, load_model
+from rollout import Policy, RolloutConfig, TokenLogProbs, load_model
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, 50, n).tolist() for n in (3, 9, 1, 12, 5, 20)]
@@ -142,6 +145,54 @@ def test_entropy_is_that_of_the_next_token_distribution():
     assert (policy.logprobs(row)[1][0] - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunks_of_tokens_give_the_logprobs_entropies_and_gradients_of_the_whole(chunk, entropy_gradient):
+    torch.manual_seed(0)
+    head = torch.randn(11, 5, dtype=torch.float64)
+    tokens = torch.tensor([3, 0, 10, 7, 7, 1, 2])
+    log_softmax = lambda h: (h @ head.T).log_softmax(-1)  # noqa: E731
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    logp, entropy = TokenLogProbs.apply(hidden, tokens, log_softmax, chunk, entropy_gradient)
+    whole = log_softmax(hidden)
+    assert (logp - whole[range(7), tokens]).abs().max() < 1e-12
+    assert (entropy + (whole.exp() * whole).sum(1)).abs().max() < 1e-12
+    assert entropy.requires_grad == entropy_gradient
+    outputs = 2 if entropy_gradient else 1
+    apply = lambda h: TokenLogProbs.apply(h, tokens, log_softmax, chunk, entropy_gradient)[:outputs]  # noqa: E731
+    assert torch.autograd.gradcheck(apply, (hidden,))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator inside makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+def test_the_logits_of_the_whole_batch_are_never_in_memory_at_once():
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=5000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    policy = Policy(model, make_tokenizer(), LoRAConfig(lora_rank=1))
+    batch = policy.sample(PROMPTS, UNIFORMS)
+    weights = max(p.numel() for p in model.parameters())
+    whole = batch.responses.numel() * 5000
+    for chunk, least, most in ((10**6, whole, whole), (4, weights, 4 * 5000)):
+        policy.chunk = chunk
+        with Largest() as largest:
+            logp, _, _ = policy.logprobs(batch)
+            torch.autograd.grad(logp.sum(), policy.adapter.parameters)
+        assert largest.elements <= max(most, weights)
+        assert largest.elements >= least
+
+
 def test_hidden_states_carry_no_gradient(policy):
     assert not policy.logprobs(policy.sample(PROMPTS, UNIFORMS))[2].requires_grad
 
@@ -199,18 +250,6 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(str(tmp_path), "float32", "cpu")
-
-
-def test_inverse_cdf_picks_the_first_token_past_u():
-    logp = torch.tensor([0.2, 0.0, 0.5, 0.3]).log().expand(6, 4)
-    u = torch.tensor([0.0, 0.19999, 0.20001, 0.69999, 0.70001, 0.99999], dtype=torch.float64)
-    assert inverse_cdf(logp, u).tolist() == [0, 0, 2, 2, 3, 3]
-
-
-def test_inverse_cdf_never_picks_a_token_of_probability_zero():
-    logp = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log().expand(1000, 5)
-    u = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    assert set(inverse_cdf(logp, u).tolist()) == {1, 3}
 
 
 def test_a_tokenizer_without_eos_is_refused_whatever_the_models_config_says():

@@ -1,0 +1,78 @@
+"""Where a round's time goes (`--profile`): phases as decorated functions, each second counted once. [ours]
+
+    @phase("sample")
+    def sample(...): ...
+
+costs nothing until a `Stopwatch` runs. Inside a phase another may begin; the outer one's clock stands still meanwhile,
+so that the phases add up to the whole. A GPU works through its queue after Python has moved on: a running stopwatch
+waits for it at every border, which makes the sum a little slower than a run that is not watched.
+"""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from contextlib import ContextDecorator
+
+import torch
+
+_running: "Stopwatch | None" = None
+
+
+class Stopwatch:
+    """`with Stopwatch() as watch:` adds up `watch.seconds` by phase; what is in no phase is "other"."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.open: list[str] = []
+
+    def __enter__(self) -> "Stopwatch":
+        global _running
+        _running = self
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.last = now()
+        return self
+
+    def __exit__(self, *_) -> None:
+        global _running
+        self.turn()
+        _running = None
+
+    def turn(self) -> None:
+        """The time since the last border goes to the innermost open phase."""
+        border = now()
+        self.seconds[self.open[-1] if self.open else "other"] += border - self.last
+        self.last = border
+
+
+class phase(ContextDecorator):  # noqa: N801 - reads as a decorator
+    """A named stretch of work, as a decorator or in a with statement."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        if _running:
+            _running.turn()
+            _running.open.append(self.name)
+
+    def __exit__(self, *_) -> None:
+        if _running and _running.open:
+            _running.turn()
+            _running.open.pop()
+
+
+def now() -> float:
+    """Seconds, once the GPU, where there is one, has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory() -> tuple[str, float]:
+    """What is measured and how much, in GiB: the GPU's tensors since the stopwatch began, else the whole process."""
+    if torch.cuda.is_available():
+        return "GPU memory", torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return "memory of the process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
