@@ -1,0 +1,478 @@
+"""Our parts against well-known peers, side by side in one process. [ours]
+
+    pip install -r requirements-bench.txt
+    python bench.py                                       # the CPU's two shapes: tiny and stories260k
+    python bench.py --device cuda --dtype bfloat16 --shapes tinyllama
+    python bench.py --only a c --pairs 5                  # some parts, in a hurry
+
+Models have random weights of a given shape, built from a config: nothing is downloaded, and time does not depend on
+what a weight says (responses are kept from ending early, on both sides). Every comparison runs ours and the peer's in
+turn, so that what else the machine does falls on both; the figure is the median of the ratios of the pairs, with a
+bootstrapped 95 % interval. On shared CPU cores the ratios mean something and the seconds do not.
+
+    a  our LoRA layer against PEFT's               e  our QP solvers against SLSQP and TorchJD
+    b  our sampler against transformers.generate   f  a whole round against TRL's GRPOTrainer, client by client
+    c  cohort rollout against client by client     g  what a round costs, by clients, objectives, rank, length
+    d  J for M objectives against M passes
+
+Rows go to results/bench.json, where a run replaces those of its own device, type and names.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import mgda
+import ppo
+from data import Prompt
+from firm import Federation, FIRMConfig
+from lora import LoRAConfig, LoRALinear
+from ppo import PPOConfig
+from report import write
+from rollout import Policy, RolloutConfig
+from run import quiet_libraries
+
+RESULTS = Path(__file__).parent / "results" / "bench.json"
+CLIENTS, BATCH = 8, 16  # the paper's
+HH_LENGTHS = (
+    (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0),
+    (18, 22, 29, 90, 151, 204, 256),
+)  # quantiles of 675 HH-RLHF prompts
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's shape, the length L of its responses, and the lengths of its prompts as (quantiles, tokens)."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    L: int
+    lengths: tuple[tuple[float, ...], tuple[int, ...]] = HH_LENGTHS
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("tiny", 64, 128, 2, 4, 4, 71, 12, ((0.0, 1.0), (9, 14))),
+        Shape("stories260k", 64, 172, 5, 8, 4, 512, 48),
+        Shape("tinyllama", 2048, 5632, 22, 32, 4, 32_000, 128),
+    )
+}
+
+
+@dataclass
+class Bench:
+    """One shape on one device, and the rows that its comparisons leave."""
+
+    shape: Shape
+    device: str
+    dtype: str
+    pairs: int
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        self.rows: list[dict] = []
+
+    # ---- what is measured ----------------------------------------------------------------------------------
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """As many words as the vocabulary has; pad and EOS are its first two."""
+        words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, self.shape.vocabulary))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+    def model(self) -> LlamaForCausalLM:
+        """Random weights, the same at every call."""
+        s = self.shape
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.intermediate,
+            num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads,
+            max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+            dtype=getattr(torch, self.dtype),
+        )  # fmt: skip
+        with torch.device(self.device):
+            return LlamaForCausalLM(config).to(getattr(torch, self.dtype)).eval()
+
+    def policy(self, rank: int | None = None, cuda_graph: bool = True) -> Policy:
+        """A policy with an adapter away from zero, whose responses never end before L."""
+        lora, settings = LoRAConfig(lora_rank=rank or self.rank), RolloutConfig(cuda_graph=cuda_graph)
+        policy = Policy(self.model(), self.tokenizer(), lora, settings)
+        theta = policy.adapter.vector()
+        policy.adapter.assign(theta + 0.01 * torch.randn(theta.shape, device=theta.device))
+        policy.sampler.eos = policy.sampler.eos[:0]
+        return policy
+
+    def prompts(self, n: int) -> list[list[int]]:
+        """Random tokens, of the shape's lengths."""
+        rng = np.random.default_rng(0)
+        lengths = np.interp(rng.random(n), *self.shape.lengths).round().astype(int)
+        return [rng.integers(2, self.shape.vocabulary, length).tolist() for length in lengths]
+
+    # ---- how -----------------------------------------------------------------------------------------------
+
+    def clock(self, work: Callable[[], object]) -> float:
+        """Seconds of one call, GPU included."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def compare(
+        self, name: str, ours: Callable[[], object], theirs: Callable[[], object], unit: str = "s",
+        work: float | None = None, pairs: int | None = None, inverse: bool = False,
+    ) -> None:  # fmt: skip
+        """Pairs of runs in turn, after one of each to warm up, the first place alternating.
+
+        The ratio is theirs / ours in time, how many times faster we are; inverse: ours / theirs. `work` per run makes
+        a rate of the value, in `unit`.
+        """
+        ours(), theirs()
+        times = []
+        for i in range(pairs or self.pairs):
+            if i % 2:
+                b, a = self.clock(theirs), self.clock(ours)
+            else:
+                a, b = self.clock(ours), self.clock(theirs)
+            times.append((a, b))
+        ours_s, theirs_s = np.array(times).T
+        ratios = ours_s / theirs_s if inverse else theirs_s / ours_s
+        value = float(np.median(ours_s))
+        self.add(name, work / value if work else value, unit, ratios)
+
+    def add(self, name: str, value: float | None, unit: str, ratios: np.ndarray | None = None) -> None:
+        """One row; null where a figure does not exist."""
+        row = {
+            "name": f"{name}, {self.shape.name}", "device": self.device, "dtype": self.dtype, "value": value,
+            "unit": unit, "ratio": None, "interval": None, "pairs": 0,
+        }  # fmt: skip
+        if ratios is not None:
+            rng = np.random.default_rng(0)
+            medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
+            row |= {
+                "ratio": float(np.median(ratios)),
+                "interval": np.quantile(medians, [0.025, 0.975]).tolist(),
+                "pairs": len(ratios),
+            }
+        self.rows.append(row)
+        print(line(row), flush=True)
+
+
+def line(row: dict) -> str:
+    """A row for the terminal."""
+    figure = lambda x: "not measured" if x is None else f"{x:.4g}"  # noqa: E731
+    text = f"{row['name']:66}{figure(row['value']):>14} {row['unit']:10}"
+    if row["ratio"] is not None:
+        low, high = row["interval"]
+        text += f"{row['ratio']:>8.3g} ({low:.3g} to {high:.3g}, {row['pairs']} pairs)"
+    return text
+
+
+# ---- the comparisons -----------------------------------------------------------------------------------------
+
+
+def a_lora_layer(bench: Bench) -> None:
+    """Our LoRALinear and PEFT's around equal frozen layers, the MLP's up projection, on one client's batch."""
+    import peft
+
+    s, dtype = bench.shape, getattr(torch, bench.dtype)
+    T = s.L + int(np.interp(0.5, *s.lengths))
+    base = nn.Linear(s.hidden, s.intermediate, bias=False, device=bench.device, dtype=dtype).requires_grad_(False)
+    ours = LoRALinear(base, bench.rank, 2.0, torch.Generator().manual_seed(0))
+    wrapped = peft.get_peft_model(
+        nn.Sequential(base), peft.LoraConfig(r=bench.rank, lora_alpha=2 * bench.rank, target_modules=["0"])
+    )
+    theirs = wrapped.base_model.model[0]
+    x = torch.randn(BATCH, T, s.hidden, device=bench.device, dtype=dtype, requires_grad=True)
+    repeats = max(1, int(2e9 / (2 * BATCH * T * s.hidden * s.intermediate)))  # some 2 GFLOP per timing
+
+    def forward(layer: nn.Module) -> Callable[[], None]:
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(repeats):
+                layer(x)
+
+        return run
+
+    def both(layer: nn.Module) -> Callable[[], None]:
+        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+        def run() -> None:
+            for _ in range(repeats):
+                torch.autograd.grad(layer(x).sum(), wanted)
+
+        return run
+
+    for name, work in (("forward", forward), ("forward + backward", both)):
+        bench.compare(
+            f"a LoRA layer {name}, our time / PEFT's",
+            work(ours),
+            work(theirs),
+            pairs=max(bench.pairs, 30),
+            inverse=True,
+        )
+
+
+def b_sampler(bench: Bench) -> None:
+    """Tokens per second against transformers.generate on the same rows: without an adapter, and with one (PEFT's)."""
+    import peft
+
+    N, L = CLIENTS * BATCH, bench.shape.L
+    prompts, u = bench.prompts(N), np.random.default_rng(1).random((N, L))
+    policy = bench.policy()
+    bare = bench.model()
+    wrapped = peft.get_peft_model(
+        bench.model(), peft.LoraConfig(r=bench.rank, lora_alpha=2 * bench.rank, target_modules="all-linear")
+    )
+    from sampler import pad_left
+
+    ids, mask = pad_left(prompts, 0, policy.device)
+    kinds = {"eager": None} | ({"static, compiled": "static"} if bench.device == "cuda" else {})
+    for model, label in ((bare, "no adapter there"), (wrapped, "PEFT's adapter there")):
+        for kind, cache in kinds.items():
+            settings = GenerationConfig(
+                do_sample=True, top_k=0, max_new_tokens=L, min_new_tokens=L, pad_token_id=0, eos_token_id=1,
+                cache_implementation=cache,
+            )  # fmt: skip
+            generate = lambda m=model, s=settings: m.generate(  # noqa: E731
+                input_ids=ids, attention_mask=mask, generation_config=s
+            )
+            bench.compare(
+                f"b our sampler / generate, {kind}, {label}", lambda: policy.sample(prompts, u), generate, "tokens/s",
+                work=N * L,
+            )  # fmt: skip
+
+
+def c_cohort(bench: Bench) -> None:
+    """All clients' prompts in one batch against one client after another."""
+    N, L = CLIENTS * BATCH, bench.shape.L
+    prompts, u = bench.prompts(N), np.random.default_rng(1).random((N, L))
+    together, apart = bench.policy(), bench.policy()  # each keeps its own decoder
+
+    def client_by_client() -> None:
+        for i in range(0, N, BATCH):
+            apart.sample(prompts[i : i + BATCH], u[i : i + BATCH])
+
+    bench.compare(
+        f"c cohort of {CLIENTS} clients / client by client", lambda: together.sample(prompts, u), client_by_client,
+        "tokens/s", work=N * L,
+    )  # fmt: skip
+
+
+def d_jacobian(bench: Bench) -> None:
+    """J of M objectives in units of one objective's pass, and against M separate passes."""
+    policy = bench.policy()
+    rollout = policy.sample(bench.prompts(BATCH), np.random.default_rng(1).random((BATCH, bench.shape.L)))
+    config = PPOConfig(micro_batch_size=8 if bench.shape.hidden > 1000 else None)
+    logp, _, _ = policy.logprobs_in_pieces(rollout, config.micro_batch_size)
+
+    def gradients(M: int, times: int = 1) -> Callable[[], None]:
+        advantages = torch.randn(*logp.shape, M, device=policy.device)
+
+        def run() -> None:
+            for _ in range(times):
+                ppo.policy_gradients(policy, rollout, logp, advantages, config)
+
+        return run
+
+    for M in (2, 4):
+        bench.compare(f"d J of {M} objectives, time / one objective's", gradients(M), gradients(1), inverse=True)
+        bench.compare(f"d J of {M} objectives / {M} separate passes", gradients(M), gradients(1, M))
+
+
+def e_qp(bench: Bench) -> None:
+    """The closed form and the general solver against SciPy's SLSQP and TorchJD's min-norm, 20 Grams a timing."""
+    from scipy.optimize import minimize
+    from torchjd.aggregation import MGDAWeighting
+
+    rng = np.random.default_rng(0)
+
+    def grams(M: int, condition: float) -> list[Tensor]:
+        scale = np.geomspace(1.0, condition**-0.5, M)  # of the gradients: the Gram's condition number is its square
+        J = [torch.from_numpy(scale[:, None] * rng.standard_normal((M, 50))) for _ in range(20)]
+        return [mgda.normalise(x @ x.T) for x in J]
+
+    def slsqp(G: Tensor, beta: float) -> Tensor:
+        A, M = G.numpy(), len(G)
+        found = minimize(
+            lambda x: x @ A @ x + beta / 2 * ((x - 1 / M) ** 2).sum(), np.full(M, 1 / M), method="SLSQP",
+            jac=lambda x: 2 * A @ x + beta * (x - 1 / M), bounds=[(0, 1)] * M, options={"ftol": 1e-15, "maxiter": 1000},
+            constraints={"type": "eq", "fun": lambda x: x.sum() - 1, "jac": np.ones_like},
+        )  # fmt: skip
+        return torch.from_numpy(found.x.clip(0) / found.x.clip(0).sum())
+
+    frank_wolfe = MGDAWeighting(epsilon=1e-5, max_iters=10_000)
+    peers = {"SLSQP": (slsqp, 0.01), "TorchJD's MGDA": (lambda G, beta: frank_wolfe(G), 0.0)}
+    for M, kind, condition in ((2, "easy", 1.0), (4, "easy", 1.0), (4, "ill-conditioned", 1e8)):
+        cases = grams(M, condition)
+        for peer, (solve, beta) in peers.items():
+            solver = "closed form" if M == 2 else "general solver"
+            ours, theirs = ((lambda f=f: [f(G, beta) for G in cases]) for f in (mgda.solve, solve))  # noqa: B023
+            worst = [
+                max(mgda.residual(G, lam.double(), beta) for G, lam in zip(cases, solutions, strict=True))
+                for solutions in (ours(), theirs())
+            ]
+            bench.compare(f"e {solver} M={M} {kind} / {peer}", ours, theirs, "QPs/s", work=len(cases))
+            bench.rows[-1]["residuals"] = worst
+            print(f"{'':8}largest residual {worst[0]:.1e}, there {worst[1]:.1e}")
+
+
+def federation(bench: Bench, clients: int, M: int, rank: int, L: int) -> Federation:
+    """A federation on the bench's policy; its rewards cost nothing, so that they do not count."""
+    lists = bench.prompts(clients * BATCH)
+    shares = [
+        [Prompt("", (), "", tuple(p), "all", {}) for p in lists[i : i + BATCH]] for i in range(0, len(lists), BATCH)
+    ]
+
+    def score(prompts: list[Prompt], rollout) -> Tensor:
+        return torch.stack([(rollout.responses % (j + 2) == 0).double().mean(1) for j in range(M)], 1)
+
+    config = FIRMConfig(clients=clients, batch_size=BATCH)
+    ppo_config = PPOConfig(micro_batch_size=8 if bench.shape.hidden > 1000 else None)
+    names = [f"r{j}" for j in range(M)]
+    return Federation(bench.policy(rank), shares, names, score, lambda r: (r - 0.5) / 0.1, config, ppo_config, L)
+
+
+def f_round(bench: Bench) -> None:
+    """A round of FIRM (8 clients × 16 responses, 2 objectives, 3 epochs) against GRPO's by TRL and PEFT.
+
+    There: a trainer per client, kept between rounds; 8 prompts × 2 responses of the same length, 2 rewards, 3 steps on
+    them, reference log-probs, no checkpointing. GRPO has one gradient per step and no critic: less work than ours.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    ours = federation(bench, CLIENTS, 2, bench.rank, bench.shape.L)
+    texts = [" ".join(f"w{i}" for i in p) for p in bench.prompts(CLIENTS * BATCH)]
+
+    def reward(completion_ids: list[list[int]], modulus: int) -> list[float]:
+        return [sum(i % modulus == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+    def even(prompts, completions, completion_ids, **_):
+        return reward(completion_ids, 2)
+
+    def thirds(prompts, completions, completion_ids, **_):
+        return reward(completion_ids, 3)
+
+    def trainer(c: int, out: str) -> GRPOTrainer:
+        settings = GRPOConfig(
+            output_dir=out, per_device_train_batch_size=BATCH, num_generations=2, num_iterations=3, max_steps=3,
+            max_completion_length=bench.shape.L, generation_kwargs={"min_new_tokens": bench.shape.L}, beta=0.04,
+            top_k=0, learning_rate=2e-4, use_cpu=bench.device == "cpu", bf16=bench.dtype == "bfloat16",
+            gradient_checkpointing=False, save_strategy="no", report_to="none", logging_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        return GRPOTrainer(
+            bench.model(), [even, thirds], settings, Dataset.from_dict({"prompt": texts[c * BATCH : (c + 1) * BATCH]}),
+            processing_class=bench.tokenizer(),
+            peft_config=LoraConfig(r=bench.rank, lora_alpha=2 * bench.rank, target_modules="all-linear"),
+        )  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()), quiet_threads():
+        trainers = [trainer(c, out) for c in range(CLIENTS)]
+    quiet_libraries()
+
+    def theirs() -> None:
+        with contextlib.redirect_stdout(io.StringIO()), quiet_threads():
+            for client in trainers:
+                client.train()
+
+    bench.compare("f a round / TRL's GRPO + PEFT, client by client", ours.round, theirs, pairs=min(bench.pairs, 10))
+
+
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Trainers set threads and warn as they like; afterwards all is as it was."""
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+def g_cost(bench: Bench) -> None:
+    """A round's time over that of 8 clients, 2 objectives, the rank and length of the others."""
+    L, r = bench.shape.L, bench.rank
+    base = federation(bench, CLIENTS, 2, r, L)
+    variants = {
+        **{f"{c} clients": (c, 2, r, L) for c in (2, 16)},
+        **{f"{M} objectives": (CLIENTS, M, r, L) for M in (1, 4)},
+        **{f"rank {k}": (CLIENTS, 2, k, L) for k in (4, 64)},
+        **{f"{n} tokens": (CLIENTS, 2, r, n) for n in (L // 2, L * 2)},
+    }
+    for label, setting in variants.items():
+        other = federation(bench, *setting)
+        bench.compare(
+            f"g {label}: time / {CLIENTS} clients, 2 objectives, rank {r}, {L} tokens", other.round, base.round,
+            pairs=min(bench.pairs, 5), inverse=True,
+        )  # fmt: skip
+
+
+PARTS = {"a": a_lora_layer, "b": b_sampler, "c": c_cohort, "d": d_jacobian, "e": e_qp, "f": f_round, "g": g_cost}
+
+
+def keep(rows: list[dict], out: Path) -> None:
+    """Puts rows into the list on disk, in place of those of the same name, device and type."""
+    key = lambda row: (row["device"], row["dtype"], row["name"])  # noqa: E731
+    kept = {key(row): row for row in (json.loads(out.read_text("utf-8")) if out.is_file() else [])}
+    kept |= {key(row): row for row in rows}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(out, json.dumps(sorted(kept.values(), key=key), indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--shapes", nargs="+", default=["tiny", "stories260k"], choices=SHAPES)
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="a to g")
+    parser.add_argument("--pairs", type=int, default=30, help="pairs of runs per comparison")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, for ours and the peers")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("device: cuda was asked for, but torch sees no GPU; use --device cpu")
+    if arguments.pairs < 2:
+        parser.error("pairs: ask for at least 2")
+    torch.set_num_threads(arguments.threads)
+    quiet_libraries()
+    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "CPU"
+    print(f"{hardware}, torch {torch.__version__}, {arguments.dtype}, {arguments.threads} CPU thread(s)")
+    for shape in arguments.shapes:
+        for part in arguments.only:
+            bench = Bench(SHAPES[shape], arguments.device, arguments.dtype, arguments.pairs)
+            if part == "e" and shape != arguments.shapes[0]:
+                continue  # the QP knows nothing of shapes
+            try:
+                PARTS[part](bench)
+            except ImportError as error:
+                print(f"{part}: not measured, {error}; pip install -r requirements-bench.txt")
+            keep(bench.rows, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
