@@ -72,7 +72,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", 64, 128, 2, 4, 4, 71, 12, ((0.0, 1.0), (9, 14))),
+        Shape("tiny", 64, 128, 2, 4, 4, 198, 12, ((0.0, 1.0), (9, 14))),
         Shape("stories260k", 64, 172, 5, 8, 4, 512, 48),
         Shape("tinyllama", 2048, 5632, 22, 32, 4, 32_000, 128),
     )
@@ -439,7 +439,7 @@ def keep(rows: list[dict], out: Path) -> None:
     """Puts rows into the list on disk, in place of those of the same name, device and type."""
     key = lambda row: (row["device"], row["dtype"], row["name"])  # noqa: E731
     kept = {key(row): row for row in (json.loads(out.read_text("utf-8")) if out.is_file() else [])}
-    kept |= {key(row): row for row in rows}
+    kept |= {key(row): row for row in rows if row["value"] is not None or key(row) not in kept}
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, json.dumps(sorted(kept.values(), key=key), indent=1) + "\n")
 

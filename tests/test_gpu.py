@@ -48,3 +48,59 @@ def test_the_jacobian_is_float32_and_finite_whatever_the_weights_are(dtype):
     J, _, log = ppo.policy_gradients(policy, batch, logp, advantages, ppo.PPOConfig())
     assert J.dtype == torch.float32 and torch.isfinite(J).all()
     assert log["approx_kl"] < 1e-6  # at the first step every ratio is one
+
+
+def drawn(policy: Policy, **changes) -> torch.Tensor:
+    tokens, mask, logp, _ = policy.sampler.draw(PROMPTS, torch.from_numpy(UNIFORMS).cuda(), **changes)
+    return tokens * mask, logp * mask
+
+
+def test_the_captured_step_gives_the_eager_paths_tokens_and_logprobs(kind):
+    policy = policy_on("cuda", kind)
+    for _ in range(2):  # the second time from the graph of the first
+        (tokens, logp), (expected, eager) = drawn(policy), drawn(policy, cuda_graph=False)
+        assert policy.sampler.decoder.graph is not None
+        assert torch.equal(tokens, expected)
+        assert (logp - eager).abs().max() <= 1e-4
+
+
+def test_the_captured_step_in_bfloat16_gives_the_forward_passs_logprobs_to_a_tenth(kind):
+    policy = policy_on("cuda", kind, torch.bfloat16)
+    batch = policy.sample(PROMPTS, UNIFORMS)
+    assert policy.sampler.decoder.graph is not None
+    assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_captured_step_reads_the_adapter_as_it_is_now(dtype):
+    policy = policy_on("cuda", dtype=dtype)
+    before = policy.sample(PROMPTS, UNIFORMS)
+    policy.adapter.assign(policy.adapter.vector() * -1.5)
+    after = policy.sample(PROMPTS, UNIFORMS)
+    assert (policy.logprobs(after)[0] - after.sampled_logp).abs().max() <= 0.1
+    assert not torch.equal(before.responses, after.responses)
+
+
+def test_a_smaller_batch_uses_the_same_graph():
+    policy = policy_on("cuda")
+    policy.sample(PROMPTS, UNIFORMS)
+    decoder = policy.sampler.decoder
+    whole = policy.sample(PROMPTS, UNIFORMS)
+    part = policy.sample(PROMPTS[1:], UNIFORMS[1:])
+    assert policy.sampler.decoder is decoder
+    n = part.responses.shape[1]
+    assert torch.equal(part.responses * part.mask, (whole.responses * whole.mask)[1:, :n])
+
+
+def test_checkpointing_and_micro_batches_give_the_same_gradients():
+    plain, saving = policy_on("cuda"), policy_on("cuda")
+    saving.gradient_checkpointing = True
+    saving.model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = plain.sample(PROMPTS, UNIFORMS)
+    advantages = torch.randn(*batch.mask.shape, 2, device="cuda")
+    results = []
+    for policy, size in ((plain, None), (saving, 2)):
+        config = ppo.PPOConfig(micro_batch_size=size)
+        logp, _, _ = policy.logprobs_in_pieces(batch, size)
+        results.append(ppo.policy_gradients(policy, batch, logp, advantages, config)[0])
+    assert (results[0] - results[1]).abs().max() < 1e-3 * results[0].abs().max()

@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import WORDS, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
 
 import run
 from settings import PRESETS, SETTINGS, Config
@@ -302,6 +302,69 @@ def test_field_names_are_unique():
 def test_every_preset_builds_a_valid_configuration():
     for name in PRESETS:
         assert run.parse(["--preset", name])[0].run.preset == name
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<bos> ' + m['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bos> ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def stand_ins(world, tmp_path):
+    """What the tinyllama presets name, in small and on disk: a chat model and two GPT-2 reward models."""
+    make_model("llama").save_pretrained(tmp_path / "chat")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "chat")
+    objectives = []
+    for seed, name in enumerate(("helpful", "harmless")):
+        torch.manual_seed(seed)
+        size = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256}
+        GPT2ForSequenceClassification(GPT2Config(**size, num_labels=1, pad_token_id=0)).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+        objectives.append(f"{name}=hf:{tmp_path / name}")
+    return {"model": tmp_path / "chat", "objectives": objectives, "min_prompt_tokens": 1}
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """The hosts that were asked for; nobody answers."""
+    asked = []
+
+    def refuse(host, *_, **__):
+        asked.append(host)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.socket.connect", lambda self, address: refuse(address))
+    return asked
+
+
+@pytest.mark.parametrize("preset", ["tinyllama", "tinyllama-12gb"])
+def test_the_presets_run_from_local_directories_without_one_network_call(world, stand_ins, network, tmp_path, preset):
+    flags = command(world, **stand_ins, preset=preset, out=tmp_path / "run", lora_rank=None, lr=None, kl_coef=None)
+    assert run.main(flags) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["dtype"], settings["reward_dtype"], settings["lora_rank"]) == ("bfloat16", "bfloat16", 16)
+    assert network == []
+
+
+def test_a_hub_name_does_ask_the_network(world, stand_ins, network, tmp_path, capsys):
+    flags = command(world, **stand_ins | {"model": "nobody/no-such-model"}, preset="tinyllama", out=tmp_path / "run")
+    assert run.main(flags) == 2
+    assert network and "--model DIR" in capsys.readouterr().err
+
+
+def test_profile_prints_where_the_rounds_time_went_and_keeps_it(world, tmp_path, capsys):
+    assert run.main([*command(world, out=tmp_path / "run"), "--profile"]) == 0
+    profile = json.loads((tmp_path / "run" / "summary.json").read_text())["profile"]
+    assert set(profile["seconds"]) == {"sample", "score", "reference", "update", "aggregate", "monitor", "other"}
+    assert profile["rounds"] == 2 and profile["peak_gib"] > 0.05
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(profile["seconds"].values()) >= sum(line["seconds"] for line in lines)
+    printed = capsys.readouterr().out
+    assert re.search(r"update +[\d.]+ +\d+%", printed) and "peak memory of the process" in printed
 
 
 def test_a_flag_overrides_its_preset():
