@@ -286,7 +286,7 @@ def d_jacobian(bench: Bench) -> None:
     """J of M objectives in units of one objective's pass, and against M separate passes."""
     policy = bench.policy()
     rollout = policy.sample(bench.prompts(BATCH), np.random.default_rng(1).random((BATCH, bench.shape.L)))
-    config = PPOConfig(micro_batch_size=8 if bench.shape.hidden > 1000 else None)
+    config = PPOConfig(micro_batch_size=4 if bench.shape.hidden > 1000 else None)
     logp, _, _ = policy.logprobs_in_pieces(rollout, config.micro_batch_size)
 
     def gradients(M: int, times: int = 1) -> Callable[[], None]:
@@ -351,7 +351,7 @@ def federation(bench: Bench, clients: int, M: int, rank: int, L: int) -> Federat
         return torch.stack([(rollout.responses % (j + 2) == 0).double().mean(1) for j in range(M)], 1)
 
     config = FIRMConfig(clients=clients, batch_size=BATCH)
-    ppo_config = PPOConfig(micro_batch_size=8 if bench.shape.hidden > 1000 else None)
+    ppo_config = PPOConfig(micro_batch_size=4 if bench.shape.hidden > 1000 else None)
     names = [f"r{j}" for j in range(M)]
     return Federation(bench.policy(rank), shares, names, score, lambda r: (r - 0.5) / 0.1, config, ppo_config, L)
 

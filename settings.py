@@ -54,7 +54,7 @@ PRESETS = {
         "reward_dtype": "bfloat16",
         "min_prompt_tokens": 8,
         "max_grad_norm": 0.5,
-        "micro_batch_size": 8,
+        "micro_batch_size": 4,
         "eval_batch_size": 128,  # the cohort's size, so that one decoder serves both
     },
     "paper": {},  # the fields' defaults: the paper's settings where it states them, else RiC's or ours
