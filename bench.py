@@ -13,7 +13,8 @@ bootstrapped 95 % interval. On shared CPU cores the ratios mean something and th
     a  our LoRA layer against PEFT's               e  our QP solvers against SLSQP and TorchJD
     b  our sampler against transformers.generate   f  a whole round against TRL's GRPOTrainer, client by client
     c  cohort rollout against client by client     g  what a round costs, by clients, objectives, rank, length
-    d  J for M objectives against M passes
+    d  J for M objectives against M passes         h  the tinyllama preset, whole, on stand-ins of the shape; j: 12 GB's
+    i  a decode step against memory bandwidth
 
 Rows go to results/bench.json, where a run replaces those of its own device, type and names.
 """
@@ -23,6 +24,7 @@ import contextlib
 import io
 import json
 import platform
+import sys
 import tempfile
 import time
 import warnings
@@ -34,17 +36,29 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+import baselines
+import firm
 import mgda
 import ppo
+import run
 from data import Prompt
 from firm import Federation, FIRMConfig
 from lora import LoRAConfig, LoRALinear
 from ppo import PPOConfig
 from report import write
 from rollout import Policy, RolloutConfig
-from run import quiet_libraries
+from sampler import Decoder, pad_left
+from settings import parse
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 CLIENTS, BATCH = 8, 16  # the paper's
@@ -56,7 +70,7 @@ HH_LENGTHS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's shape, the length L of its responses, and the lengths of its prompts as (quantiles, tokens)."""
+    """A Llama's shape, its responses' length L, the micro-batches that suit it, its prompts' (quantiles, tokens)."""
 
     name: str
     hidden: int
@@ -66,15 +80,16 @@ class Shape:
     kv_heads: int
     vocabulary: int
     L: int
+    micro_batch_size: int | None = None
     lengths: tuple[tuple[float, ...], tuple[int, ...]] = HH_LENGTHS
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", 64, 128, 2, 4, 4, 198, 12, ((0.0, 1.0), (9, 14))),
-        Shape("stories260k", 64, 172, 5, 8, 4, 512, 48),
-        Shape("tinyllama", 2048, 5632, 22, 32, 4, 32_000, 128),
+        Shape("tiny", 64, 128, 2, 4, 4, 198, 12, None, ((0.0, 1.0), (9, 14))),
+        Shape("stories260k", 64, 172, 5, 8, 4, 512, 48, 2),
+        Shape("tinyllama", 2048, 5632, 22, 32, 4, 32_000, 128, 4),
     )
 }
 
@@ -101,7 +116,7 @@ class Bench:
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> PreTrainedModel:
         """Random weights, the same at every call."""
         s = self.shape
         torch.manual_seed(0)
@@ -109,10 +124,9 @@ class Bench:
             vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.intermediate,
             num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads,
             max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-            dtype=getattr(torch, self.dtype),
         )  # fmt: skip
         with torch.device(self.device):
-            return LlamaForCausalLM(config).to(getattr(torch, self.dtype)).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype)).eval()
 
     def policy(self, rank: int | None = None, cuda_graph: bool = True) -> Policy:
         """A policy with an adapter away from zero, whose responses never end before L."""
@@ -211,20 +225,20 @@ def a_lora_layer(bench: Bench) -> None:
 
     def forward(layer: nn.Module) -> Callable[[], None]:
         @torch.no_grad()
-        def run() -> None:
+        def repeat() -> None:
             for _ in range(repeats):
                 layer(x)
 
-        return run
+        return repeat
 
     def both(layer: nn.Module) -> Callable[[], None]:
         wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
-        def run() -> None:
+        def repeat() -> None:
             for _ in range(repeats):
                 torch.autograd.grad(layer(x).sum(), wanted)
 
-        return run
+        return repeat
 
     for name, work in (("forward", forward), ("forward + backward", both)):
         bench.compare(
@@ -247,8 +261,6 @@ def b_sampler(bench: Bench) -> None:
     wrapped = peft.get_peft_model(
         bench.model(), peft.LoraConfig(r=bench.rank, lora_alpha=2 * bench.rank, target_modules="all-linear")
     )
-    from sampler import pad_left
-
     ids, mask = pad_left(prompts, 0, policy.device)
     kinds = {"eager": None} | ({"static, compiled": "static"} if bench.device == "cuda" else {})
     for model, label in ((bare, "no adapter there"), (wrapped, "PEFT's adapter there")):
@@ -286,17 +298,17 @@ def d_jacobian(bench: Bench) -> None:
     """J of M objectives in units of one objective's pass, and against M separate passes."""
     policy = bench.policy()
     rollout = policy.sample(bench.prompts(BATCH), np.random.default_rng(1).random((BATCH, bench.shape.L)))
-    config = PPOConfig(micro_batch_size=4 if bench.shape.hidden > 1000 else None)
+    config = PPOConfig(micro_batch_size=bench.shape.micro_batch_size)
     logp, _, _ = policy.logprobs_in_pieces(rollout, config.micro_batch_size)
 
     def gradients(M: int, times: int = 1) -> Callable[[], None]:
         advantages = torch.randn(*logp.shape, M, device=policy.device)
 
-        def run() -> None:
+        def repeat() -> None:
             for _ in range(times):
                 ppo.policy_gradients(policy, rollout, logp, advantages, config)
 
-        return run
+        return repeat
 
     for M in (2, 4):
         bench.compare(f"d J of {M} objectives, time / one objective's", gradients(M), gradients(1), inverse=True)
@@ -340,7 +352,7 @@ def e_qp(bench: Bench) -> None:
             print(f"{'':8}largest residual {worst[0]:.1e}, there {worst[1]:.1e}")
 
 
-def federation(bench: Bench, clients: int, M: int, rank: int, L: int) -> Federation:
+def federation(bench: Bench, clients: int, M: int, rank: int, L: int, method: firm.Method = firm.FIRM) -> Federation:
     """A federation on the bench's policy; its rewards cost nothing, so that they do not count."""
     lists = bench.prompts(clients * BATCH)
     shares = [
@@ -351,16 +363,19 @@ def federation(bench: Bench, clients: int, M: int, rank: int, L: int) -> Federat
         return torch.stack([(rollout.responses % (j + 2) == 0).double().mean(1) for j in range(M)], 1)
 
     config = FIRMConfig(clients=clients, batch_size=BATCH)
-    ppo_config = PPOConfig(micro_batch_size=4 if bench.shape.hidden > 1000 else None)
+    ppo_config = PPOConfig(micro_batch_size=bench.shape.micro_batch_size)
     names = [f"r{j}" for j in range(M)]
-    return Federation(bench.policy(rank), shares, names, score, lambda r: (r - 0.5) / 0.1, config, ppo_config, L)
+    return Federation(
+        bench.policy(rank), shares, names, score, lambda r: (r - 0.5) / 0.1, config, ppo_config, L, method
+    )
 
 
 def f_round(bench: Bench) -> None:
     """A round of FIRM (8 clients × 16 responses, 2 objectives, 3 epochs) against GRPO's by TRL and PEFT.
 
     There: a trainer per client, kept between rounds; 8 prompts × 2 responses of the same length, 2 rewards, 3 steps on
-    them, reference log-probs, no checkpointing. GRPO has one gradient per step and no critic: less work than ours.
+    them, reference log-probs, no checkpointing, batches of 16 (smaller ones are no faster there). GRPO takes one
+    gradient a step and has no critic, FIRM takes M: MORLHF, which takes one, stands beside it.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -394,14 +409,17 @@ def f_round(bench: Bench) -> None:
 
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()), quiet_threads():
         trainers = [trainer(c, out) for c in range(CLIENTS)]
-    quiet_libraries()
+    run.quiet_libraries()
 
     def theirs() -> None:
         with contextlib.redirect_stdout(io.StringIO()), quiet_threads():
             for client in trainers:
                 client.train()
 
-    bench.compare("f a round / TRL's GRPO + PEFT, client by client", ours.round, theirs, pairs=min(bench.pairs, 10))
+    pairs = min(bench.pairs, 10)
+    bench.compare("f a round of FIRM / TRL's GRPO + PEFT, client by client", ours.round, theirs, pairs=pairs)
+    one_loss = federation(bench, CLIENTS, 2, bench.rank, bench.shape.L, baselines.MORLHF)
+    bench.compare("f a round of MORLHF / TRL's GRPO + PEFT, client by client", one_loss.round, theirs, pairs=pairs)
 
 
 @contextlib.contextmanager
@@ -432,7 +450,103 @@ def g_cost(bench: Bench) -> None:
         )  # fmt: skip
 
 
-PARTS = {"a": a_lora_layer, "b": b_sampler, "c": c_cohort, "d": d_jacobian, "e": e_qp, "f": f_round, "g": g_cost}
+CHAT = "{% for m in messages %}{{ m['content'] + ' <eos> ' }}{% endfor %}"
+
+
+def stand_ins(bench: Bench, root: Path) -> list[str]:
+    """The flags that put random weights in the place of what the tinyllama presets name; writes them below root."""
+    large = bench.shape.name == "tinyllama"
+    size = {"n_embd": 1280, "n_layer": 36, "n_head": 20} if large else {"n_embd": 32, "n_layer": 2, "n_head": 2}
+    tokenizer = bench.tokenizer()
+    tokenizer.chat_template = CHAT
+    bench.model().save_pretrained(root / "policy")
+    tokenizer.save_pretrained(root / "policy")
+    tokenizer.chat_template = None
+    for name in ("helpful", "harmless"):
+        config = GPT2Config(**size, num_labels=1, pad_token_id=0)
+        GPT2ForSequenceClassification(config).to(getattr(torch, bench.dtype)).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    with open(root / "prompts.jsonl", "w", encoding="utf-8") as file:
+        for ids in bench.prompts(5 * CLIENTS * BATCH):
+            asked = f"\n\nHuman: {' '.join(f'w{i}' for i in ids[:-1])}\n\nAssistant:"
+            file.write(json.dumps({"chosen": asked + " yes", "rejected": asked + " no"}) + "\n")
+    objectives = [f"{name}=hf:{root / name}" for name in ("helpful", "harmless")]
+    return [
+        "--model", str(root / "policy"), "--prompts", str(root / "prompts.jsonl"), "--objectives", *objectives,
+        "--dtype", bench.dtype, "--reward_dtype", bench.dtype, "--device", bench.device,
+        "--max_new_tokens", str(bench.shape.L), "--held_out", "32", "--eval_samples", "2",
+    ]  # fmt: skip
+
+
+def h_preset(bench: Bench, preset: str = "tinyllama") -> None:
+    """`run.py --preset tinyllama` from local directories: seconds of its 16 rounds by phase, memory, KL afterwards."""
+    with tempfile.TemporaryDirectory() as root:
+        flags = stand_ins(bench, Path(root))
+        config, *_ = parse(["--preset", preset, *flags, "--profile", "--out", f"{root}/run"])
+        summary = run.train(config, progress=False)
+    profile = summary["profile"]
+    rounds = sum(profile["seconds"].values())
+    bench.add(f"h {preset}, its {profile['rounds']} rounds", rounds, "s")
+    bench.add(f"h {preset}, loading, graph capture, evaluation", summary["seconds"] - rounds, "s")
+    for phase, seconds in sorted(profile["seconds"].items()):
+        bench.add(f"h {preset}, {phase}", seconds / profile["rounds"], "s/round")
+    bench.add(f"h {preset}, peak {profile['memory']}", profile["peak_gib"], "GiB")
+    bench.add(f"h {preset}, KL of the trained model", summary["kl"]["mean"], "nats")
+
+
+def j_preset_12gb(bench: Bench) -> None:
+    """The preset for 12 GB cards, as in h."""
+    h_preset(bench, "tinyllama-12gb")
+
+
+@torch.no_grad()
+def i_decode_step(bench: Bench) -> None:
+    """A decode step over the time that reading the weights and the cache once would take, at measured bandwidth."""
+    N, L = CLIENTS * BATCH, bench.shape.L
+    policy, prompts = bench.policy(), bench.prompts(N)
+    u = torch.from_numpy(np.random.default_rng(1).random((N, L))).to(policy.device)
+    with policy.adapter.ready_to_sample():
+        policy.sampler.draw(prompts, u)
+        decoder = policy.sampler.decoder or Decoder(policy.sampler, N, max(map(len, prompts)), L)
+
+        def steps() -> None:
+            decoder.prefill(prompts)
+            for _ in range(L - 1):
+                if decoder.graph:
+                    decoder.graph.replay()
+                else:
+                    decoder.advance()
+                    decoder.choose()
+
+        once = lambda: decoder.prefill(prompts)  # noqa: E731
+        times = [(bench.clock(steps) - bench.clock(once)) / (L - 1) for _ in range(min(bench.pairs, 10))]
+    model = policy.model  # a step reads all but most of the input embedding, and the adapter in the weights' type
+    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    weights *= torch.finfo(model.dtype).bits // 8
+    cache = sum(x.numel() * x.element_size() for layer in decoder.cache.layers for x in (layer.keys, layer.values))
+    source = torch.zeros(2**28 if bench.device == "cuda" else 2**24, device=policy.device)
+    target = torch.empty_like(source)
+    copies = [bench.clock(lambda: target.copy_(source)) for _ in range(10)]
+    bandwidth = 2 * source.numel() * 4 / min(copies)
+    limit = (weights + cache) / bandwidth
+    bench.add("i copy bandwidth", bandwidth / 1e9, "GB/s")
+    bench.add(
+        f"i decode step of {N} rows, time / bandwidth limit", float(np.median(times)), "s", np.array(times) / limit
+    )
+
+
+PARTS = {
+    "a": a_lora_layer,
+    "b": b_sampler,
+    "c": c_cohort,
+    "d": d_jacobian,
+    "e": e_qp,
+    "f": f_round,
+    "g": g_cost,
+    "h": h_preset,
+    "i": i_decode_step,
+    "j": j_preset_12gb,
+}
 
 
 def keep(rows: list[dict], out: Path) -> None:
@@ -444,12 +558,12 @@ def keep(rows: list[dict], out: Path) -> None:
     write(out, json.dumps(sorted(kept.values(), key=key), indent=1) + "\n")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shapes", nargs="+", default=["tiny", "stories260k"], choices=SHAPES)
-    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="a to g")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="a to j")
     parser.add_argument("--pairs", type=int, default=30, help="pairs of runs per comparison")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, for ours and the peers")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -459,9 +573,10 @@ def main() -> None:
     if arguments.pairs < 2:
         parser.error("pairs: ask for at least 2")
     torch.set_num_threads(arguments.threads)
-    quiet_libraries()
+    run.quiet_libraries()
     hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "CPU"
     print(f"{hardware}, torch {torch.__version__}, {arguments.dtype}, {arguments.threads} CPU thread(s)")
+    failed = False
     for shape in arguments.shapes:
         for part in arguments.only:
             bench = Bench(SHAPES[shape], arguments.device, arguments.dtype, arguments.pairs)
@@ -471,8 +586,12 @@ def main() -> None:
                 PARTS[part](bench)
             except ImportError as error:
                 print(f"{part}: not measured, {error}; pip install -r requirements-bench.txt")
+            except Exception as error:  # a peer may fail as it likes; the other parts go on
+                print(f"{part}: not measured, {type(error).__name__}: {error}", file=sys.stderr)
+                failed = True
             keep(bench.rows, arguments.out)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -82,7 +82,7 @@ class LoRALinear(nn.Module):
         """x [..., in] -> [..., out], in the base layer's type.
 
         Over 16-bit weights the products with A and B run in 16 bits too, as in any mixed-precision training: the
-        adapter's own numbers, its gradients and its optimizer stay float32. [ours]
+        adapter's own numbers, the sum of its gradients and its optimizer stay float32. [ours]
         """
         y = self.base(x)
         if not self.enabled:
@@ -90,7 +90,8 @@ class LoRALinear(nn.Module):
         A, B = self.rounded or (self.A.to(x.dtype), self.B.to(x.dtype))
         z = nn.functional.linear(x, A)  # [..., r]
         # y + scale · z Bᵀ in one product, so that nothing of y's size is scaled or added by itself
-        return torch.addmm(y.view(-1, y.shape[-1]), z.view(-1, z.shape[-1]), B.T, alpha=self.scale).view_as(y)
+        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_  # without a graph, into y itself
+        return add(y.view(-1, y.shape[-1]), z.view(-1, z.shape[-1]), B.T, alpha=self.scale).view_as(y)
 
     def delta(self) -> Tensor:
         """scale · B A in the shape in which the base stores its weight, float32."""

@@ -22,29 +22,36 @@ assured; `diagnostics.first_order_gain` measures what really happened. And β = 
 D = ‖g₁ − g₂‖² / tr G, M = 2 and away from the clip, β moves λ by the share β/(D + β) of its way to p. That is half the
 way at D = 0.01, gradients that nearly coincide, and 1 % of it at D = 1, orthogonal ones.
 
-Everything but the products in `gram` is float64 on the CPU; M is small, so a QP costs far less than one row of J.
+Everything is float64, and on the CPU but for the products in `gram`; M is small, so that a QP costs far less than one
+row of J.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+COLUMNS = 2**20  # of J, as float64 at once
 LIMIT_BETA = 1e-9  # stands for "β → 0⁺" while the active face is being found
 LIMIT_RESIDUAL = 1e-10  # the limit itself is then taken on that face if its residual is no larger
 
 
-def gram(J: Tensor) -> Tensor:
+def gram(J: Tensor | Sequence[Tensor]) -> Tensor:
     """Gram matrix of the objective gradients.
 
-    J [M, d], any float type and device. Returns G [M, M] in float64 on the CPU, G_ij = ⟨g_i, g_j⟩. [paper]
-    The products are accumulated in float32 on a GPU and in float64 on a CPU.
+    J [M, d], any float type and device, or several such below each other, which are never put together in memory.
+    Returns G [M, M] in float64 on the CPU, G_ij = ⟨g_i, g_j⟩, summed in float64. [paper]
     """
-    if J.dim() != 2:
-        raise ValueError(f"gram: J must be [M, d], got shape {tuple(J.shape)}")
-    J = J.detach()
-    J = J.double() if J.device.type == "cpu" else J.float()
-    return (J @ J.T).double().cpu()
+    pieces = [J] if isinstance(J, Tensor) else list(J)
+    if any(piece.dim() != 2 for piece in pieces):
+        raise ValueError(f"gram: J must be [M, d], got shape {[tuple(piece.shape) for piece in pieces]}")
+    M = sum(len(piece) for piece in pieces)
+    G = torch.zeros(M, M, dtype=torch.float64, device=pieces[0].device)
+    for parts in zip(*(piece.detach().split(COLUMNS, 1) for piece in pieces), strict=True):
+        columns = torch.cat([part.double() for part in parts])  # [M, at most COLUMNS]
+        G += columns @ columns.T
+    return G.cpu()
 
 
 def cross_gram(halves: Tensor) -> Tensor:
@@ -113,7 +120,7 @@ def solve(Ghat: Tensor, beta: float = 0.0, preference: Sequence[float] | Tensor 
     Raises ValueError for β < 0 or non-finite, a non-finite or non-square Gram, or a bad preference.
     """
     Ghat = torch.as_tensor(Ghat, dtype=torch.float64)
-    if Ghat.dim() != 2 or Ghat.shape[0] != Ghat.shape[1] or not torch.isfinite(Ghat).all():
+    if Ghat.dim() != 2 or Ghat.shape[0] != Ghat.shape[1] or not all(map(math.isfinite, Ghat.flatten().tolist())):
         raise ValueError(f"solve: the Gram matrix must be square and finite, got {Ghat.tolist()}")
     if not 0.0 <= beta < float("inf"):
         raise ValueError(f"beta: {beta} must be a finite number >= 0")

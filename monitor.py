@@ -110,8 +110,9 @@ def agreement(
     metrics["adapter/dispersion"] = diagnostics.dispersion(theta_c)
     metrics |= {"adapter/averaging_residual": residual, "adapter/norm": norm}
 
-    halves = torch.stack([torch.cat([log["halves"] for log in mine], 1) for mine in logs])  # [C, 2, l, d]
-    start = mgda.gram(halves.flatten(0, 2)).view(*halves.shape[:3], *halves.shape[:3])
+    halves = [mine[0]["halves"] if len(mine) == 1 else torch.cat([log["halves"] for log in mine], 1) for mine in logs]
+    shape = (len(halves), *halves[0].shape[:2])  # C, 2, l; each client's own are [2, l, d]
+    start = mgda.gram([own.flatten(0, 1) for own in halves]).view(*shape, *shape)
     first = (mixing[:, None] * per_run[:, :, 0]).flatten(1)  # weights of the losses in the first step  [C, l]
     metrics["lambda/drift"] = diagnostics.drift(start.sum((1, 4)), first, weights)
     federated = diagnostics.federated_gram(start, weights)  # [2, l, 2, l]

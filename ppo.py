@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import diagnostics
-from rollout import Policy, Rollout
+from rollout import Policy, Rollout, together
 
 SCALE_FLOOR = 0.1  # of σ_j⁰, in calibrated units: an advantage is never divided by less
 
@@ -220,28 +220,30 @@ def policy_gradients(
     J = policy.adapter.vector().new_zeros(parts, advantages.shape[-1], policy.adapter.size)
     hiddens, ratios, entropies = [], [], []
     tokens = batch.mask.sum()
-    part_of = torch.arange(len(batch), device=policy.device) * parts // len(batch)  # [B]
+    part_of = torch.arange(len(batch)) * parts // len(batch)  # [B]
     for rows, piece in batch.micro_batches(config.micro_batch_size):
-        logp, entropy, hidden = policy.logprobs(piece, config.entropy_coef > 0)  # [b, L], [b, L], [b, L, H]
-        ratio = (logp - logp_old[rows]).exp()  # [b, L]
-        loss = surrogate(ratio, advantages[rows], config.clip_range)  # [b, L, M]
+        l = piece.mask.shape[1]
+        logp, entropy, hidden = policy.logprobs(piece, config.entropy_coef > 0)  # [b, l], [b, l], [b, l, H]
+        ratio = (logp - logp_old[rows, :l]).exp()  # [b, l]
+        loss = surrogate(ratio, advantages[rows, :l], config.clip_range)  # [b, l, M]
         loss = loss - config.entropy_coef * entropy[..., None]  # Σ λ_j = 1, so a step has the bonus once
         present = part_of[rows].unique()
-        member = (part_of[rows] == present[:, None]).to(loss.dtype)  # [p, b]
-        losses = torch.einsum("blm,bl,pb->pm", loss, piece.mask.to(loss.dtype), member) / tokens  # [p, M]
+        member = (part_of[rows] == present[:, None]).to(loss)  # [p, b]
+        losses = torch.einsum("blm,bl,pb->pm", loss, piece.mask.to(loss.dtype), member)  # [p, M], sums over tokens
         J[present] += jacobian(losses.flatten(), policy.adapter.parameters).view(len(present), *J.shape[1:])
-        hiddens.append(hidden)
-        ratios.append(ratio.detach())
-        entropies.append(entropy.detach())
+        hiddens.append((rows, hidden))
+        ratios.append((rows, ratio.detach()))
+        entropies.append((rows, entropy.detach()))
+    J /= tokens  # only now: 16-bit weights pass back what a 16-bit number holds
     if not torch.isfinite(J).all():
         raise ValueError("lr: a policy gradient is not finite; lower lr, or use dtype float32")
-    ratio = torch.cat(ratios)
+    ratio = together(batch, ratios).masked_fill(batch.mask == 0, 1.0)
     log = {
-        "entropy": float(torch.cat(entropies).sum() / tokens),
+        "entropy": float(together(batch, entropies).sum() / tokens),
         "clip_fraction": diagnostics.clip_fraction(ratio, batch.mask, config.clip_range),
         "approx_kl": diagnostics.approx_kl(ratio.log(), batch.mask),
     }
-    return J, torch.cat(hiddens), log
+    return J, together(batch, hiddens), log
 
 
 def fit_critic(

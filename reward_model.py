@@ -65,6 +65,7 @@ class RewardModel:
         tokenizer.truncation_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        model.config.use_cache = False  # every text is read once: keys and values would only take memory
         model.config.pad_token_id = tokenizer.pad_token_id  # heads look for the last token that is none of these
         positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
         table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
@@ -125,6 +126,7 @@ def load_reward_model(where: str, device="cpu", dtype="float32", new_head: bool 
 
     Raises ValueError if it cannot be loaded, or is no reward model: an untrained head, or not one label.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see rollout.avoid_cudnn_attention
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     labels = {"num_labels": 1} if new_head else {}
     try:

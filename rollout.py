@@ -71,14 +71,19 @@ class Rollout:
     mask: Tensor  # [N, L] 1 up to the first EOS inclusive
     sampled_logp: Tensor  # [N, L] as the sampler saw it; only to watch the gap to `Policy.logprobs`
     ended: Tensor  # [N] bool, whether the response came to an EOS
+    lengths: Tensor | None = None  # [N, 2] of prompt and response, always on the CPU: cutting asks no GPU for them
+
+    def __post_init__(self) -> None:
+        if self.lengths is None:
+            self.lengths = torch.stack([self.prompt_mask.sum(1), self.mask.sum(1)], 1).cpu()
 
     def __len__(self) -> int:
         return self.prompts.shape[0]
 
-    def rows(self, rows: slice) -> "Rollout":
-        """Some rows, cut to their own prompt and response width."""
+    def rows(self, rows: slice | Tensor) -> "Rollout":
+        """Some rows, cut to their own prompt and response width. rows: a slice, or indices on the CPU."""
         cut = Rollout(*(getattr(self, f.name)[rows] for f in fields(self)))
-        P, L = int(cut.prompt_mask.sum(1).max()), int(cut.mask.sum(1).max())
+        P, L = cut.lengths.amax(0).tolist()
         return replace(
             cut,
             prompts=cut.prompts[:, -P:],
@@ -88,11 +93,19 @@ class Rollout:
             sampled_logp=cut.sampled_logp[:, :L],
         )
 
-    def micro_batches(self, size: int | None) -> Iterator[tuple[slice, "Rollout"]]:
-        """Consecutive pieces of at most `size` rows, all of this rollout's width, each with its slice."""
-        for start in range(0, len(self), size or len(self)):
-            piece = slice(start, start + (size or len(self)))
-            yield piece, Rollout(*(getattr(self, f.name)[piece] for f in fields(self)))
+    def micro_batches(self, size: int | None) -> Iterator[tuple[Tensor, "Rollout"]]:
+        """Pieces of at most `size` rows, each with its row numbers; all rows as they are where that is enough.
+
+        Each half of the batch is cut apart by itself, longest rows first, every piece to its own width: less padding,
+        and a half's gradient costs nothing extra. Equal arguments cut alike, so that π_old and π_θ are computed alike.
+        """
+        if size is None or size >= len(self):
+            yield torch.arange(len(self)), self
+            return
+        for half in torch.arange(len(self)).split((len(self) + 1) // 2):
+            order = half[self.lengths[half].sum(1).argsort(descending=True, stable=True)]
+            for rows in order.split(size):
+                yield rows, self.rows(rows)
 
 
 class Policy:
@@ -118,11 +131,12 @@ class Policy:
         self.device = next(model.parameters()).device
         self.hidden_size = model.get_output_embeddings().weight.shape[1]
         self.chunk = max(LOGITS_IN_MEMORY // vocabulary, 1)  # tokens
+        avoid_cudnn_attention()
         model.eval()
         refuse_altered_logits(model)
         self.adapter: Adapter = inject(model, lora, seed)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.sampler = Sampler(model, self.log_softmax, self.eos, self.pad, config.cuda_graph)
 
     @phase("sample")
@@ -154,7 +168,8 @@ class Policy:
         which each response token was predicted, detached: what a critic may read of the past and nothing more. The
         entropy carries a gradient only if asked to.
         """
-        self.model.train(self.gradient_checkpointing)  # the same function either way: there is no dropout
+        if self.model.training != self.gradient_checkpointing:  # the same function either way: there is no dropout
+            self.model.train(self.gradient_checkpointing)
         seen = torch.cat([batch.prompt_mask, batch.mask], 1)  # [B, P + L]
         P, L = batch.prompts.shape[1], batch.responses.shape[1]
         hidden = self.model.base_model(
@@ -171,9 +186,8 @@ class Policy:
     @torch.no_grad()
     def logprobs_in_pieces(self, batch: Rollout, micro_batch_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """`logprobs` without a graph, over the same micro-batches as the update, put together again."""
-        pieces = [self.logprobs(piece) for _, piece in batch.micro_batches(micro_batch_size)]
-        logp, entropy, hidden = zip(*pieces, strict=True)
-        return torch.cat(logp), torch.cat(entropy), torch.cat(hidden)
+        pieces = [(rows, self.logprobs(piece)) for rows, piece in batch.micro_batches(micro_batch_size)]
+        return tuple(together(batch, [(rows, values[i]) for rows, values in pieces]) for i in range(3))
 
     def log_softmax(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] -> log-probs of the next token [..., V], float32, at the sampling temperature."""
@@ -185,6 +199,15 @@ class Policy:
         lengths = rollout.mask.sum(1).tolist()
         ids = [row[:n] for row, n in zip(rollout.responses.tolist(), lengths, strict=True)]
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True), ids
+
+
+def together(batch: Rollout, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What micro-batches gave, (rows, [b, l, ...]) each, as one [B, L, ...]; 0 where a piece was cut off."""
+    first = pieces[0][1]
+    whole = first.new_zeros(*batch.mask.shape, *first.shape[2:])
+    for rows, values in pieces:
+        whole[rows, : values.shape[1]] = values
+    return whole
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -228,6 +251,13 @@ class TokenLogProbs(torch.autograd.Function):
         (slopes,) = ctx.saved_tensors  # [1 or 2, n, H]
         hidden = sum(g[:, None] * slope for g, slope in zip(grads, slopes, strict=False))
         return hidden.to(slopes.dtype), None, None, None, None
+
+
+def avoid_cudnn_attention() -> None:
+    """Leave attention to torch's other kernels: cuDNN's, torch 2.13's first choice on H100 to B200, gives NaN gradients
+    where a mask leaves a left-padded row nothing to see, and plans anew for every new shape.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

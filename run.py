@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,7 @@ class Session:
         shape = (len(self.held_out), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).double().cpu().view(shape), texts[::S])
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of what a restart cannot do without: who holds which prompts, and the base weights (their ends)."""
         digest = hashlib.sha256()
@@ -187,7 +189,7 @@ class Session:
         tensors = tensors | {"before.scores": before.scores, "before.kl": before.kl}
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         values |= {"calibration": self.calibration.to_dict(), "before_texts": before.texts}
-        values["fingerprint"] = self.fingerprint()
+        values["fingerprint"] = self.fingerprint
         file = directory / "state.safetensors"
         safetensors.torch.save_file(tensors, f"{file}.tmp", metadata={"values": json.dumps(values)})
         os.replace(f"{file}.tmp", file)
@@ -201,7 +203,7 @@ class Session:
                 values = json.loads(opened.metadata()["values"])
         except safetensors.SafetensorError as error:
             raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error
-        if values["fingerprint"] != self.fingerprint():
+        if values["fingerprint"] != self.fingerprint:
             raise ValueError("resume: the base model or the prompts have changed since; start a new run with --out")
         if values["rounds_done"] > self.config.firm.rounds:
             raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")

@@ -100,6 +100,7 @@ class Decoder:
         """Every prompt's keys and values into the table, its last hidden state into `hidden`; step 0 comes next."""
         self.t.zero_()
         self.column.fill_(self.P)
+        self.position.zero_()
         self.seen.zero_()
         self.seen[:, self.P - 1] = True  # rows without a prompt see something: attention to nothing would be NaN
         for rows in by_length(prompts, PREFILL_TOKENS):
@@ -111,7 +112,7 @@ class Decoder:
             if any(type(layer) is not DynamicLayer for layer in grown):
                 raise NotImplementedError("a cache that is no plain table of keys and values")
             if self.cache is None:
-                self.hidden = last.new_zeros(self.rows, last.shape[1])
+                self.hidden, self.hidden_from = last.new_zeros(self.rows, last.shape[1]), torch.finfo(last.dtype).min
                 self.cache = Cache([TableLayer(layer, self.rows, self.P + self.L, self.column) for layer in grown])
             index = torch.tensor(rows, device=self.sampler.device)
             columns = slice(self.P - ids.shape[1], self.P)
@@ -135,8 +136,9 @@ class Decoder:
     def advance(self) -> None:
         """The model reads token t; out comes the hidden state that predicts token t + 1."""
         self.seen.index_fill_(1, self.column, True)
+        mask = torch.zeros_like(self.seen, dtype=self.hidden.dtype).masked_fill_(~self.seen, self.hidden_from)
         out = self.sampler.model.base_model(
-            input_ids=self.token[:, None], attention_mask=self.seen[:, None, None], position_ids=self.position,
+            input_ids=self.token[:, None], attention_mask=mask[:, None, None], position_ids=self.position,
             past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
         self.hidden.copy_(out.last_hidden_state[:, -1])
@@ -145,7 +147,7 @@ class Decoder:
 
     def run(self, prompts: Sequence[Sequence[int]], uniforms: Tensor, cuda_graph: bool) -> Drawn:
         """N ≤ rows prompts, uniforms [N, L] -> what was drawn, up to where the last row ends."""
-        N = len(prompts)
+        N, cuda_graph = len(prompts), cuda_graph and self.L > 1  # the first token needs no step
         self.prefill(prompts)
         if cuda_graph and self.graph is None:
             cuda_graph = self.capture()
@@ -173,21 +175,22 @@ class Decoder:
 
         A model whose step cannot be recorded is drawn from without: False, and a line that says so.
         """
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        before, aside = torch.cuda.current_stream(), self.sampler.capture_stream()
+        aside.wait_stream(before)
         with torch.cuda.stream(aside):
             self.advance()
             self.choose()
-        torch.cuda.current_stream().wait_stream(aside)
+        before.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=aside):
                 self.advance()
                 self.choose()
         except RuntimeError as error:
+            torch.cuda.set_stream(before)
             reason = str(error).partition("\n")[0]
-            print(f"warning: sampling without a CUDA graph, several times slower ({reason})")
-            self.sampler.cuda_graph = False
+            print(f"warning: the decode step cannot be captured ({reason}); start anew with --cuda_graph False")
+            self.sampler.cuda_graph, self.sampler.decoder = False, None
             return False
         self.graph = graph
         return True
@@ -208,7 +211,15 @@ class Sampler:
         self.eos = torch.tensor(eos, device=self.device)
         self.cuda_graph = cuda_graph and self.device.type == "cuda"
         self.decoder: Decoder | None = None
+        self.stream: torch.cuda.Stream | None = None
         self.static = self.table_agrees()
+        if not self.static and self.device.type == "cuda":
+            print("note: this model cannot work on a static cache; sampling is several times slower than it could be")
+
+    def capture_stream(self) -> torch.cuda.Stream:
+        """One stream for every capture, so that libraries keep one workspace for them all."""
+        self.stream = self.stream or torch.cuda.Stream()
+        return self.stream
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[Sequence[int]], uniforms: Tensor, cuda_graph: bool = True) -> Drawn:
@@ -216,7 +227,8 @@ class Sampler:
 
         cuda_graph=False: not from the captured step, for a model that was switched to another since.
         """
-        self.model.eval()  # a model that checkpoints gradients would do without a cache in training mode
+        if self.model.training:  # where gradients are checkpointed; it would do without a cache
+            self.model.eval()
         if not self.static:
             return self.draw_growing(prompts, uniforms)
         N, P, L = len(prompts), max(map(len, prompts)), uniforms.shape[1]
@@ -258,6 +270,8 @@ class Sampler:
         eos, self.eos = self.eos, self.eos[:0]  # u = 0 draws token 0, whatever the rounding; here it ends nothing
         try:
             static, growing = Decoder(self, 2, 3, 3).run(prompts, u, cuda_graph=False), self.draw_growing(prompts, u)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False
         finally:

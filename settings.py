@@ -63,7 +63,6 @@ PRESETS["tinyllama-12gb"] = PRESETS["tinyllama"] | {  # the same training, in sm
     "sample_batch_size": 32,
     "eval_batch_size": 32,
     "micro_batch_size": 2,
-    "gradient_checkpointing": True,
     "reward_batch_size": 8,
 }
 

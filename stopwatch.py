@@ -29,8 +29,6 @@ class Stopwatch:
     def __enter__(self) -> "Stopwatch":
         global _running
         _running = self
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         self.last = now()
         return self
 
@@ -71,8 +69,8 @@ def now() -> float:
 
 
 def peak_memory() -> tuple[str, float]:
-    """What is measured and how much, in GiB: the GPU's tensors since the stopwatch began, else the whole process."""
+    """What is measured, and how much in GiB: taken of the GPU, CUDA's own half a GiB aside, or by the process."""
     if torch.cuda.is_available():
-        return "GPU memory", torch.cuda.max_memory_allocated() / 2**30
+        return "GPU memory", torch.cuda.max_memory_reserved() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return "memory of the process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -47,6 +47,16 @@ def test_a_decoder_used_before_draws_as_a_new_one(policy):
     agree(used.run(PROMPTS, UNIFORMS, cuda_graph=False), policy.sampler.draw_growing(PROMPTS, UNIFORMS))
 
 
+@torch.no_grad()
+def test_rows_that_a_small_batch_leaves_empty_never_run_out_of_positions(policy):
+    # a decoder that is kept for long serves smaller batches too; GPT-2 has 64 positions
+    kept = Decoder(policy.sampler, rows=6, P=20, L=16)
+    for _ in range(6):
+        small = kept.run(PROMPTS[:4], UNIFORMS[:4], cuda_graph=False)
+    agree(small, policy.sampler.draw_growing(PROMPTS[:4], UNIFORMS[:4]))
+    assert int(kept.position.max()) < 64
+
+
 def test_prefilling_in_pieces_changes_nothing(policy, monkeypatch):
     whole = policy.sampler.draw(PROMPTS, UNIFORMS)
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 24)
