@@ -2,7 +2,8 @@
 
 Sampling (`sampler.py`) turns uniforms into tokens. A client's uniforms depend on (seed, round, client) alone, so its
 responses do not depend on who shares its batch, on early stops, or on a restart, except where a uniform lies within
-rounding of an edge of the CDF. [ours]
+rounding of an edge of the CDF: hardly ever in float32, but in most longer responses in 16 bits, where another batch
+rounds otherwise; they then have the same distribution. [ours]
 
     prompts   [N, P]  left-padded, so that every row's last prompt token stands at P − 1
     responses [N, L]  right-padded; mask [N, L] is 1 up to and including the first EOS, which is trained like any token
@@ -301,7 +302,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
         for key in vars(config):
-            if key.endswith(("dropout", "pdrop")):
+            if "drop" in key and isinstance(getattr(config, key), float):
                 setattr(config, key, 0.0)
         model, info = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), output_loading_info=True

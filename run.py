@@ -112,6 +112,10 @@ class Session:
             self.base_model, files = str(checkpoint), files or [str(prompts_file)]
         model, tokenizer = load_model(self.base_model, config.rollout.dtype, self.device)
         context = getattr(model.config, "max_position_embeddings", None)
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond this a row's positions depend on its neighbours
+            original = getattr(model.config, "original_max_position_embeddings", None)
+            context = min(context, rope.get("original_max_position_embeddings") or original or context)
         context_room = None if context is None else context - config.rollout.max_new_tokens
         if context_room is not None and context_room < 1:
             raise ValueError(

@@ -210,3 +210,12 @@ def test_a_bad_beta_is_refused_by_name(beta):
 def test_a_gradient_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="finite"):
         mgda.normalise(mgda.gram(torch.tensor([[1.0, float("inf")], [0.0, 1.0]])))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 50, 10**6])
+def test_a_gram_summed_over_pieces_of_columns_and_rows_is_the_whole_one(monkeypatch, columns):
+    monkeypatch.setattr(mgda, "COLUMNS", columns)
+    J = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    expected = J.double() @ J.double().T
+    assert (mgda.gram(J) - expected).abs().max() < 1e-12
+    assert (mgda.gram([J[:2], J[2:3], J[3:]]) - expected).abs().max() < 1e-12

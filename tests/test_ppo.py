@@ -263,6 +263,21 @@ def test_over_16_bit_weights_the_gradients_are_float32_and_those_of_float32_to_r
     assert torch.cosine_similarity(J, expected, dim=1).min() > 0.97
 
 
+def test_micro_batches_are_cut_to_length_within_each_half_and_lose_no_row_and_no_figure(policy):
+    batch, logp, _ = batch_of(policy)
+    advantages = torch.randn(*logp.shape, 2, generator=G)
+    B, half = len(batch), (len(batch) + 1) // 2
+    pieces = list(batch.micro_batches(2))
+    assert sorted(torch.cat([rows for rows, _ in pieces]).tolist()) == list(range(B))
+    for rows, piece in pieces:
+        assert len({int(row) >= half for row in rows}) == 1  # no piece straddles the halves
+        assert [piece.prompts.shape[1], piece.mask.shape[1]] == batch.lengths[rows].amax(0).tolist()
+    old, _, _ = policy.logprobs_in_pieces(batch, 2)
+    _, _, whole = ppo.policy_gradients(policy, batch, logp, advantages, PPOConfig())
+    _, _, cut = ppo.policy_gradients(policy, batch, old, advantages, PPOConfig(micro_batch_size=2))
+    assert cut == pytest.approx(whole, abs=1e-5)  # entropy, clip fraction, KL: finite, and the same
+
+
 def test_a_response_that_never_ends_pays_the_penalty_on_every_objective():
     policy = make_policy()
     batch, logp, hidden = batch_of(policy, n=60)

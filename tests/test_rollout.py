@@ -9,7 +9,7 @@ import torch
 from conftest import make_model, make_policy, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BioGptConfig, BioGptForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rollout
 from lora import LoRAConfig
@@ -278,6 +278,17 @@ def test_a_loaded_model_has_no_dropout(kind, tmp_path):
     for key in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout"):
         setattr(model.config, key, 0.5)
     model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), "float32", "cpu")
+    model.train()
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_dropout_is_gone_by_whatever_name_the_config_calls_it(tmp_path):
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BioGptConfig(vocab_size=50, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, **size)
+    BioGptForCausalLM(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), "float32", "cpu")
     model.train()

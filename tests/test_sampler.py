@@ -5,7 +5,16 @@ import pytest
 import torch
 from conftest import make_model, make_policy, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import sampler
 from lora import LoRAConfig
@@ -153,17 +162,36 @@ def test_alibi_takes_the_growing_cache_and_samples_what_it_trains():
     assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() <= 1e-4
 
 
+def test_attention_that_counts_back_from_the_tables_end_takes_the_growing_cache():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 2048, "window_size": 8}
+    config = GPTNeoConfig(vocab_size=50, attention_types=[[["global", "local"], 1]], **size, **SPECIAL)
+    policy = fallback(GPTNeoForCausalLM(config))
+    assert not policy.sampler.static
+    batch = policy.sample(PROMPTS, UNIFORMS.numpy())
+    assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() <= 1e-4
+
+
+def test_a_model_that_cannot_run_with_the_adapter_is_refused_in_one_line():
+    model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, **SPECIAL))
+    with pytest.raises(ValueError, match="model: mamba cannot be sampled.*lora_targets"):
+        Policy(model, make_tokenizer(), LoRAConfig(lora_rank=4))
+
+
 def test_a_model_whose_first_token_is_an_eos_still_gets_its_static_cache():
     model = make_model("llama")
     model.generation_config.eos_token_id = [0, 2]
     assert Policy(model, make_tokenizer(), LoRAConfig(lora_rank=4)).sampler.static
 
 
-def test_sampling_in_smaller_batches_changes_no_response(kind):
+def test_sampling_in_smaller_batches_changes_no_response(kind, monkeypatch):
     whole = make_policy(kind).sample(PROMPTS, UNIFORMS.numpy())
     policy = make_policy(kind)
     policy.sample_batch_size = 4
+    draw, sizes = policy.sampler.draw, []
+    monkeypatch.setattr(policy.sampler, "draw", lambda p, *args, **kw: sizes.append(len(p)) or draw(p, *args, **kw))
     pieces = policy.sample(PROMPTS, UNIFORMS.numpy())
+    assert sizes == [4, 2]
     assert torch.equal(pieces.prompts, whole.prompts) and torch.equal(pieces.mask, whole.mask)
     assert torch.equal(pieces.responses * pieces.mask, whole.responses * whole.mask)
     assert (pieces.sampled_logp - whole.sampled_logp).abs().max() < 1e-5
@@ -197,6 +225,17 @@ def test_over_16_bit_weights_the_adapter_is_not_merged_and_samples_what_it_train
         assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_error_while_sampling_leaves_weights_and_adapter_as_they_were(dtype, monkeypatch):
+    policy = Policy(make_model("llama").to(dtype), make_tokenizer(), LoRAConfig(lora_rank=4))
+    before = {name: layer.base.weight.clone() for name, layer in policy.adapter.layers.items()}
+    monkeypatch.setattr(policy.sampler, "draw", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        policy.sample(PROMPTS, UNIFORMS.numpy())
+    for name, layer in policy.adapter.layers.items():
+        assert layer.enabled and layer.rounded is None and torch.equal(layer.base.weight, before[name])
+
+
 def test_checkpointing_gradients_does_not_take_the_cache_from_sampling(kind):
     settings = RolloutConfig(gradient_checkpointing=True)
     policy = Policy(make_model(kind), make_tokenizer(), LoRAConfig(lora_rank=4), settings)
@@ -209,13 +248,15 @@ def test_buckets_change_the_mean_reward_by_less_than_two_standard_errors(policy)
     # issue: padding must not move what is learned. The reward is the share of even tokens.
     prompts = [PROMPTS[i % 6] for i in range(300)]
     u = torch.from_numpy(np.random.default_rng(5).random((300, 16)))
-    rewards = []
+    rewards, drawn = [], []
     with torch.no_grad():
         for rows, P in ((300, 20), (512, 64)):
             tokens, mask, _, _ = Decoder(policy.sampler, rows, P, 16).run(prompts, u, cuda_graph=False)
+            drawn.append((tokens * mask).tolist())
             rewards.append(((tokens % 2 == 0) & mask).sum(1) / mask.sum(1))
     error = rewards[0].std() / len(prompts) ** 0.5
     assert (rewards[0].mean() - rewards[1].mean()).abs() < 2 * error
+    assert sum(a == b for a, b in zip(*drawn, strict=True)) >= 299  # in float32 it is the very same responses
 
 
 def test_inverse_cdf_picks_the_first_token_past_u():
