@@ -159,7 +159,7 @@ class Session:
         u = np.concatenate([
             stream(self.config.run.seed, firm.EVALUATION, i).random((S, L)) for i in range(len(self.held_out))
         ])  # fmt: skip
-        scores, kl, texts = [], [], []
+        scores, kl, texts, gap = [], [], [], 0.0
         size = self.config.run.eval_batch_size
         for start in tqdm(range(0, len(rows), size), label, disable=not self.progress, leave=False):
             prompts = [p for _, p in rows[start : start + size]]
@@ -167,10 +167,16 @@ class Session:
             scores.append(self.score(prompts, rollout))
             pieces = self.config.ppo.micro_batch_size or self.config.firm.batch_size  # what training has room for
             logp, _, _ = self.policy.logprobs_in_pieces(rollout, pieces)
+            gap = max(gap, diagnostics.logp_gap(rollout.sampled_logp, logp, rollout.mask))
             with self.policy.adapter.disabled():
                 logp_ref, _, _ = self.policy.logprobs_in_pieces(rollout, pieces)
             kl.append(diagnostics.sequence_kl(logp, logp_ref, rollout.mask))
             texts += self.policy.texts(rollout)[0]
+        if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
+            print(
+                f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this model's"
+            )
+            print("  responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
         shape = (len(self.held_out), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).double().cpu().view(shape), texts[::S])
 

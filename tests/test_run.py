@@ -368,6 +368,21 @@ def test_profile_prints_where_the_rounds_time_went_and_keeps_it(world, tmp_path,
     assert re.search(r"update +[\d.]+ +\d+%", printed) and "peak memory of the process" in printed
 
 
+def test_a_sampler_that_draws_from_another_policy_is_reported(world, tmp_path, monkeypatch, capsys):
+    honest = run.Policy.sample
+
+    def shifted(self, prompts, uniforms):
+        rollout = honest(self, prompts, uniforms)
+        rollout.sampled_logp -= 0.2 * rollout.mask
+        return rollout
+
+    assert run.main(command(world, rounds=1, out=tmp_path / "honest")) == 0
+    assert "log-probs at sampling" not in capsys.readouterr().out
+    monkeypatch.setattr(run.Policy, "sample", shifted)
+    assert run.main(command(world, rounds=1, out=tmp_path / "shifted")) == 0
+    assert "differ by up to 0.2 nats" in capsys.readouterr().out
+
+
 def test_a_flag_overrides_its_preset():
     assert run.parse(["--preset", "tinyllama", "--lr", "0.5"])[0].firm.lr == 0.5
 
