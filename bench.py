@@ -417,7 +417,21 @@ def f_round(bench: Bench) -> None:
         trainers = [trainer(c, out) for c in range(CLIENTS)]
     run.quiet_libraries()
 
+    inside = []  # seconds of their training steps, which generate too; the rest is the start of a trainer
+
+    def timed(step: Callable) -> Callable:
+        def training_step(*args, **kwargs):
+            result = []
+            inside[-1] += bench.clock(lambda: result.append(step(*args, **kwargs)))
+            return result[0]
+
+        return training_step
+
+    for client in trainers:
+        client.training_step = timed(client.training_step)
+
     def theirs() -> None:
+        inside.append(0.0)
         with contextlib.redirect_stdout(io.StringIO()), quiet_threads():
             for client in trainers:
                 client.train()
@@ -426,6 +440,7 @@ def f_round(bench: Bench) -> None:
     bench.compare("f a round of FIRM / TRL's GRPO + PEFT, client by client", ours.round, theirs, pairs=pairs)
     one_loss = federation(bench, CLIENTS, 2, bench.rank, bench.shape.L, baselines.MORLHF)
     bench.compare("f a round of MORLHF / TRL's GRPO + PEFT, client by client", one_loss.round, theirs, pairs=pairs)
+    bench.add("f TRL's round, inside its training steps", float(np.median(inside)), "s")
 
 
 @contextlib.contextmanager
@@ -587,6 +602,7 @@ def keep(rows: list[dict], out: Path) -> None:
 
 
 def main() -> int:
+    """The command line. Returns 1 where a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

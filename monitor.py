@@ -8,8 +8,8 @@ Means over clients are plain, except where the server's own average is meant: dr
 weigh clients by the prompts they hold; these and dispersion leave rejected clients out. A method is measured by its own
 losses: morlhf has only one, so its `stationarity` is that of Σ_j p_j R_j and no Pareto stationarity, and its
 `first_order_gain`, like fsmgda's, is that of a local run's own loss. `kl_weight` is κ Σ_j λ_j / max(σ_j, 0.1): what the
-KL weighs in a step after whitening. The price: up to twice the backward passes in the first epoch, and the gradients at
-θ_t of all clients held until the round ends.
+KL weighs in a step after whitening. The price: where a batch is one micro-batch, twice the backward passes in the first
+epoch; and the gradients at θ_t of all clients held until the round ends.
 """
 
 from collections.abc import Sequence

@@ -23,8 +23,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import pad as widened
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lora import Adapter, LoRAConfig, inject
 from sampler import Sampler, pad_left, positions
@@ -155,7 +162,7 @@ class Policy:
                 for i in range(0, len(prompts), size)
             ]
         width = max(tokens.shape[1] for tokens, _, _, _ in pieces)
-        widen = lambda x, value: pad(x, (0, width - x.shape[1]), value=value)  # noqa: E731
+        widen = lambda x, value: widened(x, (0, width - x.shape[1]), value=value)  # noqa: E731
         tokens = torch.cat([widen(tokens, self.pad) for tokens, _, _, _ in pieces])
         mask = torch.cat([widen(mask, False) for _, mask, _, _ in pieces])
         logp = torch.cat([widen(logp, 0.0) for _, _, logp, _ in pieces])
@@ -259,6 +266,20 @@ def avoid_cudnn_attention() -> None:
     where a mask leaves a left-padded row nothing to see, and plans anew for every new shape.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model may read, None where it names no limit.
+
+    Dynamic and longrope positions depend, beyond the length first trained on, on the longest row of a batch: a row's
+    log-probs would depend on its neighbours, so that length is the limit there.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if context is None or rope.get("rope_type") not in ("dynamic", "longrope"):
+        return context
+    trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return min(context, trained or context)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -50,7 +50,7 @@ import toy
 from data import Prompt
 from firm import Federation, stream
 from report import Evaluation, to_json, write
-from rollout import Policy, load_model
+from rollout import Policy, context_of, load_model
 from settings import METHODS, TOY_OBJECTIVES, Config, parse
 from stopwatch import Stopwatch, phase
 
@@ -111,11 +111,7 @@ class Session:
             checkpoint, prompts_file = toy.prepare(progress=progress)
             self.base_model, files = str(checkpoint), files or [str(prompts_file)]
         model, tokenizer = load_model(self.base_model, config.rollout.dtype, self.device)
-        context = getattr(model.config, "max_position_embeddings", None)
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond this a row's positions depend on its neighbours
-            original = getattr(model.config, "original_max_position_embeddings", None)
-            context = min(context, rope.get("original_max_position_embeddings") or original or context)
+        context = context_of(model.config)
         context_room = None if context is None else context - config.rollout.max_new_tokens
         if context_room is not None and context_room < 1:
             raise ValueError(

@@ -9,11 +9,11 @@ import torch
 from conftest import make_model, make_policy, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BioGptConfig, BioGptForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import BioGptConfig, BioGptForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig
 
 import rollout
 from lora import LoRAConfig
-from rollout import Policy, RolloutConfig, TokenLogProbs, load_model
+from rollout import Policy, RolloutConfig, TokenLogProbs, context_of, load_model
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, 50, n).tolist() for n in (3, 9, 1, 12, 5, 20)]
@@ -283,6 +283,19 @@ def test_a_loaded_model_has_no_dropout(kind, tmp_path):
     model.train()
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("default", 64), ("linear", 64), ("yarn", 64), ("dynamic", 16), ("longrope", 16)]
+)
+def test_where_positions_depend_on_the_longest_row_the_context_is_the_length_first_trained_on(kind, limit):
+    config = LlamaConfig(max_position_embeddings=64)
+    config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 16}
+    assert context_of(config) == limit
+
+
+def test_a_model_that_names_no_context_has_no_limit():
+    assert context_of(MambaConfig()) is None
 
 
 def test_dropout_is_gone_by_whatever_name_the_config_calls_it(tmp_path):
