@@ -28,18 +28,18 @@ def averaging_residual(thetas: Sequence[Sequence[Tensor]], weights: Tensor, scal
     scale · mean(ba): matrices of rank C·r, so it needs no [out, in] matrix.
     """
     w = (weights / weights.sum()).to(thetas[0][0])
-    residual = norm = 0.0
+    residual = norm = torch.zeros((), dtype=torch.float64, device=thetas[0][0].device)
     for layer in range(0, len(thetas[0]), 2):
         A, B = (torch.stack([theta[layer + i] for theta in thetas]) for i in (0, 1))  # [C, r, in], [C, out, r]
         a, b = (X - torch.einsum("c,cij->ij", w, X) for X in (A, B))
         residual += _product_norm(torch.cat(list(w[:, None, None] * b), 1), a.flatten(0, 1))
         norm += _product_norm(torch.cat(list(w[:, None, None] * B), 1), A.flatten(0, 1))
-    return scale * residual**0.5, scale * norm**0.5
+    return scale * float(residual) ** 0.5, scale * float(norm) ** 0.5
 
 
-def _product_norm(P: Tensor, Q: Tensor) -> float:
+def _product_norm(P: Tensor, Q: Tensor) -> Tensor:
     """‖PQ‖² of P [out, n] and Q [n, in], through n × n matrices."""
-    return max(float(((P.T @ P) * (Q @ Q.T)).sum()), 0.0)
+    return ((P.T @ P) * (Q @ Q.T)).sum().double().clamp_min(0.0)
 
 
 def drift(gram: Tensor, lambdas: Tensor, weights: Tensor) -> float:

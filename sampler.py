@@ -31,6 +31,7 @@ PREFILL_TOKENS = 4096  # rows × width of one prefill pass: less padding, bounde
 BUCKET = 64  # a captured graph serves every prompt width up to the next multiple
 WIDE = 1024  # columns of the table that a model is tried on when it is loaded
 STOP_CHECK = 16  # tokens between two looks at whether every row has ended, on a GPU
+GPU = "cuda"  # the type of device that can capture a graph
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # tokens [N, L], mask [N, L] bool, log-probs [N, L], alive [N] bool
 
@@ -211,11 +212,11 @@ class Sampler:
         self.model, self.log_softmax, self.pad = model, log_softmax, pad
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(eos, device=self.device)
-        self.cuda_graph = cuda_graph and self.device.type == "cuda"
+        self.cuda_graph = cuda_graph and self.device.type == GPU
         self.decoder: Decoder | None = None
         self.stream: torch.cuda.Stream | None = None
         self.static = self.table_agrees() and getattr(model, "_can_compile_fullgraph", False)  # made for static caches
-        if not self.static and self.device.type == "cuda":
+        if not self.static and self.device.type == GPU:
             print("note: this model cannot work on a static cache; sampling is several times slower than it could be")
 
     def capture_stream(self) -> torch.cuda.Stream:

@@ -45,13 +45,16 @@ def make_model(kind: str, seed: int = 0):
     return model
 
 
-def make_policy(kind: str = "llama", noise: float = 0.1, temperature: float = 1.0, rank: int = 4) -> Policy:
-    """A policy whose adapter has been moved away from zero, so that it does something."""
-    policy = Policy(
-        make_model(kind), make_tokenizer(), LoRAConfig(lora_rank=rank), RolloutConfig(temperature=temperature)
-    )
+def make_policy(
+    kind: str = "llama", noise: float = 0.1, temperature: float = 1.0, rank: int = 4, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Policy:  # fmt: skip
+    """A policy whose adapter has been moved away from zero, so that it does something; the same on every device."""
+    model = make_model(kind).to(device, dtype)
+    policy = Policy(model, make_tokenizer(), LoRAConfig(lora_rank=rank), RolloutConfig(temperature=temperature))
     theta = policy.adapter.vector()
-    policy.adapter.assign(theta + noise * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1)))
+    step = noise * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
+    policy.adapter.assign(theta + step.to(device))
     return policy
 
 

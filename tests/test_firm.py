@@ -28,12 +28,12 @@ def score(prompts, rollout, M=2):
     return torch.stack([(kind * rollout.mask).sum(1) / n for kind in kinds], 1).double()
 
 
-def federation(kind="llama", method=FIRM, seed=0, clients=3, ppo=None, M=2, **settings) -> Federation:
+def federation(kind="llama", method=FIRM, seed=0, clients=3, ppo=None, M=2, device="cpu", **settings) -> Federation:
     rng = np.random.default_rng(0)
     shares = [[Question(tuple(rng.integers(3, 50, rng.integers(2, 8)))) for _ in range(4 + c)] for c in range(clients)]
     config = FIRMConfig(**{"rounds": 2, "clients": clients, "batch_size": 6, "lr": 1e-2, **settings})
     ppo = PPOConfig(**{"kl_coef": 0.01, **(ppo or {})})
-    policy = make_policy(kind, noise=0.0)
+    policy = make_policy(kind, noise=0.0, device=device)
     return Federation(
         policy, shares, NAMES[:M], lambda prompts, rollout: score(prompts, rollout, M), lambda raw: (raw - 0.5) / 0.2,
         config, ppo, 6, method, seed,

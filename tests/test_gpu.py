@@ -1,32 +1,41 @@
-"""The same facts on a CUDA device; deselected by default, `python -m pytest -m gpu` runs them."""
+"""The same facts on a GPU: on the pretend one of pretend.py everywhere, and on CUDA with `python -m pytest -m gpu`."""
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_policy, make_tokenizer
+from pretend import NAME, pretended
+from test_firm import federation
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import bench
+import firm
 import ppo
+import run
+from baselines import FSMGDA, MORLHF, FedCMOOConfig, fedcmoo
+from firm import FIRM
 from lora import LoRAConfig
 from rollout import Policy
+from sampler import Decoder
+from settings import parse
 
-pytestmark = pytest.mark.gpu
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, 50, n).tolist() for n in (3, 9, 1, 12)]
 UNIFORMS = RNG.random((4, 16))
 
 
-def policy_on(device: str, kind: str = "llama", dtype: torch.dtype = torch.float32) -> Policy:
-    """The same policy, adapter included, on any device."""
-    policy = Policy(make_model(kind).to(device, dtype), make_tokenizer(), LoRAConfig(lora_rank=4))
-    theta = policy.adapter.vector()
-    noise = 0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
-    policy.adapter.assign(theta + noise.to(device))
-    return policy
+@pytest.fixture(params=[NAME, pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request) -> Iterator[str]:
+    """A device that is not the CPU."""
+    with pretended() if request.param == NAME else contextlib.nullcontext():
+        yield request.param
 
 
-def test_the_forward_pass_gives_the_cpus_logprobs(kind):
-    cpu, gpu = policy_on("cpu", kind), policy_on("cuda", kind)
+def test_the_forward_pass_gives_the_cpus_logprobs(gpu, kind):
+    cpu, gpu = make_policy(kind), make_policy(kind, device=gpu)
     batch = gpu.sample(PROMPTS, UNIFORMS)
     there = gpu.logprobs(batch)[0].cpu()
     for name, value in vars(batch).items():
@@ -34,48 +43,53 @@ def test_the_forward_pass_gives_the_cpus_logprobs(kind):
     assert (cpu.logprobs(batch)[0] - there).abs().max() < 1e-3
 
 
-def test_the_samplers_logprobs_equal_the_forward_passs(kind):
-    policy = policy_on("cuda", kind)
+def test_the_samplers_logprobs_equal_the_forward_passs(gpu, kind):
+    policy = make_policy(kind, device=gpu)
     batch = policy.sample(PROMPTS, UNIFORMS)
     assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_jacobian_is_float32_and_finite_whatever_the_weights_are(dtype):
-    policy = policy_on("cuda", dtype=dtype)
+def test_the_jacobian_is_float32_and_finite_whatever_the_weights_are(gpu, dtype):
+    policy = make_policy(device=gpu, dtype=dtype)
     batch = policy.sample(PROMPTS, UNIFORMS)
     logp, _, _ = policy.logprobs_in_pieces(batch, None)
-    advantages = torch.randn(*logp.shape, 2, device="cuda")
+    advantages = torch.randn(*logp.shape, 2, device=gpu)
     J, _, log = ppo.policy_gradients(policy, batch, logp, advantages, ppo.PPOConfig())
     assert J.dtype == torch.float32 and torch.isfinite(J).all()
     assert log["approx_kl"] < 1e-6  # at the first step every ratio is one
 
 
+def captured(policy: Policy) -> bool:
+    """Whether the sampler draws from a graph now."""
+    return policy.sampler.decoder is not None and policy.sampler.decoder.graph is not None
+
+
 def drawn(policy: Policy, **changes) -> torch.Tensor:
     with policy.adapter.ready_to_sample():
-        tokens, mask, logp, _ = policy.sampler.draw(PROMPTS, torch.from_numpy(UNIFORMS).cuda(), **changes)
+        tokens, mask, logp, _ = policy.sampler.draw(PROMPTS, torch.from_numpy(UNIFORMS).to(policy.device), **changes)
     return tokens * mask, logp * mask
 
 
-def test_the_captured_step_gives_the_eager_paths_tokens_and_logprobs(kind):
-    policy = policy_on("cuda", kind)
+def test_the_captured_step_gives_the_eager_paths_tokens_and_logprobs(gpu, kind):
+    policy = make_policy(kind, device=gpu)
     for _ in range(2):  # the second time from the graph of the first
         (tokens, logp), (expected, eager) = drawn(policy), drawn(policy, cuda_graph=False)
-        assert policy.sampler.decoder.graph is not None
+        assert captured(policy)
         assert torch.equal(tokens, expected)
         assert (logp - eager).abs().max() <= 1e-4
 
 
-def test_the_captured_step_in_bfloat16_gives_the_forward_passs_logprobs_to_a_tenth(kind):
-    policy = policy_on("cuda", kind, torch.bfloat16)
+def test_the_captured_step_in_bfloat16_gives_the_forward_passs_logprobs_to_a_tenth(gpu, kind):
+    policy = make_policy(kind, device=gpu, dtype=torch.bfloat16)
     batch = policy.sample(PROMPTS, UNIFORMS)
-    assert policy.sampler.decoder.graph is not None
+    assert captured(policy)
     assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() <= 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_captured_step_reads_the_adapter_as_it_is_now(dtype):
-    policy = policy_on("cuda", dtype=dtype)
+def test_the_captured_step_reads_the_adapter_as_it_is_now(gpu, dtype):
+    policy = make_policy(device=gpu, dtype=dtype)
     before = policy.sample(PROMPTS, UNIFORMS)
     policy.adapter.assign(policy.adapter.vector() * -1.5)
     after = policy.sample(PROMPTS, UNIFORMS)
@@ -83,8 +97,8 @@ def test_the_captured_step_reads_the_adapter_as_it_is_now(dtype):
     assert not torch.equal(before.responses, after.responses)
 
 
-def test_a_smaller_batch_uses_the_same_graph():
-    policy = policy_on("cuda")
+def test_a_smaller_batch_uses_the_same_graph(gpu):
+    policy = make_policy(device=gpu)
     policy.sample(PROMPTS, UNIFORMS)
     decoder = policy.sampler.decoder
     whole = policy.sample(PROMPTS, UNIFORMS)
@@ -94,12 +108,12 @@ def test_a_smaller_batch_uses_the_same_graph():
     assert torch.equal(part.responses * part.mask, (whole.responses * whole.mask)[1:, :n])
 
 
-def test_checkpointing_and_micro_batches_give_the_same_gradients():
-    plain, saving = policy_on("cuda"), policy_on("cuda")
+def test_checkpointing_and_micro_batches_give_the_same_gradients(gpu):
+    plain, saving = make_policy(device=gpu), make_policy(device=gpu)
     saving.gradient_checkpointing = True
     saving.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     batch = plain.sample(PROMPTS, UNIFORMS)
-    advantages = torch.randn(*batch.mask.shape, 2, device="cuda")
+    advantages = torch.randn(*batch.mask.shape, 2, device=gpu)
     results = []
     for policy, size in ((plain, None), (saving, 2)):
         config = ppo.PPOConfig(micro_batch_size=size)
@@ -108,22 +122,123 @@ def test_checkpointing_and_micro_batches_give_the_same_gradients():
     assert (results[0] - results[1]).abs().max() < 1e-3 * results[0].abs().max()
 
 
-def test_a_single_new_token_needs_no_captured_step(kind):
-    policy = policy_on("cuda", kind)
+def test_a_single_new_token_needs_no_captured_step(gpu, kind):
+    policy = make_policy(kind, device=gpu)
     assert policy.sample(PROMPTS, UNIFORMS[:, :1]).responses.shape == (4, 1)
 
 
-def test_left_padding_to_a_width_of_64_modulo_128_leaves_the_gradients_finite():
+def test_left_padding_to_a_width_of_64_modulo_128_leaves_the_gradients_finite(gpu):
     # cuDNN's attention gives NaN there (torch 2.13): rows that see nothing, in 16 bits, head size 64
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(vocab_size=50, hidden_size=256, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, **special)  # fmt: skip
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    model = LlamaForCausalLM(config).to(gpu, torch.bfloat16)
     policy = Policy(model, make_tokenizer(), LoRAConfig(lora_rank=4))
     policy.sampler.eos = policy.sampler.eos[:0]  # so that the width is 120 + 72
     batch = policy.sample([[5] * 40, [6] * 120], RNG.random((2, 72)))
     assert batch.prompts.shape[1] + batch.responses.shape[1] == 192
     logp, _, _ = policy.logprobs_in_pieces(batch, None)
-    J, _, _ = ppo.policy_gradients(policy, batch, logp, torch.randn(2, 72, 2, device="cuda"), ppo.PPOConfig())
+    J, _, _ = ppo.policy_gradients(policy, batch, logp, torch.randn(2, 72, 2, device=gpu), ppo.PPOConfig())
     assert torch.isfinite(J).all() and not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@torch.no_grad()
+def test_the_decode_step_says_no_word_to_the_host(kind):
+    # on a real GPU the capture itself refuses; here it is seen without one
+    with pretended() as device:
+        policy = make_policy(kind, device=NAME)
+        decoder = Decoder(policy.sampler, 4, 12, 16)
+        decoder.prefill(PROMPTS)
+        decoder.choose()  # the first call may set something up
+        decoder.advance()
+        device.words.clear()
+        decoder.choose()
+        decoder.advance()
+        assert device.words == []
+
+
+def test_a_step_that_cannot_be_captured_is_drawn_without_a_graph(capsys, monkeypatch):
+    with pretended():
+        policy = make_policy(device=NAME)
+        with_graph, _ = drawn(policy)
+        choose = Decoder.choose
+        monkeypatch.setattr(Decoder, "choose", lambda self: (choose(self), self.alive.any().item()))
+        policy.sampler.decoder = None
+        without, _ = drawn(policy)
+        assert torch.equal(without, with_graph)
+        assert not policy.sampler.cuda_graph and "cannot be captured" in capsys.readouterr().out
+
+
+def test_another_length_or_a_longer_prompt_takes_another_graph(gpu):
+    policy = make_policy(device=gpu)
+    policy.sample(PROMPTS, UNIFORMS)
+    longer = [p * 6 for p in PROMPTS]  # up to 72 tokens, beyond the first bucket
+    for prompts, uniforms in ((PROMPTS, UNIFORMS[:, :9]), (longer, UNIFORMS)):
+        before = policy.sampler.decoder
+        batch = policy.sample(prompts, uniforms)
+        assert policy.sampler.decoder is not before and captured(policy)
+        assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() <= 1e-3
+
+
+def test_with_the_adapter_off_the_captured_step_is_left_alone(gpu):
+    policy = make_policy(device=gpu)
+    trained = policy.sample(PROMPTS, UNIFORMS)
+    with policy.adapter.disabled():
+        base = policy.sample(PROMPTS, UNIFORMS)
+        assert (policy.logprobs(base)[0] - base.sampled_logp).abs().max() <= 1e-3
+    assert not torch.equal(base.responses, trained.responses)
+    assert torch.equal(policy.sample(PROMPTS, UNIFORMS).responses, trained.responses)
+
+
+METHODS = (FIRM, MORLHF, FSMGDA, fedcmoo(FedCMOOConfig()))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("settings", [{}, {"gram": "cross", "optimizer": "adam-keep", "max_grad_norm": 0.1}])
+def test_a_federation_trains_as_on_the_cpu(gpu, method, settings):
+    small = {"method": method, "clients": 2, "batch_size": 4, "ppo": {"epochs": 2}, **settings}
+    here, there = federation(**small), federation(device=gpu, **small)
+    for _ in range(2):
+        expected, metrics = here.round(), there.round()
+        for key in ("reward/even", "reward/low", "kl", "lambda/even", "adapter/norm", "adapter/averaging_residual"):
+            assert metrics[key] == pytest.approx(expected[key], rel=1e-2, abs=1e-3)
+
+
+def test_a_federation_goes_on_from_its_checkpoint(gpu):
+    whole = federation(device=gpu, optimizer="adam-keep")
+    whole.round()
+    tensors, values = whole.state()
+    resumed = federation(device=gpu, optimizer="adam-keep")
+    resumed.restore({name: tensor.cpu().clone() for name, tensor in tensors.items()}, values)
+    whole.round(), resumed.round()
+    assert (whole.theta - resumed.theta).abs().max() <= 1e-5
+
+
+def test_switching_clients_copies_no_adapter_through_the_cpu():
+    with pretended() as device:
+        trained = federation(device=NAME)
+        clients, d = trained.clients[:2], trained.policy.adapter.size
+        _, batch = trained.rollout(clients, 0, firm.TRAINING)
+        scores = torch.randn(len(batch), 2).to(NAME)
+        device.words.clear()
+        for client, rows in zip(clients, (slice(0, 6), slice(6, 12)), strict=True):
+            firm.local_update(client, trained.policy, trained.theta, batch.rows(rows), scores[rows], 0.1,
+                              FIRM, trained.config, trained.ppo_config)  # fmt: skip
+        assert max(size for _, _, size in device.words) < 4 * d / 10  # never anything of θ's size, d float32 numbers
+
+
+def test_a_preset_runs_whole_from_local_checkpoints(tmp_path, gpu):
+    small = bench.Bench(bench.SHAPES["tiny"], "cpu", "float32", 2)
+    flags = ["--preset", "tinyllama-12gb", *bench.stand_ins(small, tmp_path), "--clients", "2", "--rounds", "2",
+             "--batch_size", "4", "--held_out", "3", "--gradient_checkpointing", "True"]  # fmt: skip
+    runs = []
+    for device in ("cpu", gpu):
+        config, *_ = parse([*flags, "--out", str(tmp_path / device)])
+        config.run.device = device
+        runs.append(run.train(config, progress=False))
+    expected, summary = runs
+    assert summary["kl"]["mean"] == pytest.approx(expected["kl"]["mean"], abs=1e-3)
+    for name in ("helpful", "harmless"):
+        after, before = (s["objectives"][name]["after"]["mean"] for s in (summary, expected))
+        assert after == pytest.approx(before, abs=0.02)
