@@ -238,7 +238,8 @@ def a_lora_layer(bench: Bench) -> None:
         return repeat
 
     def both(layer: nn.Module) -> Callable[[], None]:
-        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        factors = layer.factors() if layer is ours else (p for p in layer.parameters() if p.requires_grad)
+        wanted = [x, *factors]
 
         def repeat() -> None:
             for _ in range(repeats):

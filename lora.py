@@ -76,18 +76,36 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(n_out, rank, device=base.weight.device))  # [out, r]
         self.scale = scale
         self.enabled = True
-        self.rounded: tuple[Tensor, Tensor] | None = None  # A and B in the base's type, see `ready_to_sample`
+        self.rounded: tuple[Tensor, Tensor] | None = None  # see `factors`
+        self.rounded_at: tuple[int, int] | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] as they are multiplied with, in the base layer's type.
+
+        Over float32 weights A and B themselves. Over 16-bit weights the products run in 16 bits too, as in any
+        mixed-precision training: rounded copies then, at fixed addresses, which a CUDA graph can read, and the
+        gradient is taken in them. They are made anew whenever A or B has changed, not in every pass; what is averaged,
+        the sum of the gradients and the optimizer stay float32. [ours]
+        """
+        dtype = self.base.weight.dtype
+        if dtype == torch.float32:
+            return self.A, self.B
+        now = (self.A._version, self.B._version)  # torch counts a tensor's changes in place
+        if now != self.rounded_at:
+            with torch.no_grad():
+                if self.rounded is None:
+                    self.rounded = tuple(torch.empty_like(x, dtype=dtype).requires_grad_() for x in (self.A, self.B))
+                for copy, half in zip(self.rounded, (self.A, self.B), strict=True):
+                    copy.copy_(half)
+            self.rounded_at = now
+        return self.rounded
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the base layer's type.
-
-        Over 16-bit weights the products with A and B run in 16 bits too, as in any mixed-precision training: the
-        adapter's own numbers, the sum of its gradients and its optimizer stay float32. [ours]
-        """
+        """x [..., in] -> [..., out], in the base layer's type."""
         y = self.base(x)
         if not self.enabled:
             return y
-        A, B = self.rounded or (self.A.to(x.dtype), self.B.to(x.dtype))
+        A, B = self.factors()
         z = nn.functional.linear(x, A)  # [..., r]
         # y + scale · z Bᵀ in one product, so that nothing of y's size is scaled or added by itself
         add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_  # without a graph, into y itself
@@ -111,7 +129,13 @@ class Adapter:
         self.config = config
         self.parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
         self.size = sum(p.numel() for p in self.parameters)
-        self._copies: list[tuple[Tensor, Tensor]] | None = None  # of `ready_to_sample`
+
+    def leaves(self) -> list[Tensor]:
+        """What a loss is differentiated in, shaped and ordered like `parameters`: they themselves over float32 weights.
+
+        Over 16-bit weights their rounded copies, whose gradients are 16-bit: sum them up in float32.
+        """
+        return [half for layer in self.layers.values() for half in layer.factors()]
 
     def vector(self) -> Tensor:
         """A copy of θ [d], float32."""
@@ -171,35 +195,15 @@ class Adapter:
     def ready_to_sample(self) -> Iterator[None]:
         """Inside, the adapter costs as little as it can at the same fidelity; it must not change there.
 
-        Merged into float32 weights, which is exact to rounding; over 16-bit weights, where merging would lose it, A and
-        B are rounded once and not at every token. The copies keep their addresses, for a CUDA graph to read. [ours]
+        Merged into float32 weights, which is exact to rounding. Over 16-bit weights merging would lose it: there the
+        rounded factors are brought up to date, since a CUDA graph that reads them runs no line of Python. [ours]
         """
-        layers = list(self.layers.values())
-        types = {layer.base.weight.dtype for layer in layers}
-        if not self.enabled:
-            yield
-        elif types == {torch.float32}:
+        if self.enabled and all(layer.base.weight.dtype == torch.float32 for layer in self.layers.values()):
             with self.merged():
                 yield
         else:
-            for layer, copies in zip(layers, self._rounded_copies(), strict=True):
-                layer.rounded = copies
-            try:
-                yield
-            finally:
-                for layer in layers:
-                    layer.rounded = None
-
-    @torch.no_grad()
-    def _rounded_copies(self) -> list[tuple[Tensor, Tensor]]:
-        if self._copies is None:
-            self._copies = [
-                tuple(half.to(layer.base.weight.dtype) for half in (layer.A, layer.B)) for layer in self.layers.values()
-            ]
-        for copies, layer in zip(self._copies, self.layers.values(), strict=True):
-            copies[0].copy_(layer.A)
-            copies[1].copy_(layer.B)
-        return self._copies
+            self.leaves()
+            yield
 
     def save(self, directory: str | Path, base_model: str) -> None:
         """Write PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`, each whole or not at all."""

@@ -131,11 +131,11 @@ def surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def jacobian(losses: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """J [M, d] from losses [M] that share one graph: M backward passes, no second forward."""
+def jacobian(losses: Tensor, leaves: list[Tensor]) -> Tensor:
+    """J [M, d] from losses [M] that share one graph: M backward passes, no second forward. In the leaves' type."""
     rows = []
     for j, loss in enumerate(losses):
-        grads = torch.autograd.grad(loss, parameters, retain_graph=j + 1 < len(losses))
+        grads = torch.autograd.grad(loss, leaves, retain_graph=j + 1 < len(losses))
         rows.append(torch.cat([g.flatten() for g in grads]))
     return torch.stack(rows)
 
@@ -230,7 +230,7 @@ def policy_gradients(
         present = part_of[rows].unique()
         member = (part_of[rows] == present[:, None]).to(loss)  # [p, b]
         losses = torch.einsum("blm,bl,pb->pm", loss, piece.mask.to(loss.dtype), member)  # [p, M], sums over tokens
-        J[present] += jacobian(losses.flatten(), policy.adapter.parameters).view(len(present), *J.shape[1:])
+        J[present] += jacobian(losses.flatten(), policy.adapter.leaves()).view(len(present), *J.shape[1:])
         hiddens.append((rows, hidden))
         ratios.append((rows, ratio.detach()))
         entropies.append((rows, entropy.detach()))

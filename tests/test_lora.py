@@ -201,3 +201,52 @@ def test_an_adapter_with_other_ranks_or_scales_for_some_layers_is_refused(key, t
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: {"q_proj": 8}}))
     with pytest.raises(ValueError, match=key):
         adapter.load(tmp_path)
+
+
+def by_assigning(adapter):
+    adapter.assign(adapter.vector() * 1.5)
+
+
+def by_loading(adapter, tmp_path):
+    saved = adapter.vector()
+    by_assigning(adapter)
+    adapter.save(tmp_path, "base")
+    adapter.assign(saved)
+    adapter.load(tmp_path)
+
+
+def by_a_step(adapter, kind):
+    optimizer = getattr(torch.optim, kind)(adapter.parameters, lr=0.1)
+    for parameter in adapter.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+CHANGES = {
+    "assign": lambda adapter, _: by_assigning(adapter),
+    "load": by_loading,
+    "adam": lambda adapter, _: by_a_step(adapter, "Adam"),
+    "sgd": lambda adapter, _: by_a_step(adapter, "SGD"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_over_16_bit_weights_every_change_of_the_adapter_reaches_the_next_pass(change, tmp_path):
+    policy = make_policy(dtype=torch.bfloat16)
+    layer = next(iter(policy.adapter.layers.values()))
+    x = torch.randn(5, layer.base.weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    before, addresses = layer(x), [half.data_ptr() for half in policy.adapter.leaves()]
+    change(policy.adapter, tmp_path)
+    A, B = (half.detach().bfloat16().float() for half in (layer.A, layer.B))
+    expected = layer.base(x).float() + layer.scale * (x.float() @ A.T).bfloat16().float() @ B.T
+    after = layer(x)
+    assert (after.float() - expected).abs().max() <= 0.02 * expected.abs().max()
+    assert (after - before).abs().max() > 0.1 * expected.abs().max()
+    assert [half.data_ptr() for half in policy.adapter.leaves()] == addresses  # where a captured graph reads
+
+
+def test_the_gradient_is_taken_in_the_parameters_or_in_their_rounded_copies():
+    exact, rounded = make_policy().adapter, make_policy(dtype=torch.bfloat16).adapter
+    assert all(leaf is parameter for leaf, parameter in zip(exact.leaves(), exact.parameters, strict=True))
+    for leaf, parameter in zip(rounded.leaves(), rounded.parameters, strict=True):
+        assert leaf.requires_grad and torch.equal(leaf, parameter.bfloat16())
