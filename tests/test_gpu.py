@@ -143,6 +143,43 @@ def test_left_padding_to_a_width_of_64_modulo_128_leaves_the_gradients_finite(gp
     assert torch.isfinite(J).all() and not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_the_pretend_gpu_refuses_tensors_of_two_devices():
+    with pretended():
+        there, here = torch.ones(3, device=NAME), torch.ones(3)
+        for mixed in (lambda: there + here, lambda: here @ there, lambda: there.index_copy_(0, torch.arange(1), here)):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        assert (there + torch.tensor(1.0)).device.type == NAME  # a number may come from anywhere
+
+
+def test_the_pretend_gpu_counts_every_word_between_it_and_the_host():
+    with pretended() as device:
+        x = torch.ones(8, device=NAME)
+        assert device.words == []
+        for speak, kind, size in (
+            (lambda: bool(x.any()), "read", 1), (lambda: x[x > 0], "read", 4), (lambda: x.tolist(), "read", 32),
+            (lambda: x.cpu(), "down", 32), (lambda: torch.tensor([1.0], device=NAME), "up", 4),
+            (lambda: x.copy_(torch.zeros(8)), "up", 32), (lambda: x[torch.tensor([1, 2])], "up", 16),
+        ):  # fmt: skip
+            device.words.clear()
+            speak()
+            assert [(word[0], word[2]) for word in device.words] == [(kind, size)]
+
+
+def test_a_pretend_graph_computes_anew_where_it_computed_before_and_refuses_words_to_the_host():
+    with pretended():
+        x, y = torch.ones(3, device=NAME), torch.zeros(3, device=NAME)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = x * 2
+            y.add_(z)
+        x.fill_(5.0)
+        graph.replay()
+        assert z.tolist() == [10.0] * 3 and y.tolist() == [12.0] * 3
+        with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(graph):
+            x.sum().item()
+
+
 @torch.no_grad()
 def test_the_decode_step_says_no_word_to_the_host(kind):
     # on a real GPU the capture itself refuses; here it is seen without one

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_policy, make_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -79,45 +78,6 @@ def test_pieces_hold_every_row_once_longest_first_within_the_budget(tokens):
     lengths = [len(PROMPTS[i]) for piece in pieces for i in piece]
     assert lengths == sorted(lengths, reverse=True)
     assert all(len(piece) == 1 or len(piece) * len(PROMPTS[piece[0]]) <= tokens for piece in pieces)
-
-
-class Recorded(TorchDispatchMode):
-    """Every operator called inside, by name, and which of them a CUDA graph cannot hold."""
-
-    # what waits for a number from the device, or makes a shape of one, or brings data from the host
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "is_nonzero", "equal.default")
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        by_mask = any(isinstance(x, list) and any(getattr(i, "dtype", None) == torch.bool for i in x) for x in args)
-        self.names.append("nonzero, from a mask as index" if by_mask else str(func))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def refused(self):
-        return {name for name in self.names if any(word in name for word in self.REFUSED)}
-
-
-@torch.no_grad()
-def test_a_step_asks_the_device_for_nothing_and_brings_it_nothing(policy):
-    decoder = Decoder(policy.sampler, 6, 20, 16)
-    decoder.prefill(PROMPTS)
-    with Recorded() as recorded:
-        decoder.advance()
-        decoder.choose()
-    assert len(recorded.names) > 50 and not recorded.refused
-
-
-def test_the_recorder_sees_a_question_to_the_device():
-    x = torch.ones(3)
-    with Recorded() as recorded:
-        bool(x.any())
-        x[x > 0]
-        torch.tensor([1.0])
-    assert len(recorded.refused) == 3
 
 
 @torch.no_grad()
