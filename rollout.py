@@ -197,6 +197,21 @@ class Policy:
         pieces = [(rows, self.logprobs(piece)) for rows, piece in batch.micro_batches(micro_batch_size)]
         return tuple(together(batch, [(rows, values[i]) for rows, values in pieces]) for i in range(3))
 
+    @torch.no_grad()
+    def expected_kl(self, hidden: Tensor, hidden_ref: Tensor, mask: Tensor) -> Tensor:
+        """KL(π_θ ‖ π_ref) of each response, Σ_t KL(π_θ(· | x, y_<t) ‖ π_ref(· | x, y_<t)), in nats: [B], float64.
+
+        hidden, hidden_ref [B, L, H] from `logprobs` with the adapter on and off, mask [B, L]. Over responses drawn from
+        π_θ its mean is that of Σ_t log π_θ/π_ref, without the noise of which token was drawn, and never negative (the
+        Rao–Blackwellised estimate, Amini et al. 2025).
+        """
+        kl = []
+        on_and_off = (states.flatten(0, 1).split(self.chunk) for states in (hidden, hidden_ref))
+        for on, off in zip(*on_and_off, strict=True):
+            logp = self.log_softmax(on)  # [chunk, V]
+            kl.append((logp.exp() * (logp - self.log_softmax(off))).sum(1))
+        return (torch.cat(kl).view_as(mask).double() * mask).sum(1)
+
     def log_softmax(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] -> log-probs of the next token [..., V], float32, at the sampling temperature."""
         logits = self.model.get_output_embeddings()(hidden).float()

@@ -162,11 +162,11 @@ class Session:
             rollout = self.policy.sample([p.token_ids for p in prompts], u[start : start + size])
             scores.append(self.score(prompts, rollout))
             pieces = self.config.ppo.micro_batch_size or self.config.firm.batch_size  # what training has room for
-            logp, _, _ = self.policy.logprobs_in_pieces(rollout, pieces)
+            logp, _, hidden = self.policy.logprobs_in_pieces(rollout, pieces)
             gap = max(gap, diagnostics.logp_gap(rollout.sampled_logp, logp, rollout.mask))
             with self.policy.adapter.disabled():
-                logp_ref, _, _ = self.policy.logprobs_in_pieces(rollout, pieces)
-            kl.append(diagnostics.sequence_kl(logp, logp_ref, rollout.mask))
+                _, _, hidden_ref = self.policy.logprobs_in_pieces(rollout, pieces)
+            kl.append(self.policy.expected_kl(hidden, hidden_ref, rollout.mask))
             texts += self.policy.texts(rollout)[0]
         if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
             print(
@@ -174,7 +174,7 @@ class Session:
             )
             print("  responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
         shape = (len(self.held_out), S)
-        return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).double().cpu().view(shape), texts[::S])
+        return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).cpu().view(shape), texts[::S])
 
     @cached_property
     def fingerprint(self) -> str:

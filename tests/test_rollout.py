@@ -13,7 +13,7 @@ from transformers import BioGptConfig, BioGptForCausalLM, LlamaConfig, LlamaForC
 
 import rollout
 from lora import LoRAConfig
-from rollout import Policy, RolloutConfig, TokenLogProbs, context_of, load_model
+from rollout import Policy, Rollout, RolloutConfig, TokenLogProbs, context_of, load_model
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, 50, n).tolist() for n in (3, 9, 1, 12, 5, 20)]
@@ -191,6 +191,49 @@ def test_the_logits_of_the_whole_batch_are_never_in_memory_at_once():
             torch.autograd.grad(logp.sum(), policy.adapter.parameters)
         assert largest.elements <= max(most, weights)
         assert largest.elements >= least
+
+
+def kl_parts(policy, batch):
+    """Of every response: log π_θ − log π_ref of the drawn tokens, and the expected KL at its positions."""
+    logp, _, hidden = policy.logprobs_in_pieces(batch, 7)
+    with policy.adapter.disabled():
+        logp_ref, _, hidden_ref = policy.logprobs_in_pieces(batch, 7)
+    return ((logp - logp_ref) * batch.mask).sum(1).double(), policy.expected_kl(hidden, hidden_ref, batch.mask)
+
+
+def test_the_expected_kl_averages_to_the_kl_of_whole_responses_summed_over_all_of_them():
+    # every response of at most two tokens: EOS at once, or 49 others times 50
+    policy = make_policy(noise=0.3)
+    policy.chunk = 64
+    eos, V = policy.eos[0], 50
+    all_two = [(a, b) for a in range(V) for b in range(V) if a != eos] + [(eos, 0)]
+    responses = torch.tensor(all_two)
+    mask = torch.ones_like(responses)
+    mask[-1, 1] = 0
+    n = len(all_two)
+    zeros = torch.zeros(n, 2)
+    batch = Rollout(torch.tensor([[5, 9, 11]] * n), torch.ones(n, 3).long(), responses, mask, zeros, zeros[:, 0] > 0)
+    logp = (policy.logprobs_in_pieces(batch, None)[0].double()).sum(1)
+    assert logp.exp().sum() == pytest.approx(1.0, abs=1e-5)
+    drawn, expected = kl_parts(policy, batch)
+    assert float(logp.exp() @ drawn) > 0.01
+    assert float(logp.exp() @ expected) == pytest.approx(float(logp.exp() @ drawn), rel=1e-4)
+
+
+def test_the_expected_kl_is_never_negative_and_less_noisy_than_that_of_the_drawn_tokens(policy):
+    n = 256
+    batch = policy.sample([[5, 9, 11]] * n, np.random.default_rng(3).random((n, 8)))
+    drawn, expected = kl_parts(policy, batch)
+    assert expected.min() >= 0.0 and drawn.min() < 0.0
+    assert expected.var() < drawn.var()
+    spread = float((drawn - expected).std() / n**0.5)
+    assert abs(float((drawn - expected).mean())) < 4 * spread
+
+
+def test_the_expected_kl_of_the_base_model_is_zero():
+    policy = make_policy(noise=0.0)
+    batch = policy.sample([[5, 9, 11], [4]], np.random.default_rng(3).random((2, 8)))
+    assert kl_parts(policy, batch)[1].tolist() == [0.0, 0.0]
 
 
 def test_hidden_states_carry_no_gradient(policy):
