@@ -105,6 +105,7 @@ class Bench:
     dtype: str
     pairs: int
     rank: int = 16
+    flags: tuple[str, ...] = ()  # of run.py, for h and j
 
     def __post_init__(self) -> None:
         self.rows: list[dict] = []
@@ -504,7 +505,7 @@ def h_preset(bench: Bench, preset: str = "tinyllama") -> None:
     """`run.py --preset tinyllama` from local directories: seconds of its 16 rounds by phase, memory, KL afterwards."""
     with tempfile.TemporaryDirectory() as root:
         flags = stand_ins(bench, Path(root))
-        config, *_ = parse(["--preset", preset, *flags, "--profile", "--out", f"{root}/run"])
+        config, *_ = parse(["--preset", preset, *flags, *bench.flags, "--profile", "--out", f"{root}/run"])
         if bench.device == "cuda":  # what other parts held shall not count
             gc.collect()
             torch.cuda.empty_cache()
@@ -512,6 +513,7 @@ def h_preset(bench: Bench, preset: str = "tinyllama") -> None:
         summary = run.train(config, progress=False)
     profile = summary["profile"]
     rounds = sum(profile["seconds"].values())
+    preset = " ".join([preset, *bench.flags])
     bench.add(f"h {preset}, its {profile['rounds']} rounds", rounds, "s")
     bench.add(f"h {preset}, loading, graph capture, evaluation", summary["seconds"] - rounds, "s")
     for phase, seconds in sorted(profile["seconds"].items()):
@@ -612,6 +614,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=30, help="pairs of runs per comparison")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, for ours and the peers")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of run.py, for h and j; comes last")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("device: cuda was asked for, but torch sees no GPU; use --device cpu")
@@ -626,7 +629,9 @@ def main() -> int:
     failed = False
     for shape in arguments.shapes:
         for part in arguments.only or (list(PARTS) if arguments.device == "cuda" else list("abcdefg")):
-            bench = Bench(SHAPES[shape], arguments.device, arguments.dtype, arguments.pairs)
+            bench = Bench(
+                SHAPES[shape], arguments.device, arguments.dtype, arguments.pairs, flags=tuple(arguments.flags)
+            )
             if part == "e" and shape != arguments.shapes[0]:
                 continue  # the QP knows nothing of shapes
             try:
