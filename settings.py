@@ -93,7 +93,9 @@ class RunConfig:
         default="float32", metadata={"help": "type of the reward models: float32, bfloat16 or float16"}
     )
     reward_batch_size: int = field(default=32, metadata={"help": "rows per batch of a reward model"})
-    profile: bool = field(default=False, metadata={"help": "print where the rounds' time goes, and the peak memory"})
+    profile: bool = field(
+        default=False, metadata={"help": "print where the rounds' time goes, and peak memory (a sweep: summary.json)"}
+    )
     show: int = field(default=4, metadata={"help": "held-out prompts whose answers are printed, before and after"})
     out: str | None = field(
         default=None, metadata={"help": "run directory; the next free runs/METHOD-PRESET if not given"}
