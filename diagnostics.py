@@ -28,7 +28,7 @@ def averaging_residual(thetas: Sequence[Sequence[Tensor]], weights: Tensor, scal
     scale · mean(ba): matrices of rank C·r, so it needs no [out, in] matrix.
     """
     w = (weights / weights.sum()).to(thetas[0][0])
-    residual = norm = torch.zeros((), dtype=torch.float64, device=thetas[0][0].device)
+    residual, norm = torch.zeros(2, dtype=torch.float64, device=thetas[0][0].device).unbind()
     for layer in range(0, len(thetas[0]), 2):
         A, B = (torch.stack([theta[layer + i] for theta in thetas]) for i in (0, 1))  # [C, r, in], [C, out, r]
         a, b = (X - torch.einsum("c,cij->ij", w, X) for X in (A, B))

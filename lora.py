@@ -77,24 +77,27 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.enabled = True
         self.rounded: tuple[Tensor, Tensor] | None = None  # see `factors`
-        self.rounded_at: tuple[int, int] | None = None
+        self.rounded_at: tuple | None = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] as they are multiplied with, in the base layer's type.
 
         Over float32 weights A and B themselves. Over 16-bit weights the products run in 16 bits too, as in any
         mixed-precision training: rounded copies then, at fixed addresses, which a CUDA graph can read, and the
-        gradient is taken in them. They are made anew whenever A or B has changed, not in every pass; what is averaged,
-        the sum of the gradients and the optimizer stay float32. [ours]
+        gradient is taken in them. They are made anew when A or B has changed since, not in every pass; what is
+        averaged, the sum of the gradients and the optimizer stay float32. Changes are seen by the count that torch
+        keeps of them: writing into `.data` and fused optimizers escape it. [ours]
         """
-        dtype = self.base.weight.dtype
-        if dtype == torch.float32:
+        base = self.base.weight
+        if base.dtype == torch.float32:
             return self.A, self.B
-        now = (self.A._version, self.B._version)  # torch counts a tensor's changes in place
+        now = tuple((id(half), half._version, half.device, base.dtype) for half in (self.A, self.B))
         if now != self.rounded_at:
             with torch.no_grad():
-                if self.rounded is None:
-                    self.rounded = tuple(torch.empty_like(x, dtype=dtype).requires_grad_() for x in (self.A, self.B))
+                if self.rounded is None or self.rounded[0].dtype != base.dtype or self.rounded[0].device != base.device:
+                    self.rounded = tuple(
+                        torch.empty_like(half, dtype=base.dtype).requires_grad_() for half in (self.A, self.B)
+                    )
                 for copy, half in zip(self.rounded, (self.A, self.B), strict=True):
                     copy.copy_(half)
             self.rounded_at = now
@@ -133,7 +136,8 @@ class Adapter:
     def leaves(self) -> list[Tensor]:
         """What a loss is differentiated in, shaped and ordered like `parameters`: they themselves over float32 weights.
 
-        Over 16-bit weights their rounded copies, whose gradients are 16-bit: sum them up in float32.
+        Over 16-bit weights their rounded copies, whose gradients are 16-bit: sum them up in float32. A `backward()` of
+        one's own leaves its gradients there too, and none in `parameters`.
         """
         return [half for layer in self.layers.values() for half in layer.factors()]
 
@@ -196,7 +200,7 @@ class Adapter:
         """Inside, the adapter costs as little as it can at the same fidelity; it must not change there.
 
         Merged into float32 weights, which is exact to rounding. Over 16-bit weights merging would lose it: there the
-        rounded factors are brought up to date, since a CUDA graph that reads them runs no line of Python. [ours]
+        rounded factors are brought up to date, before a CUDA graph reads them without a line of Python. [ours]
         """
         if self.enabled and all(layer.base.weight.dtype == torch.float32 for layer in self.layers.values()):
             with self.merged():

@@ -202,8 +202,8 @@ class Policy:
         """KL(π_θ ‖ π_ref) of each response, Σ_t KL(π_θ(· | x, y_<t) ‖ π_ref(· | x, y_<t)), in nats: [B], float64.
 
         hidden, hidden_ref [B, L, H] from `logprobs` with the adapter on and off, mask [B, L]. Over responses drawn from
-        π_θ its mean is that of Σ_t log π_θ/π_ref, without the noise of which token was drawn, and never negative (the
-        Rao–Blackwellised estimate, Amini et al. 2025).
+        π_θ its mean is that of Σ_t log π_θ/π_ref, without the noise of which token was drawn, and but for rounding
+        it is never negative (the Rao–Blackwellised estimate, Amini et al. 2025).
         """
         kl = []
         on_and_off = (states.flatten(0, 1).split(self.chunk) for states in (hidden, hidden_ref))

@@ -22,8 +22,7 @@ import sampler
 
 NAME = "lazy"  # a type of device that torch knows, has no kernels for, and runs backward in the calling thread
 aten = torch.ops.aten
-READS_A_NUMBER = (aten._local_scalar_dense.default, aten.equal.default)
-SIZED_BY_NUMBERS = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default)
+WAIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # for a number, or for a size
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
 
 
@@ -58,16 +57,17 @@ class PretendDevice(TorchDispatchMode):
         super().__init__()
         self.words: list[tuple[str, str, int]] = []
         self.recording: list | None = None
+        self.lift: list[bool] = []  # torch's setting outside, a stack
 
     def __enter__(self) -> "PretendDevice":
         self.words = []
-        self.lift = torch._C._only_lift_cpu_tensors()
+        self.lift.append(torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) is made on the CPU, then moved
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
-        torch._C._set_only_lift_cpu_tensors(self.lift)
+        torch._C._set_only_lift_cpu_tensors(self.lift.pop())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(func, args, kwargs or {})
@@ -77,10 +77,6 @@ class PretendDevice(TorchDispatchMode):
         if self.recording is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {operation}")
         self.words.append((kind, str(operation), tensor.numel() * tensor.element_size()))
-
-    def bytes_across(self) -> int:
-        """Of all words so far."""
-        return sum(size for _, _, size in self.words)
 
     def run(self, func, args: tuple, kwargs: dict) -> object:
         """One operation: checked, counted, computed on the CPU, and recorded if a graph is being captured."""
@@ -107,7 +103,7 @@ class PretendDevice(TorchDispatchMode):
         elif here and there:
             kinds = [f"{type(x).__name__}{list(x.shape)}" for x in tensors]
             raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {', '.join(kinds)}")
-        if here and (func in READS_A_NUMBER or func in SIZED_BY_NUMBERS):
+        if here and func not in INDEXING and WAIT & set(func.tags):
             self.word("read", func, here[0].new_empty(1))
         if here and func in INDEXING and any(getattr(i, "dtype", None) == torch.bool for i in tree_leaves(args[1])):
             self.word("read", func, here[0].new_empty(1))  # how many are true

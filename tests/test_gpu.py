@@ -157,7 +157,8 @@ def test_the_pretend_gpu_counts_every_word_between_it_and_the_host():
         x = torch.ones(8, device=NAME)
         assert device.words == []
         for speak, kind, size in (
-            (lambda: bool(x.any()), "read", 1), (lambda: x[x > 0], "read", 4), (lambda: x.tolist(), "read", 32),
+            (lambda: bool(x.any()), "read", 1), (lambda: x.long().bincount(), "read", 8),
+            (lambda: x.allclose(x), "read", 4), (lambda: x[x > 0], "read", 4), (lambda: x.tolist(), "read", 32),
             (lambda: x.cpu(), "down", 32), (lambda: torch.tensor([1.0], device=NAME), "up", 4),
             (lambda: x.copy_(torch.zeros(8)), "up", 32), (lambda: x[torch.tensor([1, 2])], "up", 16),
         ):  # fmt: skip
@@ -250,7 +251,7 @@ def test_a_federation_goes_on_from_its_checkpoint(gpu):
     resumed = federation(device=gpu, optimizer="adam-keep")
     resumed.restore({name: tensor.cpu().clone() for name, tensor in tensors.items()}, values)
     whole.round(), resumed.round()
-    assert (whole.theta - resumed.theta).abs().max() <= 1e-5
+    assert (whole.theta - resumed.theta).abs().mean() <= 1e-5  # a step moves a number by 1e-2
 
 
 def test_switching_clients_copies_no_adapter_through_the_cpu():
@@ -269,14 +270,14 @@ def test_switching_clients_copies_no_adapter_through_the_cpu():
 def test_a_preset_runs_whole_from_local_checkpoints(tmp_path, gpu):
     small = bench.Bench(bench.SHAPES["tiny"], "cpu", "float32", 2)
     flags = ["--preset", "tinyllama-12gb", *bench.stand_ins(small, tmp_path), "--clients", "2", "--rounds", "2",
-             "--batch_size", "4", "--held_out", "3", "--gradient_checkpointing", "True"]  # fmt: skip
+             "--batch_size", "4", "--held_out", "3", "--lr", "5e-3", "--gradient_checkpointing", "True"]  # fmt: skip
     runs = []
     for device in ("cpu", gpu):
         config, *_ = parse([*flags, "--out", str(tmp_path / device)])
         config.run.device = device
         runs.append(run.train(config, progress=False))
     expected, summary = runs
-    assert summary["kl"]["mean"] == pytest.approx(expected["kl"]["mean"], abs=1e-3)
+    assert summary["kl"]["mean"] == pytest.approx(expected["kl"]["mean"], rel=0.02)
     for name in ("helpful", "harmless"):
         after, before = (s["objectives"][name]["after"]["mean"] for s in (summary, expected))
-        assert after == pytest.approx(before, abs=0.02)
+        assert after == pytest.approx(before, abs=1e-3)

@@ -222,7 +222,22 @@ def by_a_step(adapter, kind):
     optimizer.step()
 
 
+def by_replacing(adapter):
+    for layer in adapter.layers.values():
+        layer.A = torch.nn.Parameter(-layer.A.detach())
+        layer.B = torch.nn.Parameter(2.0 * layer.B.detach())
+
+
+def in_place(adapter, half):
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            getattr(layer, half).mul_(-1.0)
+
+
 CHANGES = {
+    "only A": lambda adapter, _: in_place(adapter, "A"),
+    "only B": lambda adapter, _: in_place(adapter, "B"),
+    "other parameters": lambda adapter, _: by_replacing(adapter),
     "assign": lambda adapter, _: by_assigning(adapter),
     "load": by_loading,
     "adam": lambda adapter, _: by_a_step(adapter, "Adam"),
@@ -250,3 +265,12 @@ def test_the_gradient_is_taken_in_the_parameters_or_in_their_rounded_copies():
     assert all(leaf is parameter for leaf, parameter in zip(exact.leaves(), exact.parameters, strict=True))
     for leaf, parameter in zip(rounded.leaves(), rounded.parameters, strict=True):
         assert leaf.requires_grad and torch.equal(leaf, parameter.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_rounded_copies_follow_the_base_weights_to_another_type(dtype):
+    policy = make_policy(dtype=torch.bfloat16)
+    policy.adapter.leaves()
+    policy.model.to(dtype)
+    assert {leaf.dtype for leaf in policy.adapter.leaves()} == {dtype}
+    assert policy.model(input_ids=torch.tensor([[3, 4]])).logits.dtype == dtype

@@ -156,12 +156,31 @@ def test_the_samples_before_are_the_base_models(finished):
     assert [json.loads(line)["after"]["response"] for line in lines] != base.texts
 
 
-def test_the_reported_kl_is_the_trained_policys_on_held_out_prompts(finished):
+@torch.no_grad()
+def test_the_reported_kl_is_the_trained_policys_on_held_out_prompts(finished, monkeypatch):
     session = run.Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
     assert float(session.evaluate("").kl.abs().max()) == 0.0  # the base model's
     session.load_checkpoint(finished / "checkpoint")
+    sample, drawn = session.policy.sample, []
+    monkeypatch.setattr(session.policy, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1])
+    reported = session.evaluate("").kl.flatten()
     kl = json.loads((finished / "summary.json").read_text())["kl"]
-    assert kl["mean"] == pytest.approx(float(session.evaluate("").kl.mean()), abs=1e-6) and kl["mean"] != 0.0
+    assert kl["mean"] == pytest.approx(float(reported.mean()), abs=1e-6)
+
+    expected = []  # from the model's own logits, one response at a time
+    for i, (prompts, seen, responses, mask) in enumerate(
+        row
+        for batch in drawn
+        for row in zip(batch.prompts, batch.prompt_mask, batch.responses, batch.mask, strict=True)
+    ):
+        ids = torch.cat([prompts[seen == 1], responses[mask == 1]])[None]
+        positions = slice(int(seen.sum()) - 1, -1)
+        on = session.policy.model(input_ids=ids).logits[0, positions].log_softmax(-1)
+        with session.policy.adapter.disabled():
+            off = session.policy.model(input_ids=ids).logits[0, positions].log_softmax(-1)
+        expected.append(float((on.exp() * (on - off)).sum()))
+        assert reported[i] == pytest.approx(expected[-1], rel=1e-3, abs=1e-5)
+    assert len(expected) == len(reported) and min(expected) > 1e-3
 
 
 def test_the_calibration_is_mean_and_deviation_over_all_clients_samples(finished):
