@@ -236,7 +236,7 @@ METHODS = (FIRM, MORLHF, FSMGDA, fedcmoo(FedCMOOConfig()))
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("settings", [{}, {"gram": "cross", "optimizer": "adam-keep", "max_grad_norm": 0.1}])
 def test_a_federation_trains_as_on_the_cpu(gpu, method, settings):
-    small = {"method": method, "clients": 2, "batch_size": 4, "ppo": {"epochs": 2}, **settings}
+    small = {"method": method, "clients": 2, "batch_size": 4, "ppo": {"epochs": 1}, **settings}
     here, there = federation(**small), federation(device=gpu, **small)
     for _ in range(2):
         expected, metrics = here.round(), there.round()
