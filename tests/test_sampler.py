@@ -26,7 +26,7 @@ UNIFORMS = torch.from_numpy(RNG.random((6, 16)))
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def agree(drawn, expected, tolerance=1e-5):
+def assert_agree(drawn, expected, tolerance=1e-5):
     """Same tokens where both are real, and the same log-probs there."""
     tokens, mask, logp, alive = drawn
     n = min(mask.shape[1], expected[1].shape[1])
@@ -38,21 +38,21 @@ def agree(drawn, expected, tolerance=1e-5):
 
 def test_a_static_cache_gives_the_growing_ones_tokens_and_logprobs(policy):
     assert policy.sampler.static
-    agree(policy.sampler.draw(PROMPTS, UNIFORMS), policy.sampler.draw_growing(PROMPTS, UNIFORMS))
+    assert_agree(policy.sampler.draw(PROMPTS, UNIFORMS), policy.sampler.draw_growing(PROMPTS, UNIFORMS))
 
 
 def test_a_bucket_wider_and_longer_than_the_batch_changes_nothing(policy):
     # what a captured graph does: more rows, more prompt columns than this batch needs
     with torch.no_grad():
         wide = Decoder(policy.sampler, rows=11, P=33, L=16).run(PROMPTS, UNIFORMS, cuda_graph=False)
-    agree(wide, policy.sampler.draw_growing(PROMPTS, UNIFORMS))
+    assert_agree(wide, policy.sampler.draw_growing(PROMPTS, UNIFORMS))
 
 
 @torch.no_grad()
 def test_a_decoder_used_before_draws_as_a_new_one(policy):
     used = Decoder(policy.sampler, rows=6, P=20, L=16)
     used.run([p[::-1] * 2 for p in PROMPTS[:3]], UNIFORMS.flip(0)[:3], cuda_graph=False)
-    agree(used.run(PROMPTS, UNIFORMS, cuda_graph=False), policy.sampler.draw_growing(PROMPTS, UNIFORMS))
+    assert_agree(used.run(PROMPTS, UNIFORMS, cuda_graph=False), policy.sampler.draw_growing(PROMPTS, UNIFORMS))
 
 
 @torch.no_grad()
@@ -61,14 +61,14 @@ def test_rows_that_a_small_batch_leaves_empty_never_run_out_of_positions(policy)
     kept = Decoder(policy.sampler, rows=6, P=20, L=16)
     for _ in range(6):
         small = kept.run(PROMPTS[:4], UNIFORMS[:4], cuda_graph=False)
-    agree(small, policy.sampler.draw_growing(PROMPTS[:4], UNIFORMS[:4]))
+    assert_agree(small, policy.sampler.draw_growing(PROMPTS[:4], UNIFORMS[:4]))
     assert int(kept.position.max()) < 64
 
 
 def test_prefilling_in_pieces_changes_nothing(policy, monkeypatch):
     whole = policy.sampler.draw(PROMPTS, UNIFORMS)
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 24)
-    agree(policy.sampler.draw(PROMPTS, UNIFORMS), whole)
+    assert_agree(policy.sampler.draw(PROMPTS, UNIFORMS), whole)
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 24, 1000])
@@ -200,7 +200,7 @@ def test_checkpointing_gradients_does_not_take_the_cache_from_sampling(kind):
     policy = Policy(make_model(kind), make_tokenizer(), LoRAConfig(lora_rank=4), settings)
     plain = Policy(make_model(kind), make_tokenizer(), LoRAConfig(lora_rank=4))
     policy.logprobs(policy.sample(PROMPTS, UNIFORMS.numpy()))  # leaves the model in training mode
-    agree(policy.sampler.draw(PROMPTS, UNIFORMS), plain.sampler.draw(PROMPTS, UNIFORMS))
+    assert_agree(policy.sampler.draw(PROMPTS, UNIFORMS), plain.sampler.draw(PROMPTS, UNIFORMS))
 
 
 def test_buckets_change_the_mean_reward_by_less_than_two_standard_errors(policy):
