@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from stopwatch import phase
+from app.stopwatch import phase
 
 
 @phase("aggregate")

@@ -39,12 +39,12 @@ from torch import Tensor
 
 import fedavg
 import mgda
-import monitor
 import ppo
+from app.stopwatch import phase
+from evidence import monitor
 from lora import Adapter
 from ppo import Advantages, PPOConfig, ppo_advantages
 from rollout import Policy, Rollout
-from stopwatch import phase
 
 
 @dataclass

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-import diagnostics
+from evidence import diagnostics
 from rollout import Policy, Rollout, together
 
 SCALE_FLOOR = 0.1  # of σ_j⁰, in calibrated units: an advantage is never divided by less

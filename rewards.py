@@ -6,7 +6,7 @@ completion_ids, messages and subset. An objective is written `[NAME=]SPEC`, wher
 
     rule:NAME               one of RULES, below
     hf:DIR_OR_HUB           a reward model, see reward_model.py
-    py:FILE.py:FUNCTION     your own function; FILE as seen from the current folder, else from the project's
+    py:FILE.py:FUNCTION     your own function; FILE as seen from the current folder, the project's, or its worlds/
 
 **Calibration** [ours]. Objectives come in unlike units, so each is shifted and scaled to mean 0 and deviation 1 on
 samples of the base policy, once. Each client sends (n, S1 = sum r, S2 = sum r^2), and then all use the same
@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import reward_model
+from app import reward_model
 from data import Prompt, to_messages
 
 # ---- rules ---------------------------------------------------------------------------------------------------
@@ -155,7 +155,8 @@ def load_function(name: str, file: str, attribute: str) -> Callable[..., list[fl
 
     Raises ValueError without such a file or function, or if it does not take what objectives are given.
     """
-    path = next((p.resolve() for p in (Path(file), Path(__file__).parent / file) if p.is_file()), None)
+    root = Path(__file__).parent
+    path = next((p.resolve() for p in (Path(file), root / file, root / "worlds" / file) if p.is_file()), None)
     if path is None or path.suffix != ".py":
         raise ValueError(f"objective {name!r}: there is no Python file {file}; write py:FILE.py:FUNCTION")
     module = next((m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == str(path)), None)

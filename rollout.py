@@ -33,9 +33,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from app.stopwatch import phase
 from lora import Adapter, LoRAConfig, inject
 from sampler import Sampler, pad_left, positions
-from stopwatch import phase
 
 LOGITS_IN_MEMORY = 2**24  # float32 logits of one chunk: 64 MB, a few times over
 

@@ -39,20 +39,18 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import data
-import diagnostics
 import firm
 import mgda
-import plots
-import report
 import rewards
-import sweep
-import toy
+from app import plots, report, sweep
+from app.report import Evaluation, to_json, write
+from app.stopwatch import Stopwatch, phase
 from data import Prompt
+from evidence import diagnostics
 from firm import Federation, stream
-from report import Evaluation, to_json, write
 from rollout import Policy, context_of, load_model
 from settings import METHODS, TOY_OBJECTIVES, Config, parse
-from stopwatch import Stopwatch, phase
+from worlds import toy
 
 
 def reserve_directory(wanted: str | None, name: str) -> Path:

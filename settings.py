@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[["Config"], Method]] = {
     "fsmgda": lambda config: baselines.FSMGDA,
     "fedcmoo": lambda config: baselines.fedcmoo(config.fedcmoo),
 }
-TOY_OBJECTIVES = ["py:toy.py:helpful", "py:toy.py:harmless"]
+TOY_OBJECTIVES = ["py:worlds/toy.py:helpful", "py:worlds/toy.py:harmless"]
 
 PRESETS = {
     "tiny": {  # the embedded world: a laptop CPU, about a minute

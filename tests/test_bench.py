@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import bench
-import toy
-from bench import SHAPES, Bench, keep
+from evidence import bench
+from evidence.bench import SHAPES, Bench, keep
+from worlds import toy
 
 
 def row(name, device="cpu", value=1.0):

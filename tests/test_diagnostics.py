@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import diagnostics
+from evidence import diagnostics
 
 
 def test_disagreement_is_the_mean_distance_to_the_mean():

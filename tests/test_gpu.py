@@ -11,11 +11,11 @@ from pretend import NAME, pretended
 from test_firm import federation
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import bench
 import firm
 import ppo
 import run
 from baselines import FSMGDA, MORLHF, FedCMOOConfig, fedcmoo
+from evidence import bench
 from firm import FIRM
 from lora import LoRAConfig
 from rollout import Policy

@@ -12,10 +12,9 @@ stats = pytest.importorskip("scipy.stats", reason="the experiments need SciPy, s
 import torch  # noqa: E402
 from test_firm import federation  # noqa: E402
 
-import experiments  # noqa: E402
-import lab  # noqa: E402
-import toy  # noqa: E402
+from evidence import experiments, lab  # noqa: E402
 from firm import LINEAR  # noqa: E402
+from worlds import toy  # noqa: E402
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from reward_model import RewardModel, RewardTraining, accuracy, fit, frozen_backbone, load_reward_model, main, quiet
+from app.reward_model import RewardModel, RewardTraining, accuracy, fit, frozen_backbone, load_reward_model, main, quiet
 from rewards import load_objectives
 
 torch.set_num_threads(1)

@@ -2,8 +2,8 @@
 
 import pytest
 
-import stopwatch
-from stopwatch import Stopwatch, phase
+from app import stopwatch
+from app.stopwatch import Stopwatch, phase
 
 
 @pytest.fixture

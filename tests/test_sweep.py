@@ -9,10 +9,8 @@ import pytest
 import test_run
 from test_run import adapter_of, command, metrics_without_times, refused
 
-import plots
-import report
 import run
-import sweep
+from app import plots, report, sweep
 from settings import METHODS
 
 world = test_run.world  # the fixture: a checkpoint, prompts and two objectives, even and short

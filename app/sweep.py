@@ -35,11 +35,10 @@ import torch
 
 import baselines
 import mgda
-import plots
-import report
 import rewards
-import toy
+from app import plots, report
 from settings import METHODS, TOY_OBJECTIVES, Config
+from worlds import toy
 
 TAKE_NO_PREFERENCE = ("mgda", "fsmgda", "fedcmoo")
 

@@ -1,9 +1,9 @@
 """Our parts against well-known peers, side by side in one process. [ours]
 
     pip install -r requirements-bench.txt
-    python bench.py                                       # the CPU's two shapes: tiny and stories260k
-    python bench.py --device cuda --dtype bfloat16 --shapes tinyllama
-    python bench.py --only a c --pairs 5                  # some parts, in a hurry
+    python -m evidence.bench                              # the CPU's two shapes: tiny and stories260k
+    python -m evidence.bench --device cuda --dtype bfloat16 --shapes tinyllama
+    python -m evidence.bench --only a c --pairs 5                  # some parts, in a hurry
 
 Models have random weights of a given shape, built from a config: nothing is downloaded, and time does not depend on
 what a weight says (responses are kept from ending early, on both sides). Every comparison runs ours and the peer's in
@@ -53,16 +53,16 @@ import firm
 import mgda
 import ppo
 import run
+from app.report import write
 from data import Prompt
 from firm import Federation, FIRMConfig
 from lora import LoRAConfig, LoRALinear
 from ppo import PPOConfig
-from report import write
 from rollout import Policy, RolloutConfig
 from sampler import Decoder, pad_left
 from settings import parse
 
-RESULTS = Path(__file__).parent / "results" / "bench.json"
+RESULTS = Path(__file__).parents[1] / "results" / "bench.json"
 CLIENTS, BATCH = 8, 16  # the paper's
 HH_LENGTHS = (
     (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0),

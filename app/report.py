@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-import diagnostics
-from stopwatch import Stopwatch, peak_memory
+from app.stopwatch import Stopwatch, peak_memory
+from evidence import diagnostics
 
 
 @dataclass

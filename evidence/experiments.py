@@ -1,7 +1,7 @@
 """The evidence: one short function per claim; runs, a table, a picture. All on the embedded world. [ours]
 
-    python experiments.py tuning baselines pareto …      some of them, in this order
-    python experiments.py all --quick                    all in miniature, within 10 minutes on two cores
+    python -m evidence.experiments tuning baselines pareto …   some of them, in this order
+    python -m evidence.experiments all --quick                 all in miniature, within 10 minutes on two cores
 
 Each leaves results/NAME.csv (a row a run), NAME.md (the table) and NAME.png; results/README.md draws conclusions. A
 stopped experiment goes on where it was, and drawing a table or a picture again costs nothing. --quick writes to
@@ -22,10 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-import plots
 import run
-import toy
-from lab import (
+from app import plots
+from evidence.lab import (
     BASE,
     BETAS,
     LABELS,
@@ -44,6 +43,7 @@ from lab import (
     table,
 )
 from settings import Config
+from worlds import toy
 
 PREFERENCES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # p₁, of helpful
 GRID = {"lr": (1.5e-3, 3e-3, 6e-3), "server_lr": (1.0, 2.0), "kl_coef": (0.003, 0.01)}
@@ -284,7 +284,10 @@ def beta(lab: Lab) -> None:
 
 def twins(lab: Lab) -> None:
     """M = 3, the third objective a near copy of the first: where unregularised weights jump. p = (¼, ½, ¼)."""
-    objectives, betas = [*BASE["objectives"], "py:toy.py:twin"], (0.0, 0.01) if lab.quick else (0.0, 0.01, 0.1, 1.0)
+    objectives, betas = (
+        [*BASE["objectives"], "py:worlds/toy.py:twin"],
+        (0.0, 0.01) if lab.quick else (0.0, 0.01, 0.1, 1.0),
+    )
     shared = common(lab) | {"objectives": objectives, "preference": [0.25, 0.5, 0.25]}
     rows = lab.rows("twins", [job("firm", s, beta=b, **shared) for s in lab.seeds(5) for b in betas])
     for row in rows:
@@ -409,7 +412,7 @@ def optimizer(lab: Lab) -> None:
 
 def communication(lab: Lab) -> None:
     """Bytes per client and round for M = 2, 3, 4 objectives, as serialised; the payload in adapters of d numbers."""
-    objectives, parts = [*BASE["objectives"], "py:toy.py:twin", "rule:brevity"], ("payload", "header", "scalars")
+    objectives, parts = [*BASE["objectives"], "py:worlds/toy.py:twin", "rule:brevity"], ("payload", "header", "scalars")
     shared = {"rounds": 1, "held_out": 16, "eval_samples": 1}
     jobs = {(method, M): [job(method, 0, objectives=objectives[:M], **shared)]
             for method in ("firm", "linear", "fsmgda", "fedcmoo") for M in (2, 3, 4)}  # fmt: skip
@@ -442,7 +445,9 @@ EXPERIMENTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 on bad usage, 130 when stopped by the user."""
-    parser = argparse.ArgumentParser(prog="experiments.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence.experiments", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"all, or some of {', '.join(EXPERIMENTS)}")
     parser.add_argument("--quick", action="store_true", help="in miniature, to runs/quick: the figures mean nothing")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of one thread each")

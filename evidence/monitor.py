@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import diagnostics
 import mgda
 import ppo
+from app.stopwatch import phase
+from evidence import diagnostics
 from lora import Adapter
 from ppo import Advantages
 from rollout import Rollout
-from stopwatch import phase
 
 
 @phase("monitor")

@@ -25,14 +25,12 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-import diagnostics
 import mgda
-import plots
-import report
 import run
-import sweep
-import toy
+from app import plots, report, sweep
+from evidence import diagnostics
 from settings import PRESETS, Config
+from worlds import toy
 
 ROUND_FIGURES = [
     *("lambda_helpful", "lambda_harmless", "disagreement", "drift", "movement", "dispersion", "averaging_residual"),

@@ -1,0 +1,1 @@
+"""What a run prints, draws and saves, and what is built around runs: sweeps, timing, training a reward model."""

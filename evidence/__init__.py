@@ -1,0 +1,1 @@
+"""What measures the rest: diagnostics, experiments, statistics, bench. Nothing that trains imports it."""

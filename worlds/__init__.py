@@ -1,0 +1,1 @@
+"""Embedded worlds: models, prompts and objectives that need no download."""
