@@ -1,0 +1,61 @@
+"""How a setting is declared: a default, one line of help, and what values it may take, all in its dataclass. [ours]
+
+    @dataclass
+    class Config(Checked):
+        rounds: Count = setting(16, "T, communication rounds")
+        lr: NonNegative = setting(2e-4, "client learning rate")
+        optimizer: Literal["adam", "sgd"] = setting("adam", "client optimizer")
+
+The limits stand in the type, so a dataclass checks itself whoever makes it: a flag, a file, or a test.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Limits:
+    """low ≤ value ≤ high, or low < value where `above`; numbers must be finite."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def allow(self, value: float) -> bool:
+        """Whether a value keeps within the limits."""
+        return math.isfinite(value) and (value > self.low if self.above else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"must lie between {self.low:g} and {self.high:g}"
+        return f"must be a number above {self.low:g}" if self.above else f"must be a number of at least {self.low:g}"
+
+
+Count = Annotated[int, Limits(1)]
+Index = Annotated[int, Limits(0)]
+Positive = Annotated[float, Limits(0, above=True)]
+NonNegative = Annotated[float, Limits(0)]
+Share = Annotated[float, Limits(0, 1)]
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with one line of help."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+class Checked:
+    """Base of a settings dataclass. Raises ValueError naming the field where a value is none that its type allows."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            for kind in (hints[f.name], *get_args(hints[f.name])):  # itself, or a member of `Count | None`
+                limits = next((x for x in getattr(kind, "__metadata__", ()) if isinstance(x, Limits)), None)
+                if limits and value is not None and not limits.allow(value):
+                    raise ValueError(f"{f.name}: {value} {limits}")
+                if get_origin(kind) is Literal and value not in get_args(kind):
+                    raise ValueError(f"{f.name}: {value!r} is none of {', '.join(map(str, get_args(kind)))}")
