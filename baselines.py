@@ -41,7 +41,7 @@ Left out on purpose: FedCMOO-Pref, its top-k compression and momentum (0 in the 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,41 +49,42 @@ from torch import Tensor
 
 import fedavg
 import mgda
-from fedavg import Ledger
-from firm import FIRM, FIRMConfig, Method
+from app.fields import Checked, Count, Positive, setting
+from fedavg import Ledger, Server
+from firm import LINEAR
 
 POWER_ITERATIONS = 2  # of the randomised SVD [code]
 RESIDUAL_RATIO = 1.5  # ‖C‖ / ‖D‖ up to which the residuals' cross terms are guessed [code]
 
 
-def the_only_weight(Ghat: Tensor, config: FIRMConfig) -> Tensor:
-    """λ = 1 for a run on one reward column. Ghat [1, 1] -> [1]."""
-    return torch.ones(1, dtype=torch.float64)
+def scalarised(p: Tensor) -> list[Tensor]:
+    """One training on the one reward Σ_j p_j R_j: a list of one [M, 1]. [code: RiC]"""
+    return [p[:, None]]
 
 
-def scalarised_run(M: int, config: FIRMConfig) -> list[Tensor]:
-    """One run on the one column Σ_j p_j R_j: a list of one [M, 1]. [code: RiC]"""
-    return [mgda.preference_vector(config.preference, M)[:, None]]
+def one_per_objective(p: Tensor) -> list[Tensor]:
+    """M trainings, each on one objective: the columns [M, 1] of the identity. [paper: FSMGDA]"""
+    return list(torch.eye(len(p)).split(1, dim=1))
 
 
-def run_per_objective(M: int, config: FIRMConfig) -> list[Tensor]:
-    """M runs, each on one objective: the columns [M, 1] of the identity. [paper: FSMGDA]"""
-    return list(torch.eye(M, dtype=torch.float64).split(1, dim=1))
+def min_norm_of_updates(updates: Tensor, prompts_held: Tensor, server: Server) -> Tensor:
+    """FSMGDA's λ [M]: the min-norm weights of the averaged updates Δ_m. [paper]
 
-
-def min_norm_update(theta: Tensor, uploads: Tensor, prompts_held: Tensor, config: FIRMConfig) -> tuple[Tensor, Tensor]:
-    """FSMGDA's server: θ + η_s Σ_m λ_m Δ_m, λ the min-norm weights of the averaged updates Δ_m. [paper]
-
-    theta [d], uploads [C, M, d] (one adapter per objective), prompts_held [C]. Returns θ' [d] and λ [M].
-    Where several λ are min-norm, or every update is zero, λ is the one nearest uniform. [ours]
+    updates [C, M, d], prompts_held [C]. Where several λ are min-norm, or every update is zero, λ is the one nearest
+    uniform. [ours]
     """
-    updates = torch.stack([fedavg.average(per_client - theta, prompts_held) for per_client in uploads.unbind(1)])
-    lam = mgda.solve(mgda.normalise(mgda.gram(updates)), beta=0.0)  # [M] from Δ [M, d]
-    return theta + config.server_lr * (lam.to(updates) @ updates), lam
+    mean = torch.stack([fedavg.average(of_all_clients, prompts_held) for of_all_clients in updates.unbind(1)])  # [M, d]
+    return mgda.solve(mgda.normalise(mgda.gram(mean)), beta=0.0)
 
 
-MORLHF = replace(FIRM, name="morlhf", runs=scalarised_run, weights=the_only_weight)
-FSMGDA = replace(FIRM, name="fsmgda", runs=run_per_objective, weights=the_only_weight, aggregate=min_norm_update)
+MORLHF = replace(LINEAR, name="morlhf", help="the one reward Σ p_j R_j", trainings=scalarised)
+FSMGDA = replace(
+    LINEAR, name="fsmgda", help="a training per objective; server-side min-norm of the updates", takes_preference=False,
+    trainings=one_per_objective, server_weights=min_norm_of_updates, picked="after",
+)  # fmt: skip
+SOUPS = replace(
+    MORLHF, name="soups", help="a specialist per objective, mixed by p; with --sweep or --compare", mixes=True
+)
 
 
 def interpolate(specialists: Tensor, preference: Sequence[float] | Tensor | None) -> Tensor:
@@ -92,25 +93,16 @@ def interpolate(specialists: Tensor, preference: Sequence[float] | Tensor | None
 
 
 @dataclass
-class FedCMOOConfig:
+class FedCMOOConfig(Checked):
     """FedCMOO's own settings."""
 
-    fedcmoo_compression: float = field(
-        default=1.0, metadata={"help": "fedcmoo: e, size of a compressed message in adapters [code: 1]; 2M is lossless"}
+    fedcmoo_compression: Positive = setting(
+        1.0, "fedcmoo: e, size of a compressed message in adapters [code: 1]; 2M is lossless"
     )
-    fedcmoo_step: float = field(
-        default=0.001, metadata={"help": "fedcmoo: step of the projected gradient that picks the weights [code: 0.001]"}
+    fedcmoo_step: Positive = setting(
+        0.001, "fedcmoo: step of the projected gradient that picks the weights [code: 0.001]"
     )
-    fedcmoo_iterations: int = field(
-        default=1000, metadata={"help": "fedcmoo: steps of that projected gradient per round [code: 1000]"}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("fedcmoo_compression", "fedcmoo_step"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: {getattr(self, name)} must be a positive number")
-        if self.fedcmoo_iterations < 1:
-            raise ValueError(f"fedcmoo_iterations: {self.fedcmoo_iterations} must be at least 1")
+    fedcmoo_iterations: Count = setting(1000, "fedcmoo: steps of that projected gradient per round [code: 1000]")
 
 
 def fold(A: Tensor) -> Tensor:
@@ -199,22 +191,21 @@ def descend(lam: Tensor, G: Tensor, settings: FedCMOOConfig) -> Tensor:
     return lam
 
 
-def fedcmoo(settings: FedCMOOConfig) -> Method:
-    """FedCMOO with these settings: FIRM's engine, with the server picking one λ for the whole round."""
+def fedcmoo_weights(J: Tensor, prompts_held: Tensor, server: Server) -> Tensor:
+    """The λ [M] of a round, from J [C, M, d] at θ_t and prompts_held [C]; the server remembers it as the next start."""
+    C, M, _ = J.shape
+    shares = C * prompts_held / prompts_held.sum()  # C w_c [C], of mean 1
+    A = J * shares.to(J)[:, None, None]
+    if not torch.isfinite(A).all():
+        raise ValueError("fedcmoo: a client's gradient is not finite; it has overflowed or is NaN")
+    G = estimate_gram(A, server.settings.fedcmoo_compression, server.ledger, server.rng)
+    start = server.state.get("lambda", mgda.preference_vector(None, M))
+    server.state["lambda"] = descend(start, G, server.settings)
+    server.ledger.down({}, scalars=M)
+    return server.state["lambda"]
 
-    def server_weights(
-        J: Tensor, prompts_held: Tensor, state: dict[str, Tensor], ledger: Ledger, rng: np.random.Generator
-    ) -> Tensor:
-        """J [C, M, d] at θ_t, prompts_held [C] -> λ [M]; `state["lambda"]` is its start and takes the new value."""
-        C, M, _ = J.shape
-        shares = C * prompts_held / prompts_held.sum()  # C w_c [C], of mean 1
-        A = J * shares.to(J)[:, None, None]
-        if not torch.isfinite(A).all():
-            raise ValueError("fedcmoo: a client's gradient is not finite; it has overflowed or is NaN")
-        G = estimate_gram(A, settings.fedcmoo_compression, ledger, rng)
-        start = state.get("lambda", mgda.preference_vector(None, M))
-        state["lambda"] = descend(start, G, settings)
-        ledger.down({}, scalars=M)
-        return state["lambda"]
 
-    return replace(FIRM, name="fedcmoo", server_weights=server_weights)
+FEDCMOO = replace(
+    LINEAR, name="fedcmoo", help="one lambda a round, by the server, from compressed gradients", takes_preference=False,
+    server_weights=fedcmoo_weights, picked="before", settings=FedCMOOConfig(),
+)  # fmt: skip

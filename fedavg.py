@@ -1,4 +1,4 @@
-"""The server's arithmetic: who takes part, whose update counts, the average, the bytes (McMahan et al. 2017).
+"""The server's arithmetic: who takes part, what a client sends, the average, the bytes (McMahan et al. 2017).
 
     θ_{t+1} = θ_t + η_s Σ_c w_c (θ_c − θ_t),      w_c = n_c / Σ n_c,
 
@@ -13,6 +13,10 @@ earlier, in `ppo.policy_gradients`: the settings are at fault then, not the clie
 Left out on purpose: secure aggregation, compression, asynchrony.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 import safetensors.torch
 import torch
@@ -21,7 +25,6 @@ from torch import Tensor
 from app.stopwatch import phase
 
 
-@phase("aggregate")
 def average(updates: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the clients' vectors.
 
@@ -36,7 +39,7 @@ def average(updates: Tensor, weights: Tensor) -> Tensor:
         raise ValueError(f"average: the weights {weights.tolist()} must be non-negative with a positive sum")
     total = torch.zeros(updates.shape[1], dtype=torch.float64, device=updates.device)
     for share, update in zip((weights / weights.sum()).tolist(), updates, strict=True):
-        if share > 0:  # so that a rejected update, which may be NaN, leaves no trace
+        if share > 0:  # so that an update of no weight, which may be NaN, leaves no trace
             total += share * update.double()
     return total.to(updates.dtype)
 
@@ -48,9 +51,41 @@ def sample_clients(clients: int, per_round: int, rng: np.random.Generator) -> li
     return sorted(rng.choice(clients, size=per_round, replace=False).tolist())
 
 
-def finite(updates: Tensor) -> Tensor:
-    """Which updates the server accepts, bool [C]: those with no NaN and no infinity. updates [C, ...]."""
-    return torch.isfinite(updates.flatten(1)).all(dim=1)
+@dataclass
+class Upload:
+    """All that one client sends at the end of a round; the ledger's bill is made from it."""
+
+    thetas: Tensor  # [trainings, d] the adapter that each local training ended at; FIRM has one
+    prompts_held: int
+    kl: float  # mean KL to the reference per response, in nats: κ adapts to it
+    numbers: dict[str, float] = field(default_factory=dict)  # of the method's own
+
+    @property
+    def finite(self) -> bool:
+        """Whether the server accepts it: no NaN and no infinity."""
+        return bool(torch.isfinite(self.thetas).all())
+
+
+def accept(uploads: Sequence[Upload]) -> list[Upload]:
+    """Those that are finite. Raises ValueError where none is."""
+    accepted = [upload for upload in uploads if upload.finite]
+    if not accepted:
+        raise ValueError("lr: every client's update is broken (NaN or infinite); lower lr")
+    return accepted
+
+
+def prompts_held(clients: Sequence[Any]) -> Tensor:
+    """n_c [C] in float64, the weights of the average; of clients or of their uploads."""
+    return torch.tensor([client.prompts_held for client in clients], dtype=torch.float64)
+
+
+def mean_update(theta: Tensor, uploads: Sequence[Upload], mixing: Tensor) -> Tensor:
+    """Σ_c w_c Σ_i m_i (θ_{c,i} − θ) [d]; theta [d], mixing m [trainings]: how much each local training counts."""
+    updates = [torch.einsum("i,id->d", mixing.to(upload.thetas), upload.thetas - theta) for upload in uploads]
+    return average(torch.stack(updates), prompts_held(uploads))
+
+
+# ---- the bytes -----------------------------------------------------------------------------------------------
 
 
 def message_bytes(tensors: dict[str, Tensor], scalars: int = 0) -> dict[str, int]:
@@ -67,7 +102,7 @@ def message_bytes(tensors: dict[str, Tensor], scalars: int = 0) -> dict[str, int
 
 
 class Ledger:
-    """What one client sends (`up`) and receives (`down`) in one round, in bytes as serialised.
+    """What one client sends (`up`, `upload`) and receives (`down`) in one round, in bytes as serialised.
 
     Clients' messages are of equal size, so each kind of message is counted once, on one client's.
     """
@@ -83,6 +118,10 @@ class Ledger:
         """Count a message from the server to a client."""
         self._count("download", tensors, scalars)
 
+    def upload(self, upload: Upload) -> None:
+        """Count a client's upload: its adapters, prompts held, KL, and every number of the method's own."""
+        self.up({"theta": upload.thetas}, scalars=2 + len(upload.numbers))
+
     def _count(self, way: str, tensors: dict[str, Tensor], scalars: int) -> None:
         for part, size in message_bytes(tensors, scalars).items():
             self.bytes[f"{way}/{part}"] += size
@@ -94,3 +133,21 @@ class Ledger:
             for way in ("upload", "download")
         }
         return sums | self.bytes
+
+
+@dataclass
+class Server:
+    """What the server has at hand in a round, for the parts of a method that are its own."""
+
+    lr: float  # η_s
+    state: dict[str, Tensor]  # all that it remembers between rounds; a checkpoint keeps it
+    rng: np.random.Generator
+    settings: Any = None  # of the method, where it has some
+    ledger: Ledger = field(default_factory=Ledger)
+    mixing: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))  # [trainings], see mean_update
+
+
+@phase("aggregate")
+def federated_average(theta: Tensor, uploads: Sequence[Upload], server: Server) -> Tensor:
+    """FedAvg with a server rate: θ + η_s Σ_c w_c (θ_c − θ). theta [d] -> [d]."""
+    return theta + server.lr * mean_update(theta, uploads, server.mixing)

@@ -1,80 +1,89 @@
-"""PPO with M objectives: M advantages, M clipped losses, one forward pass.
+"""PPO with k rewards at once: k advantages, k clipped losses, one forward pass.
 
-For every objective j, on the tokens t of one response (Schulman et al. 2017; Ziegler et al. 2019):
+For every reward j, on the tokens t of one response (Schulman et al. 2017; Ziegler et al. 2019):
 
     r_{j,t} = −κ (log π_old − log π_ref)_t + R_j [t is the last token]          token reward, k1 KL
     A_{j,t} = Σ_l (γ μ)^l δ_{j,t+l},   δ_{j,t} = r_{j,t} + γ V_j(t+1) − V_j(t)    GAE, μ is `gae_lambda`
-    Â_j     = (A_j − mean) / max(σ_j, 0.1 σ_j⁰)                                  whitening per objective
+    Â_j     = (A_j − mean) / max(σ_j, 0.1 σ_j⁰)                                  whitening per reward
     L_j(θ)  = −mean_t min(ρ_t Â_{j,t}, clip(ρ_t, 1 − ε, 1 + ε) Â_{j,t}),         ρ_t = π_θ / π_old
-    g_j     = ∇_θ L_j                                                          row j of J [M, d]
+    g_j     = ∇_θ L_j                                                          row j of J [k, d]
 
-(with an entropy bonus, − entropy_coef · mean_t H_t joins every L_j).
+(with an entropy bonus, − entropy_coef · mean_t H_t joins every L_j). FIRM's rewards are its M objectives; methods that
+combine objectives before they train have fewer.
 
 [paper] PPO per objective, the KL watched against a target.
 [code: RiC] adaptive κ: initial 0.2, target 3 per sequence.
 [ours] the KL in every objective's reward; whitening and its floor (σ_j⁰ = 1, the scale of a calibrated score on the
 base policy, stands for that of its advantages: a near-constant objective must not be blown up into noise); the critic,
-one linear layer with M outputs on detached hidden states, zero at the start, with its own optimizer.
+one linear layer with k outputs on detached hidden states, zero at the start, with its own optimizer.
 
 Means over tokens are over the tokens of the whole client batch, whatever the micro-batches.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from evidence import diagnostics
-from rollout import Policy, Rollout, together
+from app.fields import Checked, Count, NonNegative, Positive, Share, setting
+from app.stopwatch import phase
+from rollout import Policy, Rollout, assemble
 
 SCALE_FLOOR = 0.1  # of σ_j⁰, in calibrated units: an advantage is never divided by less
 
 
 @dataclass
-class PPOConfig:
+class PPOConfig(Checked):
     """The local update of one client."""
 
-    epochs: int = field(default=3, metadata={"help": "K, optimizer steps on each batch [paper: 3]"})
-    clip_range: float = field(default=0.2, metadata={"help": "epsilon of the clipped surrogate [ours: the usual 0.2]"})
-    value_clip: float = field(
-        default=0.2, metadata={"help": "how far a value may move in one round before its gradient is cut off [ours]"}
+    epochs: Count = setting(3, "K, optimizer steps on each batch [paper: 3]")
+    clip_range: Positive = setting(0.2, "epsilon of the clipped surrogate [ours: the usual 0.2]")
+    value_clip: Positive = setting(0.2, "how far a value may move in one round before its gradient is cut off [ours]")
+    gamma: Share = setting(1.0, "discount per token")
+    gae_lambda: Share = setting(0.95, "GAE: 0 trusts the critic, 1 the sampled return [ours: the usual 0.95]")
+    critic_lr: NonNegative = setting(1e-3, "Adam rate of the critic [ours]")
+    kl_coef: NonNegative = setting(0.2, "kappa, weight of the KL in the reward, at the start [code: RiC, 0.2]")
+    kl_target: NonNegative = setting(
+        3.0, "KL per sequence, in nats, that kappa adapts to; 0 keeps kappa fixed [code: RiC, 3]"
     )
-    gamma: float = field(default=1.0, metadata={"help": "discount per token"})
-    gae_lambda: float = field(
-        default=0.95, metadata={"help": "GAE: 0 trusts the critic, 1 the sampled return [ours: the usual 0.95]"}
-    )
-    critic_lr: float = field(default=1e-3, metadata={"help": "Adam rate of the critic [ours]"})
-    kl_coef: float = field(
-        default=0.2, metadata={"help": "kappa, weight of the KL in the reward, at the start [code: RiC, 0.2]"}
-    )
-    kl_target: float = field(
-        default=3.0,
-        metadata={"help": "KL per sequence, in nats, that kappa adapts to; 0 keeps kappa fixed [code: RiC, 3]"},
-    )
-    kl_horizon: int = field(default=1000, metadata={"help": "cohort samples over which kappa adapts"})
-    missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "taken off every calibrated score of a response that never ends"}
-    )
-    entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
-    micro_batch_size: int | None = field(
-        default=None, metadata={"help": "rows per forward pass; the whole client batch where not given"}
-    )
+    kl_horizon: Count = setting(1000, "cohort samples over which kappa adapts")
+    missing_eos_penalty: NonNegative = setting(0.0, "taken off every calibrated score of a response that never ends")
+    entropy_coef: NonNegative = setting(0.0, "weight of the entropy bonus")
+    micro_batch_size: Count | None = setting(None, "rows per forward pass; the whole client batch where not given")
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "kl_horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
-        for name in ("clip_range", "value_clip"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: {getattr(self, name)} must be a positive number")
-        for name in ("critic_lr", "kl_coef", "kl_target", "missing_eos_penalty", "entropy_coef"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: {getattr(self, name)} must be a finite number >= 0")
-        for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: {getattr(self, name)} must lie between 0 and 1")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size: {self.micro_batch_size} must be at least 1")
+
+@dataclass
+class Batch:
+    """One client's responses, B rows of at most L tokens, and what is known of them at θ_t."""
+
+    rollout: Rollout
+    scores: Tensor  # [B, k] calibrated
+    logp_old: Tensor  # [B, L] log π_θt of every token
+    logp_ref: Tensor  # [B, L] log π_ref
+    hidden: Tensor  # [B, L, H] the states that the tokens were predicted from
+    kl_coef: float  # κ
+
+    def combined(self, columns: Tensor) -> "Batch":
+        """The same responses with the rewards scores @ columns; columns [k, k′]."""
+        return replace(self, scores=self.scores @ columns.to(self.scores))
+
+    def logp_gap(self) -> float:
+        """Largest |log π_sampler − log π_old| over the real tokens, in nats."""
+        return float(((self.rollout.sampled_logp - self.logp_old).abs() * self.rollout.mask).max())
+
+
+@phase("reference")
+def prepare(policy: Policy, rollout: Rollout, scores: Tensor, kl_coef: float, config: PPOConfig) -> Batch:
+    """The batch at θ_t, where the adapter must stand. scores [B, k] calibrated, the penalty not yet taken off."""
+    scores = scores.to(policy.device, torch.float32)
+    logp_old, hidden = policy.logprobs_in_pieces(rollout, config.micro_batch_size)  # [B, L], [B, L, H]
+    with policy.adapter.disabled():
+        logp_ref, _ = policy.logprobs_in_pieces(rollout, config.micro_batch_size)  # [B, L]
+    scores = scores - config.missing_eos_penalty * (~rollout.ended)[:, None]
+    return Batch(rollout, scores, logp_old, logp_ref, hidden, kl_coef)
+
+
+# ---- advantages ----------------------------------------------------------------------------------------------
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -82,27 +91,30 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("bl...,bl->...", x, mask.to(x.dtype)) / mask.sum()
 
 
-def token_rewards(scores: Tensor, logp: Tensor, logp_ref: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r [B, L, M]: the KL of every token, and the score on the last one.
+def masked_std(x: Tensor, mask: Tensor) -> Tensor:
+    """σ [k], the standard deviation of each column of x [B, L, k] over the real tokens."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask).sqrt()
 
-    scores [B, M] calibrated; logp, logp_ref, mask [B, L].
-    """
-    rewards = (-kl_coef * (logp - logp_ref) * mask)[..., None].repeat(1, 1, scores.shape[1])  # [B, L, M]
-    last = mask.sum(1) - 1  # [B]
-    rewards[torch.arange(len(scores)), last] += scores.to(rewards.dtype)
+
+def token_rewards(batch: Batch) -> Tensor:
+    """r [B, L, k]: the KL of every token, and the score on the last one."""
+    mask, scores = batch.rollout.mask, batch.scores
+    kl = -batch.kl_coef * (batch.logp_old - batch.logp_ref) * mask  # [B, L]
+    rewards = kl[..., None].repeat(1, 1, scores.shape[1])  # [B, L, k]
+    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores.to(rewards.dtype)
     return rewards
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016), per objective.
+    """Generalised advantage estimation (Schulman et al. 2016), per reward.
 
-    rewards, values [B, L, M], mask [B, L], 1 on a prefix of each row; the value after the last real token is 0.
-    Returns advantages and returns (their sum with the values), [B, L, M], 0 where masked.
+    rewards, values [B, L, k], mask [B, L], 1 on a prefix of each row; the value after the last real token is 0.
+    Returns advantages and returns (their sum with the values), [B, L, k], 0 where masked.
     """
     m = mask[..., None].to(values.dtype)  # [B, L, 1]
     values = values * m
     advantages = torch.zeros_like(values)
-    ahead = torch.zeros_like(values[:, 0])  # A_{t+1}  [B, M]
+    ahead = torch.zeros_like(values[:, 0])  # A_{t+1}  [B, k]
     next_value = torch.zeros_like(ahead)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -112,51 +124,42 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, advantages + values
 
 
-def masked_std(advantages: Tensor, mask: Tensor) -> Tensor:
-    """σ [M], the standard deviation of each objective's advantages over the real tokens."""
-    mean = masked_mean(advantages, mask)
-    return masked_mean((advantages - mean).square(), mask).sqrt()
-
-
 def whiten(advantages: Tensor, mask: Tensor, floor: float) -> Tensor:
-    """Â [B, L, M]: mean 0 and deviation 1 per objective over the real tokens; divides by max(σ, floor)."""
+    """Â [B, L, k]: mean 0 and deviation 1 per column over the real tokens; divides by max(σ, floor)."""
     centred = (advantages - masked_mean(advantages, mask)) * mask[..., None]
     return centred / masked_std(advantages, mask).clamp_min(floor)
 
 
-def surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """The clipped objective per token, negated. ratio [B, L], advantages [B, L, M] -> [B, L, M]."""
-    ratio = ratio[..., None]
-    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+@dataclass
+class Advantages:
+    """What a learner makes of a batch: one column per reward. A learner without a critic has no returns and values."""
+
+    whitened: Tensor  # [B, L, k]
+    scale: Tensor  # [k] σ before whitening
+    returns: Tensor | None = None  # [B, L, k] what the critic fits
+    values: Tensor | None = None  # [B, L, k] what the critic said before the update
 
 
-def jacobian(losses: Tensor, leaves: list[Tensor]) -> Tensor:
-    """J [M, d] from losses [M] that share one graph: M backward passes, no second forward. In the leaves' type."""
-    rows = []
-    for j, loss in enumerate(losses):
-        grads = torch.autograd.grad(loss, leaves, retain_graph=j + 1 < len(losses))
-        rows.append(torch.cat([g.flatten() for g in grads]))
-    return torch.stack(rows)
+# ---- how a client learns: with a critic ----------------------------------------------------------------------
 
 
 class Critic(nn.Linear):
-    """V_j(t), j = 1..M: one linear layer on the policy's detached hidden states, zero at the start, float32."""
+    """V_j(t), j = 1..k: one linear layer on the policy's detached hidden states, zero at the start, float32."""
 
-    def __init__(self, hidden_size: int, M: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(hidden_size, M, device=device)
+    def __init__(self, hidden_size: int, k: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(hidden_size, k, device=device)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [B, L, H] of any type -> values [B, L, M]."""
+        """hidden [B, L, H] of any type -> values [B, L, k]."""
         return super().forward(hidden.float())
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """½ max((V − R)², (clip(V, V_old ± clip) − R)²), mean over tokens, summed over objectives: a scalar.
+    """½ max((V − R)², (clip(V, V_old ± clip) − R)²), mean over tokens, summed over rewards: a scalar.
 
-    values, old, returns [B, L, M], mask [B, L].
+    values, old, returns [B, L, k], mask [B, L].
     """
     cut = old + (values - old).clamp(-clip, clip)
     worst = torch.maximum((values - returns).square(), (cut - returns).square())
@@ -164,8 +167,152 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var(R − V) / Var(R), [M]; 0 for a critic that knows nothing, NaN where the returns do not vary."""
+    """1 − Var(R − V) / Var(R), [k]; 0 for a critic that knows nothing, NaN where the returns do not vary."""
     return 1.0 - (masked_std(returns - values, mask) / masked_std(returns, mask)).square()
+
+
+class PPO:
+    """How a client learns: its critic, the advantages, the loss, and what of all that lasts from round to round.
+
+    Another learner (groups of responses, say) has the same five methods; only `advantages` may depend on the past.
+    """
+
+    def __init__(self, hidden_size: int, config: PPOConfig, device: torch.device | str, k: int) -> None:
+        self.config = config
+        self.critic = Critic(hidden_size, k, device)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr)
+
+    def advantages(self, batch: Batch) -> Advantages:
+        """Token rewards with KL, GAE on the critic as it stands, whitening; σ⁰ = 1, so the floor is 0.1."""
+        mask, config = batch.rollout.mask, self.config
+        with torch.no_grad():
+            values = self.critic(batch.hidden)  # [B, L, k]
+        advantages, returns = gae(token_rewards(batch), values, mask, config.gamma, config.gae_lambda)
+        return Advantages(whiten(advantages, mask, SCALE_FLOOR), masked_std(advantages, mask), returns, values)
+
+    def losses(self, ratio: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
+        """The k losses per token, before their mean: ratio ρ, entropy [b, l], advantages [b, l, k] -> [b, l, k].
+
+        The entropy stands in every column: λ lies on the simplex, so that a step has the bonus once.
+        """
+        return surrogate(ratio, advantages, self.config.clip_range) - self.config.entropy_coef * entropy[..., None]
+
+    def fit(self, hidden: Tensor, advantages: Advantages, mask: Tensor) -> None:
+        """After each optimizer step: one step of the critic towards its returns. hidden [B, L, H], mask [B, L]."""
+        loss = value_loss(self.critic(hidden), advantages.values, advantages.returns, mask, self.config.value_clip)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """The critic and its optimizer's moments, by dotted names."""
+        tensors = {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
+        return tensors | moments_to_tensors("critic_adam", self.critic_optimizer.state_dict()["state"])
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        self.critic.load_state_dict({name: tensors[f"critic.{name}"] for name in self.critic.state_dict()})
+        moments = moments_from_tensors("critic_adam", tensors)
+        self.critic_optimizer.load_state_dict(self.critic_optimizer.state_dict() | {"state": moments})
+
+
+def moments_to_tensors(owner: str, moments: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """An optimizer's state as flat names: OWNER.PARAMETER.NAME."""
+    return {f"{owner}.{i}.{name}": tensor for i, entry in moments.items() for name, tensor in entry.items()}
+
+
+def moments_from_tensors(owner: str, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The inverse of `moments_to_tensors`; other owners' tensors are passed over."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(f"{owner}."):
+            i, name = key.removeprefix(f"{owner}.").split(".")
+            moments.setdefault(int(i), {})[name] = tensor
+    return moments
+
+
+# ---- the gradients -------------------------------------------------------------------------------------------
+
+
+def surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """The clipped objective per token, negated. ratio [B, L], advantages [B, L, k] -> [B, L, k]."""
+    ratio = ratio[..., None]
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def jacobian(losses: Tensor, leaves: list[Tensor], keep_graph: bool = False) -> Tensor:
+    """J [k, d] from losses [k] that share one graph: k backward passes, no second forward. In the leaves' type."""
+    rows = []
+    for j, loss in enumerate(losses):
+        grads = torch.autograd.grad(loss, leaves, retain_graph=keep_graph or j + 1 < len(losses))
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+@dataclass
+class Gradients:
+    """The k gradients of one optimizer step, and what their forward pass showed."""
+
+    J: Tensor  # [k, d]
+    first_half: Tensor | None  # [k, d] the part of J that the first half of the rows gave, where it was asked for
+    hidden: Tensor  # [B, L, H]
+    entropy: float  # nats per token
+    clip_fraction: float  # share of the tokens whose ratio left [1 − ε, 1 + ε]
+    approx_kl: float  # KL(π_old ‖ π_θ) per token, the k3 estimate ρ − 1 − log ρ ≥ 0 (Schulman 2020)
+
+    @property
+    def halves(self) -> Tensor:
+        """Of the two halves of the rows [2, k, d]; they add up to J."""
+        return torch.stack([self.first_half, self.J - self.first_half])
+
+
+def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, learner: PPO, halves: bool = False) -> Gradients:
+    """J: per micro-batch one forward pass and k backward passes. advantages [B, L, k].
+
+    With halves, the first half's part of J too: k more backward passes where the batch is one micro-batch, none else,
+    and J is the same to the last bit. Raises ValueError where a gradient is not finite.
+    """
+    config, rollout, adapter = learner.config, batch.rollout, policy.adapter
+    J = adapter.vector().new_zeros(advantages.shape[-1], adapter.size)
+    J_first = torch.zeros_like(J) if halves else None
+    hiddens, ratios, entropies = [], [], []
+    for rows, piece in rollout.micro_batches(config.micro_batch_size):
+        l = piece.mask.shape[1]
+        logp, entropy, hidden = policy.logprobs(piece, config.entropy_coef > 0)  # [b, l], [b, l], [b, l, H]
+        ratio = (logp - batch.logp_old[rows, :l]).exp()  # [b, l]
+        losses = learner.losses(ratio, entropy, advantages[rows, :l]) * piece.mask[..., None]  # [b, l, k]
+        first = rows < (len(rollout) + 1) // 2  # [b]
+        mixed = halves and bool(first.any()) and not bool(first.all())
+        gradients = jacobian(losses.sum((0, 1)), adapter.leaves(), keep_graph=mixed)
+        J += gradients
+        if mixed:
+            J_first += jacobian(losses[first].sum((0, 1)), adapter.leaves())
+        elif halves and bool(first.all()):
+            J_first += gradients
+        for kept, values in ((hiddens, hidden), (ratios, ratio), (entropies, entropy)):
+            kept.append((rows, values.detach()))
+    tokens = rollout.mask.sum()
+    J /= tokens  # only now: 16-bit weights pass back what a 16-bit number holds
+    if not torch.isfinite(J).all():
+        raise ValueError("lr: a policy gradient is not finite; lower lr, or use dtype float32")
+    ratio = assemble(rollout, ratios).masked_fill(rollout.mask == 0, 1.0)  # [B, L]
+    return Gradients(
+        J,
+        J_first / tokens if halves else None,
+        assemble(rollout, hiddens),
+        entropy=float(assemble(rollout, entropies).sum() / tokens),
+        clip_fraction=float(((ratio - 1.0).abs() > config.clip_range).sum() / tokens),
+        approx_kl=float((ratio - 1.0 - ratio.log()).sum() / tokens),
+    )
+
+
+# ---- the KL coefficient --------------------------------------------------------------------------------------
+
+
+def sequence_kl(batch: Batch) -> Tensor:
+    """KL(π ‖ π_ref) of each response, the k1 estimate Σ_t (log π − log π_ref)_t, in nats: [B]."""
+    return ((batch.logp_old - batch.logp_ref) * batch.rollout.mask).sum(1)
 
 
 def adapt_kl(kl_coef: float, kl: float, samples: int, config: PPOConfig) -> float:
@@ -178,79 +325,3 @@ def adapt_kl(kl_coef: float, kl: float, samples: int, config: PPOConfig) -> floa
         return kl_coef
     error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * min(samples / config.kl_horizon, 1.0))
-
-
-@dataclass
-class Advantages:
-    """What one client batch is worth: k columns, one per loss (k = M for PPO with M objectives)."""
-
-    whitened: Tensor  # [B, L, k]
-    returns: Tensor  # [B, L, k] what the critic fits
-    values: Tensor  # [B, L, k] what the critic said before the update
-    scale: Tensor  # [k] σ before whitening
-
-
-def ppo_advantages(
-    critic: Critic, scores: Tensor, batch: Rollout, logp_old: Tensor, logp_ref: Tensor, hidden: Tensor, kl_coef: float,
-    config: PPOConfig,
-) -> Advantages:  # fmt: skip
-    """Token rewards with KL, GAE on the client's critic, whitening: one column per objective.
-
-    scores [B, M] calibrated; logp_old, logp_ref [B, L]; hidden [B, L, H]. Calibrated scores have unit scale on the base
-    policy, so σ⁰ = 1 for every objective and the floor 0.1 σ⁰ is 0.1.
-    """
-    scores = scores - config.missing_eos_penalty * (~batch.ended)[:, None]
-    rewards = token_rewards(scores, logp_old, logp_ref, batch.mask, kl_coef)  # [B, L, M]
-    with torch.no_grad():
-        values = critic(hidden)  # [B, L, M]
-    advantages, returns = gae(rewards, values, batch.mask, config.gamma, config.gae_lambda)
-    scale = masked_std(advantages, batch.mask)  # [M]
-    return Advantages(whiten(advantages, batch.mask, SCALE_FLOOR), returns, values, scale)
-
-
-def policy_gradients(
-    policy: Policy, batch: Rollout, logp_old: Tensor, advantages: Tensor, config: PPOConfig, parts: int = 1
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """J, the gradients of the M losses: per micro-batch one forward pass, and M backward passes for each part in it.
-
-    logp_old [B, L], advantages [B, L, M]. Returns J [parts, M, d], each loss restricted to one of `parts` equal parts
-    of the batch's rows, so that J.sum(0) is the whole gradient; the detached hidden states [B, L, H]; scalars to log.
-    Raises ValueError where a gradient is not finite.
-    """
-    J = policy.adapter.vector().new_zeros(parts, advantages.shape[-1], policy.adapter.size)
-    hiddens, ratios, entropies = [], [], []
-    tokens = batch.mask.sum()
-    part_of = torch.arange(len(batch)) * parts // len(batch)  # [B]
-    for rows, piece in batch.micro_batches(config.micro_batch_size):
-        l = piece.mask.shape[1]
-        logp, entropy, hidden = policy.logprobs(piece, config.entropy_coef > 0)  # [b, l], [b, l], [b, l, H]
-        ratio = (logp - logp_old[rows, :l]).exp()  # [b, l]
-        loss = surrogate(ratio, advantages[rows, :l], config.clip_range)  # [b, l, M]
-        loss = loss - config.entropy_coef * entropy[..., None]  # Σ λ_j = 1, so a step has the bonus once
-        present = part_of[rows].unique()
-        member = (part_of[rows] == present[:, None]).to(loss)  # [p, b]
-        losses = torch.einsum("blm,bl,pb->pm", loss, piece.mask.to(loss.dtype), member)  # [p, M], sums over tokens
-        J[present] += jacobian(losses.flatten(), policy.adapter.leaves()).view(len(present), *J.shape[1:])
-        hiddens.append((rows, hidden))
-        ratios.append((rows, ratio.detach()))
-        entropies.append((rows, entropy.detach()))
-    J /= tokens  # only now: 16-bit weights pass back what a 16-bit number holds
-    if not torch.isfinite(J).all():
-        raise ValueError("lr: a policy gradient is not finite; lower lr, or use dtype float32")
-    ratio = together(batch, ratios).masked_fill(batch.mask == 0, 1.0)
-    log = {
-        "entropy": float(together(batch, entropies).sum() / tokens),
-        "clip_fraction": diagnostics.clip_fraction(ratio, batch.mask, config.clip_range),
-        "approx_kl": diagnostics.approx_kl(ratio.log(), batch.mask),
-    }
-    return J, together(batch, hiddens), log
-
-
-def fit_critic(
-    critic: Critic, optimizer: torch.optim.Optimizer, hidden: Tensor, target: Advantages, mask: Tensor, clip: float
-) -> None:
-    """One step of the client's own critic towards its returns. hidden [B, L, H], mask [B, L]."""
-    loss = value_loss(critic(hidden), target.values, target.returns, mask, clip)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()

@@ -133,6 +133,7 @@ class Policy:
         config = config or RolloutConfig()
         self.model, self.tokenizer, self.temperature = model, tokenizer, config.temperature
         self.sample_batch_size, self.gradient_checkpointing = config.sample_batch_size, config.gradient_checkpointing
+        self.max_new_tokens = config.max_new_tokens
         self.eos = eos_ids(model, tokenizer)
         pad, vocabulary = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
         self.pad = pad if pad is not None and pad < vocabulary else self.eos[0]
@@ -192,10 +193,11 @@ class Policy:
         return logp.view_as(batch.mask) * batch.mask, entropy.view_as(batch.mask) * batch.mask, hidden.detach()
 
     @torch.no_grad()
-    def logprobs_in_pieces(self, batch: Rollout, micro_batch_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`logprobs` without a graph, over the same micro-batches as the update, put together again."""
+    def logprobs_in_pieces(self, batch: Rollout, micro_batch_size: int | None) -> tuple[Tensor, Tensor]:
+        """logp [B, L] and hidden states [B, L, H] of `logprobs`, without a graph, over the update's micro-batches."""
         pieces = [(rows, self.logprobs(piece)) for rows, piece in batch.micro_batches(micro_batch_size)]
-        return tuple(together(batch, [(rows, values[i]) for rows, values in pieces]) for i in range(3))
+        logp, hidden = (assemble(batch, [(rows, values[i]) for rows, values in pieces]) for i in (0, 2))
+        return logp, hidden
 
     @torch.no_grad()
     def expected_kl(self, hidden: Tensor, hidden_ref: Tensor, mask: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ class Policy:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True), ids
 
 
-def together(batch: Rollout, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+def assemble(batch: Rollout, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
     """What micro-batches gave, (rows, [b, l, ...]) each, as one [B, L, ...]; 0 where a piece was cut off."""
     first = pieces[0][1]
     whole = first.new_zeros(*batch.mask.shape, *first.shape[2:])

@@ -6,35 +6,32 @@ and its name is unique. A preset is a set of plain overrides of the defaults. Ba
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import HfArgumentParser
 
 import baselines
 import firm
-from baselines import FedCMOOConfig
+from app.fields import Checked, Count, Index, setting
+from clients import ClientConfig
 from data import DataConfig
-from firm import FIRMConfig, Method
+from firm import FIRMConfig, Method, TrainingConfig
 from lora import LoRAConfig
 from ppo import PPOConfig
 from rollout import RolloutConfig
 
-METHODS: dict[str, Callable[["Config"], Method]] = {
-    "firm": lambda config: firm.FIRM,
-    "mgda": lambda config: firm.MGDA,
-    "linear": lambda config: firm.LINEAR,
-    "morlhf": lambda config: baselines.MORLHF,
-    "fsmgda": lambda config: baselines.FSMGDA,
-    "fedcmoo": lambda config: baselines.fedcmoo(config.fedcmoo),
-}
-TOY_OBJECTIVES = ["py:worlds/toy.py:helpful", "py:worlds/toy.py:harmless"]
-
+METHODS: dict[str, Method] = {  # the one registry: help, sweeps, experiments, pictures and tests all walk it
+    method.name: method
+    for method in (firm.FIRM, firm.MGDA, firm.LINEAR, baselines.MORLHF, baselines.FSMGDA, baselines.FEDCMOO,
+                   baselines.SOUPS)
+}  # fmt: skip
 PRESETS = {
     "tiny": {  # the embedded world: a laptop CPU, about a minute
-        "objectives": TOY_OBJECTIVES,
+        "objectives": ["py:worlds/toy.py:helpful", "py:worlds/toy.py:harmless"],
         "max_new_tokens": 12,
         "lora_rank": 8,
         "lr": 3e-3,
@@ -68,93 +65,86 @@ PRESETS["tinyllama-12gb"] = PRESETS["tinyllama"] | {  # the same training, in sm
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Checked):
     """What the run is and where it goes."""
 
-    preset: str = field(
-        default="tiny",
-        metadata={"help": "tiny, tinyllama, tinyllama-12gb, or paper: no preset, the default where --model is given"},
+    preset: Literal[tuple(PRESETS)] = setting(
+        "tiny", "settings to start from; paper, the defaults of all fields, is what --model alone starts from"
     )
-    method: str = field(
-        default="firm",
-        metadata={
-            "help": "firm, mgda (firm with beta 0), linear (fixed weights), morlhf, fsmgda, fedcmoo; soups with --sweep"
-        },
-    )
-    objectives: list[str] = field(
-        default_factory=list, metadata={"help": "[NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION, one or more"}
-    )
-    seed: int = field(default=0, metadata={"help": "equal seeds give equal runs, bit for bit on a CPU"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's choice"})
-    eval_samples: int = field(default=8, metadata={"help": "responses to each held-out prompt, before and after"})
-    eval_batch_size: int = field(default=256, metadata={"help": "rows per batch in the evaluation"})
-    reward_dtype: str = field(
-        default="float32", metadata={"help": "type of the reward models: float32, bfloat16 or float16"}
-    )
-    reward_batch_size: int = field(default=32, metadata={"help": "rows per batch of a reward model"})
-    profile: bool = field(
-        default=False, metadata={"help": "print where the rounds' time goes, and peak memory (a sweep: summary.json)"}
-    )
-    show: int = field(default=4, metadata={"help": "held-out prompts whose answers are printed, before and after"})
-    out: str | None = field(
-        default=None, metadata={"help": "run directory; the next free runs/METHOD-PRESET if not given"}
-    )
+    method: Literal[tuple(METHODS)] = setting("firm", "; ".join(f"{m.name}: {m.help}" for m in METHODS.values()))
+    objectives: list[str] = setting([], "[NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION, one or more")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to run; auto takes a GPU where there is one")
+    threads: Index = setting(0, "CPU threads; 0 leaves torch's choice")
+    eval_samples: Count = setting(8, "responses to each held-out prompt, before and after")
+    eval_batch_size: Count = setting(256, "rows per batch in the evaluation")
+    reward_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "type of the reward models")
+    reward_batch_size: Count = setting(32, "rows per batch of a reward model")
+    profile: bool = setting(False, "print where the rounds' time goes, and peak memory (a sweep: summary.json)")
+    show: Index = setting(4, "held-out prompts whose answers are printed, before and after")
+    out: str | None = setting(None, "run directory; the next free runs/METHOD-PRESET if not given")
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: {self.preset!r} is none of {', '.join(PRESETS)}")
-        if self.method not in (*METHODS, "soups"):
-            raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}; or soups, with --sweep")
-        if self.reward_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"reward_dtype: {self.reward_dtype!r} is none of float32, bfloat16, float16")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device: {self.device!r} is none of auto, cpu, cuda")
+        super().__post_init__()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: cuda was asked for, but torch sees no GPU; use --device cpu")
-        for name, least in (("seed", 0), ("threads", 0), ("eval_samples", 1), ("eval_batch_size", 1),
-                            ("reward_batch_size", 1), ("show", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least {least}")
 
 
-SETTINGS = {
-    "run": RunConfig,
-    "rollout": RolloutConfig,
-    "data": DataConfig,
-    "firm": FIRMConfig,
-    "ppo": PPOConfig,
-    "lora": LoRAConfig,
-    "fedcmoo": FedCMOOConfig,
-}
+OWN_SETTINGS = {method.name: type(method.settings) for method in METHODS.values() if method.settings}
+SETTINGS = {  # the dataclasses whose fields are flags
+    "run": RunConfig, "rollout": RolloutConfig, "data": DataConfig, "firm": FIRMConfig, "client": ClientConfig,
+    "ppo": PPOConfig, "lora": LoRAConfig, **OWN_SETTINGS,
+}  # fmt: skip
+REMOVED: frozenset[str] = frozenset()  # settings that older versions wrote into config.json
 
 
 @dataclass
-class Config:
-    """The settings of every module, together."""
+class Config(TrainingConfig):
+    """The settings of every module, together; `own` are those of the methods that have some, by the method's name."""
 
     run: RunConfig
     rollout: RolloutConfig
     data: DataConfig
-    firm: FIRMConfig
-    ppo: PPOConfig
     lora: LoRAConfig
-    fedcmoo: FedCMOOConfig
-
-    def flat(self) -> dict:
-        """Every field by its own name; names are unique."""
-        return {name: value for group in SETTINGS for name, value in asdict(getattr(self, group)).items()}
+    own: dict[str, Any]
 
     @classmethod
-    def from_flat(cls, values: dict) -> "Config":
-        """The inverse of `flat`; fields that are not given take their defaults."""
+    def of(cls, groups: dict[str, Any]) -> "Config":
+        """From one dataclass per name in SETTINGS."""
+        own = {name: groups[name] for name in OWN_SETTINGS}
+        return cls(**{name: group for name, group in groups.items() if name not in OWN_SETTINGS}, own=own)
+
+    @property
+    def method(self) -> Method:
+        """The chosen method, with its own settings."""
+        return replace(METHODS[self.run.method], settings=self.own.get(self.run.method))
+
+    @property
+    def front_is_known(self) -> bool:
+        """Whether this is the embedded world with its own two objectives, whose exact Pareto front is known."""
+        specs = [spec.replace("worlds/", "") for spec in self.run.objectives]  # older runs have it without
+        return not self.rollout.model and specs == ["py:toy.py:helpful", "py:toy.py:harmless"]
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its own name; names are unique."""
+        groups = [self.own[name] if name in OWN_SETTINGS else getattr(self, name) for name in SETTINGS]
+        return {name: value for group in groups for name, value in asdict(group).items()}
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `flat`. A field that did not exist when the values were written takes its default, one that
+        has been removed since is left out with a line. Raises ValueError for an unknown one.
+        """
         known = {f.name for group in SETTINGS.values() for f in fields(group)}
-        if values.keys() - known:
-            raise ValueError(f"config: unknown field {sorted(values.keys() - known)[0]!r}")
-        return cls(**{
-            name: group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
-            for name, group in SETTINGS.items()
-        })  # fmt: skip
+        for name in sorted(values.keys() - known):
+            if name not in REMOVED:
+                raise ValueError(f"config: unknown setting {name!r}; was it written by a newer version?")
+            print(f"note: the setting {name} does not exist any more and is left out")
+        return cls.of(
+            {
+                name: group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+                for name, group in SETTINGS.items()
+            }
+        )
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | None, list[str] | None]:
@@ -188,12 +178,12 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | No
                 raise ValueError("resume: a sweep goes on by its own command with --out naming its directory")
             if early.preset or early.model or flags - {"--rounds"}:
                 raise ValueError("resume: a run goes on with its own settings; only --rounds may stand beside --resume")
-            parser.set_defaults(**saved_settings(Path(early.resume)))
+            parser.set_defaults(**saved_settings(Path(early.resume)).flat())
         else:
             preset = early.preset or ("paper" if early.model else "tiny")
             if preset in PRESETS:
                 parser.set_defaults(preset=preset, **PRESETS[preset])
-        *rooms, rest, unknown = parser.parse_args_into_dataclasses(
+        *groups, rest, unknown = parser.parse_args_into_dataclasses(
             list(arguments), return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
@@ -202,15 +192,15 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | No
             raise ValueError("compare: it names the methods itself; leave --method out")
         if rest.sweep and "--preference" in flags:
             raise ValueError("sweep: it names the preferences itself; leave --preference out")
-        config = Config(**dict(zip(SETTINGS, rooms, strict=True)))
+        config = Config.of(dict(zip(SETTINGS, groups, strict=True)))
         return config, Path(rest.resume) if rest.resume else None, rest.sweep, rest.compare
     except ValueError as error:
         parser.error(str(error))
 
 
-def saved_settings(run: Path) -> dict:
+def saved_settings(run: Path) -> Config:
     """The settings in a run directory. Raises ValueError where it holds no run that can go on."""
     for file in ("config.json", "checkpoint/state.safetensors"):
         if not (run / file).is_file():
             raise ValueError(f"resume: {run / file} is missing; name a run directory with a checkpoint")
-    return json.loads((run / "config.json").read_text("utf-8"))
+    return Config.from_flat(json.loads((run / "config.json").read_text("utf-8")))

@@ -7,7 +7,6 @@ are averaged first, since they are no independent evidence about other prompts.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from app.stopwatch import Stopwatch, peak_memory
-from evidence import diagnostics
 
 
 @dataclass
@@ -41,11 +39,14 @@ def to_json(values: dict, **settings) -> str:
     return json.dumps(plain(values), **settings)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """A JSON object from each line; null is NaN."""
+    return [json.loads(line, object_hook=nan_for_null) for line in file.read_text("utf-8").splitlines()]
+
+
+def nan_for_null(found: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of what `to_json` does with NaN, as an object_hook."""
+    return {key: math.nan if value is None else value for key, value in found.items()}
 
 
 def clustered(values: Tensor) -> tuple[float, float]:
@@ -66,7 +67,7 @@ def header(session: Any, out: Path) -> str:
     )
     return "\n".join([
         f"{config.run.method} · {session.base_model}",
-        f"  device      {session.device}, {config.rollout.dtype}, seed {config.run.seed}",
+        f"  device      {session.device}, {config.rollout.dtype}, seed {config.firm.seed}",
         f"  adapter     {policy.adapter.size:,} trainable of {total:,} parameters "
         f"(rank {config.lora.lora_rank}, {len(policy.adapter.layers)} layers)",
         f"  objectives  {', '.join(session.names)}   preference {config.firm.preference or 'uniform'}"
@@ -93,18 +94,17 @@ def summarise(session: Any, before: Evaluation, after: Evaluation, metrics: list
         for key, values in (("before", before.scores), ("after", after.scores), ("gain", None)):
             values = after.scores - before.scores if values is None else values
             entry[key] = dict(zip(("mean", "standard_error"), clustered(values[..., j]), strict=True))
-        entry["roughness"] = diagnostics.roughness([m[f"reward/{name}"] for m in metrics])
         entry["gain"]["n_prompts"] = len(session.held_out)
         entry["calibration"] = {
-            "mean": float(session.calibration.mean[j]),
-            "scale": float(session.calibration.scale[j]),
+            "mean": float(session.federation.calibration.mean[j]),
+            "scale": float(session.federation.calibration.scale[j]),
         }
         objectives[name] = entry
     kl, kl_error = clustered(after.kl)
     cohort, M = config.firm.clients_per_round or config.firm.clients, len(session.names)
     return {
         "method": config.run.method,
-        "seed": config.run.seed,
+        "seed": config.firm.seed,
         "seconds": seconds,
         "rounds": config.firm.rounds,
         "upload_bytes_per_client_round": metrics[-1]["upload_bytes"],

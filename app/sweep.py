@@ -22,7 +22,6 @@ the hull of mixtures of two policies, several seeds (one seed's ± is over promp
 
 import gc
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -37,10 +36,12 @@ import baselines
 import mgda
 import rewards
 from app import plots, report
-from settings import METHODS, TOY_OBJECTIVES, Config
+from app.files import reserve_directory, write_text
+from app.session import Session
+from settings import METHODS, Config
 from worlds import toy
 
-TAKE_NO_PREFERENCE = ("mgda", "fsmgda", "fedcmoo")
+SPECIALIST = "morlhf"  # how soups train their specialists: on the one reward of a one-hot preference
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
@@ -92,11 +93,11 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
     M = len(config.run.objectives)
     if not M:
         raise ValueError("objectives: name at least one")
-    methods = sorted(compare or [config.run.method], key="soups".__eq__)  # soups last: then METHODS keep their colours
+    methods = compare or [config.run.method]
     for method in methods:
-        if method not in (*METHODS, "soups"):
-            raise ValueError(f"compare: {method!r} is none of {', '.join(METHODS)}, soups")
-    if sweep and set(methods) <= set(TAKE_NO_PREFERENCE):
+        if method not in METHODS:
+            raise ValueError(f"compare: {method!r} is none of {', '.join(METHODS)}")
+    if sweep and not any(METHODS[method].takes_preference for method in methods):
         raise ValueError(f"sweep: {', '.join(methods)} takes no preference, so there is nothing to sweep")
     centre = mgda.preference_vector(None, M).tolist()
     if sweep:
@@ -107,26 +108,25 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
         if len(set(values)) < len(values):
             twice = next(value for value in values if values.count(value) > 1)
             raise ValueError(f"{flag}: {twice} is named twice")
-    return {method: [centre] if method in TAKE_NO_PREFERENCE else preferences for method in methods}
+    return {method: preferences if METHODS[method].takes_preference else [centre] for method in methods}
 
 
 def sweep(
-    config: Config, preferences: list[str] | None, methods: list[str] | None, train: Callable[..., dict],
-    Session: Callable[..., Any], reserve_directory: Callable[[str | None, str], Path],
+    config: Config, preferences: list[str] | None, methods: list[str] | None, train: Callable[..., dict[str, Any]]
 ) -> None:  # fmt: skip
-    """Train and measure every point, then the table and the pictures. The callables are run.py's.
+    """Train and measure every point, then the table and the pictures. `train` is run.py's.
 
     Raises ValueError before any long work where something is wrong, and whatever `train` raises.
     """
     points = plan(config, preferences, methods)
     names = [rewards.parse_spec(spec)[0] for spec in config.run.objectives]
-    out = begin(config, points, "compare" if methods else "sweep", Session, reserve_directory)
-    runs = sum(len(names) if method == "soups" else len(ps) for method, ps in points.items())
+    out = begin(config, points, "compare" if methods else "sweep")
+    runs = sum(len(names) if METHODS[method].mixes else len(ps) for method, ps in points.items())
     print(f"{out}: {runs} training runs of {config.firm.rounds} rounds ({', '.join(points)})")
     try:
         for method, ps in points.items():
-            if method == "soups":
-                soups(config, ps, names, out / "soups", train, Session)
+            if METHODS[method].mixes:
+                soups(config, ps, names, out / method, train)
                 continue
             for p in ps:
                 finish(one_run(config, method, p, out / method / label(p)), f"{method} {label(p)}", train)
@@ -136,33 +136,40 @@ def sweep(
     conclude(config, points, names, out)
 
 
-def begin(
-    config: Config, points: dict[str, list[list[float]]], kind: str, Session: Callable[..., Any],
-    reserve_directory: Callable[[str | None, str], Path],
-) -> Path:  # fmt: skip
-    """The sweep's directory: new, with its settings written down, or that of the same sweep begun before."""
-    settings = {name: v for name, v in config.flat().items() if name not in ("out", "method", "preference")}
-    settings |= {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
+def begin(config: Config, points: dict[str, list[list[float]]], kind: str) -> Path:
+    """The sweep's directory: new, with its settings written down, or that of the same sweep begun before.
+
+    A setting that did not exist when the sweep began counts as its default there.
+    """
+    plan = {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
+    settings = shared_settings(config) | plan
     try:
         saved = json.loads(Path(config.run.out or "", "sweep.json").read_text("utf-8"))["settings"]
+        written = {name: saved.pop(name) for name in plan}
     except (OSError, ValueError, KeyError, TypeError):  # it holds no sweep of ours
         saved = None
     if config.run.out and saved is not None:
+        saved = shared_settings(Config.from_flat(saved)) | written
         for name, value in settings.items():
-            if saved.get(name) != value:
-                theirs = f"{config.run.out} holds a sweep with {name} {saved.get(name)}, not {value}"
+            if saved[name] != value:
+                theirs = f"{config.run.out} holds a sweep with {name} {saved[name]}, not {value}"
                 raise ValueError(f"out: {theirs}; name another directory")
         return Path(config.run.out)
     out = reserve_directory(config.run.out, f"{kind}-{config.run.preset}")
     try:
         method, ps = next(iter(points.items()))
-        Session(one_run(config, "morlhf" if method == "soups" else method, ps[0], out))  # finds all that can be wrong
-        report.write(out / "sweep.json", json.dumps({"settings": settings}, indent=2) + "\n")
+        Session(one_run(config, SPECIALIST if METHODS[method].mixes else method, ps[0], out))  # finds what is wrong
+        write_text(out / "sweep.json", json.dumps({"settings": settings}, indent=2) + "\n")
     except BaseException:
         if not any(out.iterdir()):
             out.rmdir()
         raise
     return out
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """What all runs of a sweep have in common."""
+    return {name: value for name, value in config.flat().items() if name not in ("out", "method", "preference")}
 
 
 def one_run(config: Config, method: str, p: Sequence[float], out: Path) -> Config:
@@ -188,57 +195,44 @@ def finish(config: Config, title: str, train: Callable[..., dict]) -> None:
 
 
 def soups(
-    config: Config, ps: Sequence[Sequence[float]], names: Sequence[str], out: Path, train: Callable[..., dict],
-    Session: Callable[..., Any],
+    config: Config, ps: Sequence[Sequence[float]], names: Sequence[str], out: Path,
+    train: Callable[..., dict[str, Any]],
 ) -> None:  # fmt: skip
     """Rewarded Soups: a specialist per objective, trained once; then Σ_m p_m θ_m, measured at every p."""
     homes = [out / f"specialist-{name}" for name in names]
     for one_hot, home in zip(np.eye(len(names)).tolist(), homes, strict=True):
-        specialist = one_run(config, "morlhf", one_hot, home)
+        specialist = one_run(config, SPECIALIST, one_hot, home)
         finish(specialist, f"soups {home.name}", train)
     missing = [p for p in ps if not (out / label(p) / "summary.json").exists()]
     if not missing:
         return
     gc.collect()
     session = Session(specialist)
-    before = session.load_checkpoint(homes[-1] / "checkpoint")
+    before = session.restore(homes[-1] / "checkpoint")
     thetas, metrics = [], []
     for home in homes:
         session.policy.adapter.load(home / "adapter")
         thetas.append(session.policy.adapter.vector())
-        metrics += read_lines(home / "metrics.jsonl")
+        metrics += report.read_lines(home / "metrics.jsonl")
     for p in missing:
         started = time.perf_counter()
         session.policy.adapter.assign(baselines.interpolate(torch.stack(thetas), p))
         after = session.evaluate(f"soups {label(p)}")
         summary = report.summarise(session, before, after, metrics, time.perf_counter() - started)
-        for entry in summary["objectives"].values():
-            del entry["roughness"]  # of a training curve
         (out / label(p)).mkdir(exist_ok=True)
         summary |= {"method": "soups", "preference": p}
-        report.write(out / label(p) / "summary.json", report.to_json(summary, indent=2) + "\n")
-
-
-def read(file: Path) -> dict:
-    """A JSON object, with NaN for null."""
-    nan = lambda found: {k: math.nan if v is None else v for k, v in found.items()}  # noqa: E731
-    return json.loads(file.read_text("utf-8"), object_hook=nan)
-
-
-def read_lines(file: Path) -> list[dict]:
-    """A JSON object from each line."""
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        write_text(out / label(p) / "summary.json", report.to_json(summary, indent=2) + "\n")
 
 
 def figures(config: Config, method: str, p: Sequence[float], names: Sequence[str], run: Path) -> dict:
     """What one point's files say; lists are by objective, in raw units. `mean_lambda` is None for soups."""
-    summary = read(run / "summary.json")
+    summary = json.loads((run / "summary.json").read_text("utf-8"), object_hook=report.nan_for_null)
     of = lambda stage, key: [summary["objectives"][name][stage][key] for name in names]  # noqa: E731
-    rounds = [] if method == "soups" else read_lines(run / "metrics.jsonl")
+    rounds = [] if METHODS[method].mixes else report.read_lines(run / "metrics.jsonl")
     base, mean = of("before", "mean"), of("after", "mean")
     return {
         "method": method,
-        "preference": None if method in TAKE_NO_PREFERENCE else p,
+        "preference": p if METHODS[method].takes_preference else None,
         "mean_lambda": [float(np.mean([m[f"lambda/{name}"] for m in rounds])) for name in names] if rounds else None,
         "mean": mean,
         "standard_error": of("after", "standard_error"),
@@ -256,12 +250,12 @@ def conclude(config: Config, points: dict[str, list[list[float]]], names: Sequen
     groups = {m: [figures(config, m, p, names, out / m / label(p)) for p in ps] for m, ps in points.items()}
     rows = [row for group in groups.values() for row in group]
     base, front = np.array(rows[0]["base"]["mean"]), None
-    if config.run.objectives == TOY_OBJECTIVES and not config.rollout.model:
-        samples = read_lines(next(out.glob("*/*/samples.jsonl")))
+    if config.front_is_known:
+        samples = report.read_lines(next(out.glob("*/*/samples.jsonl")))
         front = toy.pareto_front([sample["prompt"] for sample in samples])
     volumes, meaning = hypervolumes(groups, base, front)
     saved = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
-    report.write(out / "sweep.json", report.to_json(saved, indent=2) + "\n")
+    write_text(out / "sweep.json", report.to_json(saved, indent=2) + "\n")
     print(report.comparison(rows, names, config.data.held_out, config.run.eval_samples))
     if volumes:
         print("hypervolume: " + ", ".join(f"{name} {volume:.3f}" for name, volume in volumes.items()) + meaning)
@@ -291,7 +285,7 @@ def draw(
     plots.pareto(drawn, base, front, names, out / "pareto.png", axis)
     lines = {}
     for method, group in groups.items():
-        if len(group) > 1 and method != "soups":
+        if len(group) > 1 and not METHODS[method].mixes:
             lines[method] = [row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None
     if lines:
         axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")

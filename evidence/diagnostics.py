@@ -1,7 +1,13 @@
-"""What to watch: pure functions from gradients, weights, adapters and log-probs to numbers.
+"""What `--diagnostics` adds to a round's line of metrics, from half-batch gradients at θ_t; no client sends them. [ours]
 
-[ours] where no source is named.
-Nothing here changes training; `monitor.py` applies most of these to what a round has at hand.
+    drift          how much of the federation's direction is disagreement in λ alone
+    stationarity   ‖Jᵀλ‖² of the whole federation, estimated on independent halves
+    grams/         the inner products behind both, and those of every step, so that λ can be solved again
+
+Both weigh clients by the prompts they hold, a rejected one by 0. Of morlhf, which has one loss only, the stationarity is
+that of Σ_j p_j R_j and no Pareto stationarity. The price: where a batch is one micro-batch, twice the backward passes in
+the first epoch, and the gradients at θ_t of all clients held until the round ends. What is trained stays bit for bit
+the same.
 """
 
 from collections.abc import Sequence
@@ -9,37 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def disagreement(lambdas: Tensor) -> float:
-    """mean_c ‖λ_c − λ̄‖, the client disagreement [paper]. lambdas [C, M]; 0 for one client."""
-    return float((lambdas - lambdas.mean(0)).norm(dim=1).mean())
-
-
-def dispersion(thetas: Tensor) -> float:
-    """mean_c ‖θ_c − θ̄‖, how far the clients' adapters lie from their mean. thetas [C, d]."""
-    return float((thetas - thetas.mean(0)).norm(dim=1).mean())
-
-
-def averaging_residual(thetas: Sequence[Sequence[Tensor]], weights: Tensor, scale: float) -> tuple[float, float]:
-    """‖mean(ΔW) − scale · mean(B) mean(A)‖ and ‖mean(ΔW)‖, ΔW = scale · BA, over all layers (Frobenius).
-
-    What averaging A and B separately loses, and what there is to lose. thetas: each client's [A₀, B₀, A₁, B₁, …], A
-    [r, in] and B [out, r]; weights [C], of any sum. With a = A − mean(A) and b = B − mean(B), the residual is
-    scale · mean(ba): matrices of rank C·r, so it needs no [out, in] matrix.
-    """
-    w = (weights / weights.sum()).to(thetas[0][0])
-    residual, norm = torch.zeros(2, dtype=torch.float64, device=thetas[0][0].device).unbind()
-    for layer in range(0, len(thetas[0]), 2):
-        A, B = (torch.stack([theta[layer + i] for theta in thetas]) for i in (0, 1))  # [C, r, in], [C, out, r]
-        a, b = (X - torch.einsum("c,cij->ij", w, X) for X in (A, B))
-        residual += _product_norm(torch.cat(list(w[:, None, None] * b), 1), a.flatten(0, 1))
-        norm += _product_norm(torch.cat(list(w[:, None, None] * B), 1), A.flatten(0, 1))
-    return scale * float(residual) ** 0.5, scale * float(norm) ** 0.5
-
-
-def _product_norm(P: Tensor, Q: Tensor) -> Tensor:
-    """‖PQ‖² of P [out, n] and Q [n, in], through n × n matrices."""
-    return ((P.T @ P) * (Q @ Q.T)).sum().double().clamp_min(0.0)
+import mgda
+from app.stopwatch import phase
+from clients import Round
+from fedavg import prompts_held
 
 
 def drift(gram: Tensor, lambdas: Tensor, weights: Tensor) -> float:
@@ -92,41 +71,39 @@ def roughness(curve: Sequence[float]) -> float:
     return float((x[2:] - 2 * x[1:-1] + x[:-2]).square().mean().div(6.0).sqrt())
 
 
-def mean_cosine(G: Tensor) -> float:
-    """Mean cosine over the pairs of objectives, from their Gram matrix [M, M]: below 0 they conflict.
+@phase("diagnostics")
+def observe(record: Round) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """A round's drift and stationarity, and the inner products that they came from:
 
-    A zero gradient has cosine 0 with everything. NaN for M = 1, where there is no pair.
+    steps [C, trainings, K, k, k]   the Gram matrix JJᵀ of every optimizer step, as it is
+    start [C, 2, l, C, 2, l]        of the half-batch gradients at θ_t of all clients and their l = trainings · k losses
+    weights [C]                     prompts held, 0 for a rejected client
+    Raises ValueError where clients hold unequal lists of objectives.
     """
-    norms = G.diagonal().clamp_min(0.0).sqrt()
-    cosines = G / (norms[:, None] * norms).clamp_min(torch.finfo(G.dtype).tiny)
-    i, j = torch.triu_indices(len(G), len(G), offset=1)
-    return float(cosines[i, j].mean())
-
-
-def first_order_gain(J: Tensor, step: Tensor) -> float:
-    """min_j −⟨g_j, Δθ⟩, what the step really taken promises the worst-served objective; below 0 it loses.
-
-    J [M, d] holds gradients of losses; step [d] is Δθ. With plain gradient descent along MGDA's λᵀJ it is never
-    negative. With Adam it may be: the price of preconditioning.
-    """
-    return float((-(J @ step)).min())
-
-
-def clip_fraction(ratio: Tensor, mask: Tensor, clip_range: float) -> float:
-    """Share of the real tokens whose ratio left [1 − ε, 1 + ε]. ratio, mask [B, L]."""
-    return float((((ratio - 1.0).abs() > clip_range) * mask).sum() / mask.sum())
-
-
-def approx_kl(log_ratio: Tensor, mask: Tensor) -> float:
-    """KL(π_old ‖ π_θ) per token, the k3 estimate ρ − 1 − log ρ ≥ 0 (Schulman 2020). log_ratio, mask [B, L]."""
-    return float(((log_ratio.exp() - 1.0 - log_ratio) * mask).sum() / mask.sum())
-
-
-def sequence_kl(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> Tensor:
-    """KL(π ‖ π_ref) of each response, the k1 estimate Σ_t (log π − log π_ref)_t, in nats. [B, L] each -> [B]."""
-    return ((logp - logp_ref) * mask).sum(1)
-
-
-def logp_gap(sampled: Tensor, trained: Tensor, mask: Tensor) -> float:
-    """Largest |log π_sampler − log π_forward| over the real tokens. [B, L] each."""
-    return float(((sampled - trained).abs() * mask).max())
+    if len({tuple(client.objectives) for client in record.cohort}) > 1:
+        raise ValueError(
+            "diagnostics: clients hold unequal objectives, whose gradients cannot be compared; leave it out"
+        )
+    weights = prompts_held(record.uploads) * torch.tensor([upload.finite for upload in record.uploads])
+    halves = [torch.cat([update.halves for update in of_client], 1) for of_client in record.updates]  # [2, l, d] each
+    shape = (len(halves), *halves[0].shape[:2])  # C, 2, l
+    start = mgda.gram([own.flatten(0, 1) for own in halves]).view(*shape, *shape)
+    first = torch.stack(
+        [
+            torch.cat([share * update.steps[0].lam for share, update in zip(record.mixing, of_client, strict=True)])
+            for of_client in record.updates
+        ]
+    )  # weights of the losses in the first step  [C, l]
+    federated = federated_gram(start, weights)  # [2, l, 2, l]
+    own = torch.stack([mgda.solve(mgda.normalise(federated[half, :, half]), 0.0) for half in (0, 1)])  # [2, l]
+    figures = {
+        "drift": drift(start.sum((1, 4)), first, weights),
+        "stationarity": half_batch_stationarity(federated, own, len(record.updates[0][0].batch.rollout)),
+    }
+    steps = torch.stack(
+        [
+            torch.stack([torch.stack([step.gram for step in update.steps]) for update in of_client])
+            for of_client in record.updates
+        ]
+    )
+    return figures, {"steps": steps, "start": start, "weights": weights}

@@ -1,0 +1,84 @@
+"""checkpoint/: all that `--resume` needs beside config.json, in one file, so that no crash can leave halves. [ours]
+
+Tensors by dotted names, and a few JSON values in the file's metadata: θ_t, κ, the calibration, what clients and server
+keep from round to round, and the evaluation before training. Every random draw hangs on (seed, purpose, round, client),
+so there is no generator's state to save.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from app.files import write_tensors
+from clients import LocalTraining
+from firm import Federation
+from rewards import Calibration
+
+
+def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that changes in a federation: tensors by dotted names, and JSON values."""
+    tensors = {"theta": federation.theta} | {f"server.{name}": t for name, t in federation.server_state.items()}
+    for prefix, training in trainings(federation):
+        tensors |= {f"{prefix}{name}": t for name, t in training.state().items()}
+    values = {"rounds_done": federation.rounds_done, "kl_coef": federation.kl_coef, "shape": shape(federation)}
+    values["calibration"] = federation.calibration.to_dict() if federation.calibration else None
+    values["on_cpu"] = [name for name, t in federation.server_state.items() if t.device.type == "cpu"]
+    return tensors, values
+
+
+def trainings(federation: Federation) -> Iterator[tuple[str, LocalTraining]]:
+    """Every local training of every client, with the beginning of its tensors' names."""
+    for client in federation.clients:
+        for i, training in enumerate(client.trainings):
+            yield f"run{i}.client{client.index}.", training
+
+
+def shape(federation: Federation) -> list[int]:
+    """Local trainings, clients, objectives: what a checkpoint must have in common with the federation it goes to."""
+    return [len(federation.clients[0].trainings), len(federation.clients), len(federation.names)]
+
+
+def restore_federation(federation: Federation, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Take back what `federation_state` gave, each tensor on the device where it was: the CPU, or the policy's.
+
+    Raises ValueError where the checkpoint is of another federation.
+    """
+    if tensors["theta"].shape != federation.theta.shape or values["shape"] != shape(federation):
+        raise ValueError("resume: the checkpoint is of another federation; resume with its own settings")
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    device, server = federation.policy.device, under("server.")
+    on_cpu = values.get("on_cpu", server)  # all of it in checkpoints that do not say
+    federation.theta = tensors["theta"].to(device)
+    federation.rounds_done, federation.kl_coef = values["rounds_done"], values["kl_coef"]
+    federation.server_state = {name: t if name in on_cpu else t.to(device) for name, t in server.items()}
+    calibration = values["calibration"]
+    federation.calibration = Calibration.from_dict(calibration) if calibration else None
+    for prefix, training in trainings(federation):
+        training.restore(under(prefix))
+    federation.policy.adapter.assign(federation.theta)
+
+
+def save(directory: Path, federation: Federation, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Write the federation, and what else the run keeps: other tensors and JSON values by names of its own."""
+    directory.mkdir(exist_ok=True)
+    state, state_values = federation_state(federation)
+    metadata = {"values": json.dumps(state_values | values)}
+    write_tensors(directory / "state.safetensors", state | tensors, metadata)
+
+
+def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values that `save` wrote. Raises ValueError where the file is damaged."""
+    file = directory / "state.safetensors"
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return safetensors.torch.load_file(file), json.loads(opened.metadata()["values"])
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error

@@ -1,0 +1,146 @@
+"""What a round leaves in metrics.jsonl: one flat line of figures, made from its record (`clients.Round`). [ours]
+
+A figure of one objective is `KIND/NAME`; no other figure begins with one of these kinds and a slash, but for
+`lambda/disagreement` (so that no objective may have that name). Nothing here is read by what trains, and nothing is
+sent: a server that wanted these figures would have to ask for more than an upload.
+
+Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients by
+the prompts they hold; it and dispersion leave rejected clients out. `kl_weight` is κ Σ_j λ_j / max(σ_j, 0.1): what the
+KL weighs in a step after whitening. A method is measured by its own losses: `first_order_gain` of morlhf and fsmgda is
+that of a local training's own loss.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ppo
+from app.stopwatch import phase
+from clients import Client, Round, Update
+from fedavg import prompts_held
+from lora import Adapter
+
+
+def disagreement(lambdas: Tensor) -> float:
+    """mean_c ‖λ_c − λ̄‖, the client disagreement [paper]. lambdas [C, M]; 0 for one client.
+
+    NaN stands for an objective that a client does not hold: it counts neither in λ̄ nor in the distance.
+    """
+    return float((lambdas - lambdas.nanmean(0)).nan_to_num().norm(dim=1).mean())
+
+
+def dispersion(thetas: Tensor) -> float:
+    """mean_c ‖θ_c − θ̄‖, how far the clients' adapters lie from their mean. thetas [C, d]."""
+    return float((thetas - thetas.mean(0)).norm(dim=1).mean())
+
+
+def averaging_residual(thetas: Sequence[Sequence[Tensor]], weights: Tensor, scale: float) -> tuple[float, float]:
+    """‖mean(ΔW) − scale · mean(B) mean(A)‖ and ‖mean(ΔW)‖, ΔW = scale · BA, over all layers (Frobenius).
+
+    What averaging A and B separately loses, and what there is to lose. thetas: each client's [A₀, B₀, A₁, B₁, …], A
+    [r, in] and B [out, r]; weights [C], of any sum. With a = A − mean(A) and b = B − mean(B), the residual is
+    scale · mean(ba): matrices of rank C·r, so it needs no [out, in] matrix.
+    """
+    w = (weights / weights.sum()).to(thetas[0][0])
+    residual, norm = torch.zeros(2, dtype=torch.float64, device=thetas[0][0].device).unbind()
+    for layer in range(0, len(thetas[0]), 2):
+        A, B = (torch.stack([theta[layer + i] for theta in thetas]) for i in (0, 1))  # [C, r, in], [C, out, r]
+        a, b = (X - torch.einsum("c,cij->ij", w, X) for X in (A, B))
+        residual += _product_norm(torch.cat(list(w[:, None, None] * b), 1), a.flatten(0, 1))
+        norm += _product_norm(torch.cat(list(w[:, None, None] * B), 1), A.flatten(0, 1))
+    return scale * float(residual) ** 0.5, scale * float(norm) ** 0.5
+
+
+def _product_norm(P: Tensor, Q: Tensor) -> Tensor:
+    """‖PQ‖² of P [out, n] and Q [n, in], through n × n matrices."""
+    return ((P.T @ P) * (Q @ Q.T)).sum().double().clamp_min(0.0)
+
+
+def mean_cosine(G: Tensor) -> float:
+    """Mean cosine over the pairs of objectives, from their Gram matrix [M, M]: below 0 they conflict.
+
+    A zero gradient has cosine 0 with everything. NaN for M = 1, where there is no pair.
+    """
+    norms = G.diagonal().clamp_min(0.0).sqrt()
+    cosines = G / (norms[:, None] * norms).clamp_min(torch.finfo(G.dtype).tiny)
+    i, j = torch.triu_indices(len(G), len(G), offset=1)
+    return float(cosines[i, j].mean())
+
+
+def objective_weights(client: Client, updates: Sequence[Update], mixing: Tensor, M: int) -> Tensor:
+    """What every objective weighed in a client's K steps, Σ_i m_i columns_i λ_i: [K, M], NaN where it holds none."""
+    weights = sum(
+        share * torch.stack([step.lam for step in update.steps]) @ training.columns.double().T
+        for share, training, update in zip(mixing, client.trainings, updates, strict=True)
+    )  # [K, m]
+    whole = weights.new_full((len(weights), M), torch.nan)
+    whole[:, client.objectives] = weights
+    return whole
+
+
+def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
+    """Figures of every loss, mean over the clients that have it: one of an objective by its name, one of several as
+    their names joined by +.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for client, updates in zip(record.cohort, record.updates, strict=True):
+        for training, update in zip(client.trainings, updates, strict=True):
+            made = update.advantages
+            figures = {"advantage_scale": made.scale}
+            if made.returns is not None:
+                explained = ppo.explained_variance(made.values, made.returns, update.batch.rollout.mask)
+                figures["explained_variance"] = explained
+            labels = ["+".join(names[client.objectives[j]] for j in c.nonzero().flatten()) for c in training.columns.T]
+            for kind, values in figures.items():
+                for label, value in zip(labels, values.tolist(), strict=True):
+                    found[f"{kind}/{label}"].append(value)
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+@phase("metrics")
+def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
+    """A round's line of metrics.jsonl."""
+    rollout, raw = record.responses.rollout, record.responses.raw
+    updates = [update for of_client in record.updates for update in of_client]
+    steps = [step for update in updates for step in update.steps]
+    metrics = {"round": record.number}
+    metrics |= {f"reward/{name}": value for name, value in zip(names, raw.nanmean(0).tolist(), strict=True)}
+    spread = (raw - raw.nanmean(0)).square().nanmean(0).sqrt()
+    metrics |= {f"reward_sd/{name}": value for name, value in zip(names, spread.tolist(), strict=True)}
+    metrics |= {"kl": float(np.mean([upload.kl for upload in record.uploads])), "kl_coef": record.kl_coef}
+    weighed = [
+        float((step.lam / update.advantages.scale.cpu().clamp_min(ppo.SCALE_FLOOR)).sum())
+        for update in updates
+        for step in update.steps
+    ]
+    metrics["kl_weight"] = record.kl_coef * float(np.mean(weighed))
+    for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
+        metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
+    metrics["cosine"] = float(np.mean([mean_cosine(step.gram) for step in steps]))
+    metrics["logp_gap"] = float(np.mean([update.batch.logp_gap() for update in updates]))
+    metrics |= by_loss(record, names)
+    metrics["ended"] = float(rollout.ended.double().mean())
+    metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
+    return metrics | agreement(record, names, adapter) | record.ledger.metrics() | {"seconds": record.seconds}
+
+
+def agreement(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
+    """How far the clients agree, on λ and on the adapter."""
+    lambdas = torch.stack(
+        [
+            objective_weights(client, updates, record.mixing, len(names))
+            for client, updates in zip(record.cohort, record.updates, strict=True)
+        ]
+    )  # [C, K, M]
+    metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
+    metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
+    accepted = [upload for upload in record.uploads if upload.finite]
+    thetas = torch.stack([record.mixing.to(upload.thetas) @ upload.thetas for upload in accepted])  # [C, d]
+    residual, norm = averaging_residual(
+        [adapter.split(theta) for theta in thetas], prompts_held(accepted), adapter.config.scale
+    )
+    metrics |= {"adapter/dispersion": dispersion(thetas), "adapter/averaging_residual": residual, "adapter/norm": norm}
+    return metrics | {"rejected_clients": len(record.uploads) - len(accepted)}

@@ -1,0 +1,161 @@
+"""A run's parts, loaded and checked: policy, objectives, prompts, federation; and their evaluation. [ours]
+
+`Session(config)` finds all that can be wrong before any long work, and `evaluate` measures the policy as it stands on
+prompts that no client trains on.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+import clients
+import data
+import mgda
+import rewards
+from app import checkpoint
+from app.report import Evaluation
+from app.stopwatch import phase
+from data import Prompt
+from firm import Federation
+from rollout import Policy, Rollout, context_of, load_model
+from settings import Config
+from worlds import toy
+
+
+class Session:
+    """Everything a run needs. Raises ValueError where something is wrong with the settings or what they name."""
+
+    def __init__(self, config: Config, progress: bool = True) -> None:
+        self.config, self.progress = config, progress
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.device = config.run.device
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        check(config)
+        quiet_libraries()
+        self.objectives = rewards.load_objectives(
+            config.run.objectives, self.device, config.run.reward_dtype, config.run.reward_batch_size
+        )
+        self.names = [objective.name for objective in self.objectives]
+        self.base_model, files = config.rollout.model, config.data.prompts
+        if not self.base_model:
+            checkpoint, prompts_file = toy.prepare(progress=progress)
+            self.base_model, files = str(checkpoint), files or [str(prompts_file)]
+        model, tokenizer = load_model(self.base_model, config.rollout.dtype, self.device)
+        context, L = context_of(model.config), config.rollout.max_new_tokens
+        if context is not None and context <= L:
+            raise ValueError(f"max_new_tokens: {L} leaves no room in a context of {context}")
+        prompts, self.counts = data.load_prompts(
+            files, tokenizer, config.data.min_prompt_tokens, config.data.max_prompt_tokens,
+            None if context is None else context - L,
+        )  # fmt: skip
+        seed = config.firm.seed
+        train, self.held_out = data.split_held_out(prompts, config.data.held_out, seed)
+        self.shares = data.split_clients(
+            train, config.firm.clients, config.data.split, config.data.dirichlet_alpha, seed
+        )
+        self.policy = Policy(model, tokenizer, config.lora, config.rollout, seed)
+        self.federation = Federation(self.policy, self.shares, self.names, self.score, config.method, config)
+
+    @phase("score")
+    def score(self, prompts: Sequence[Prompt], rollout: Rollout, holdings: list | None = None) -> Tensor:
+        """Raw rewards [N, M] of a rollout; holdings as in `rewards.score`."""
+        texts, ids = self.policy.texts(rollout)
+        return rewards.score(self.objectives, prompts, texts, ids)
+
+    def evaluate(self, label: str) -> Evaluation:
+        """Answer every held-out prompt `eval_samples` times, from the same uniforms whenever it is called."""
+        S, L = self.config.run.eval_samples, self.config.rollout.max_new_tokens
+        rows = [prompt for prompt in self.held_out for _ in range(S)]
+        u = np.concatenate([
+            clients.stream(self.config.firm.seed, clients.EVALUATION, i).random((S, L))
+            for i in range(len(self.held_out))
+        ])  # fmt: skip
+        scores, kl, texts, gap = [], [], [], 0.0
+        size = self.config.run.eval_batch_size
+        for start in tqdm(range(0, len(rows), size), label, disable=not self.progress, leave=False):
+            prompts = rows[start : start + size]
+            rollout = self.policy.sample([p.token_ids for p in prompts], u[start : start + size])
+            scores.append(self.score(prompts, rollout))
+            batch_kl, batch_gap = self.kl_and_gap(rollout)
+            kl.append(batch_kl)
+            gap = max(gap, batch_gap)
+            texts += self.policy.texts(rollout)[0]
+        if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
+            print(
+                f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this model's"
+            )
+            print("  responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
+        shape = (len(self.held_out), S)
+        return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).cpu().view(shape), texts[::S])
+
+    def kl_and_gap(self, rollout: Rollout) -> tuple[Tensor, float]:
+        """The KL to the base model of each response [N], and the largest gap between sampled and computed log-probs."""
+        rows = self.config.ppo.micro_batch_size or self.config.firm.batch_size  # what training has room for
+        logp, hidden = self.policy.logprobs_in_pieces(rollout, rows)
+        with self.policy.adapter.disabled():
+            _, hidden_ref = self.policy.logprobs_in_pieces(rollout, rows)
+        gap = ((rollout.sampled_logp - logp).abs() * rollout.mask).max()
+        return self.policy.expected_kl(hidden, hidden_ref, rollout.mask), float(gap)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what a restart cannot do without: who holds which prompts, and the base weights (their ends)."""
+        digest = hashlib.sha256()
+        for share in (*self.shares, self.held_out):
+            digest.update(json.dumps([p.token_ids for p in share]).encode())
+        for name, weight in self.policy.model.named_parameters():
+            if not weight.requires_grad:
+                ends = weight.detach().flatten()[[0, weight.numel() // 2, -1]].tolist()
+                digest.update(f"{name}{ends}".encode())
+        return digest.hexdigest()
+
+    def save(self, directory: Path, before: Evaluation) -> None:
+        """The checkpoint: the federation, the evaluation before training, and the fingerprint."""
+        tensors = {"before.scores": before.scores, "before.kl": before.kl}
+        values = {"before_texts": before.texts, "fingerprint": self.fingerprint}
+        checkpoint.save(directory, self.federation, tensors, values)
+
+    def restore(self, directory: Path) -> Evaluation:
+        """Take back what `save` wrote; returns the evaluation before training. Raises ValueError where it misfits."""
+        tensors, values = checkpoint.load(directory)
+        if values["fingerprint"] != self.fingerprint:
+            raise ValueError("resume: the base model or the prompts have changed since; start a new run with --out")
+        if values["rounds_done"] > self.config.firm.rounds:
+            raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
+        checkpoint.restore_federation(self.federation, tensors, values)
+        return Evaluation(tensors["before.scores"], tensors["before.kl"], values["before_texts"])
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for settings that do not go together, before anything is loaded."""
+    method = config.method
+    if method.mixes:
+        raise ValueError(f"method: {method.name} is several runs and no training of its own; add --sweep 0.1 0.5 0.9")
+    if not config.run.objectives:
+        raise ValueError("objectives: name at least one, as [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")
+    names = [rewards.parse_spec(spec)[0] for spec in config.run.objectives]
+    p = mgda.preference_vector(config.firm.preference, len(names))
+    if not method.takes_preference and p.std(correction=0) > 1e-9:
+        raise ValueError(f"preference: {method.name} takes none; leave it out, or use firm, linear or morlhf")
+    if config.rollout.model and not config.data.prompts:
+        raise ValueError("prompts: name the files that go with --model, as --prompts FILE...")
+    for file in config.data.prompts:
+        data.locate(file)
+
+
+def quiet_libraries() -> None:
+    """The user sees our lines, not the loading bars of libraries."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()

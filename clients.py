@@ -1,0 +1,207 @@
+"""What a client keeps to itself: its prompts, its objectives, and what its local trainings leave from round to round.
+
+    Client            prompts, and which of the objectives it holds
+    └── LocalTraining one training on k rewards: its learner (a critic, say), and its optimizer's moments if kept
+
+FIRM makes one local training a round, on all the objectives that the client holds. Some methods combine objectives
+first (k < M), or train several times from the same θ_t, once per objective, each time with a learner of its own.
+
+Nothing of a client is ever uploaded; `fedavg.Upload` is what is. Random streams hang on (seed, purpose, round, client),
+so that what a client draws does not depend on who else takes part, on the order of calls, or on a restart. [ours]
+
+The records at the end are what a round leaves to whoever logs it (`app/metrics.py`, `evidence/diagnostics.py`); nothing
+that trains reads them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mgda
+import ppo
+from app.fields import Checked, NonNegative, Positive, setting
+from fedavg import Ledger, Upload
+from lora import Adapter
+from ppo import PPO, Advantages, Batch, Gradients
+from rollout import Policy, Rollout
+
+CLIENT_SAMPLING, TRAINING, CALIBRATION, EVALUATION, SERVER = 1, 2, 3, 4, 5  # what a stream is for: its first key
+
+
+@dataclass
+class ClientConfig(Checked):
+    """How a client steps."""
+
+    lr: NonNegative = setting(2e-4, "client learning rate [ours]")
+    optimizer: Literal["adam", "adam-keep", "sgd"] = setting(
+        "adam", "client optimizer: adam (fresh every round), adam-keep (its moments stay with the client) or sgd [ours]"
+    )
+    max_grad_norm: Positive | None = setting(None, "clip the combined gradient to this norm")
+
+
+def stream(seed: int, *keys: int) -> np.random.Generator:
+    """An independent random stream per (seed, purpose, …); no order of calls and no restart can change it.
+
+    The keys after the purpose are the round and the client, or a held-out prompt's index.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=keys))
+
+
+class LocalTraining:
+    """One training that a client does in every round, on the k rewards scores @ columns.
+
+    columns [m, k] of the m objectives that the client holds; preference [k] among the rewards; learner: how it learns.
+    """
+
+    def __init__(self, columns: Tensor, preference: Tensor, learner: PPO) -> None:
+        self.columns, self.preference, self.learner = columns, preference, learner
+        self.moments: dict[int, dict[str, Tensor]] = {}  # of the policy's optimizer
+
+    def optimizer(self, parameters: list[Tensor], config: ClientConfig) -> torch.optim.Optimizer:
+        """The optimizer of one local update: fresh, or with the moments of this training's last round."""
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=config.lr)
+        optimizer = torch.optim.Adam(parameters, lr=config.lr)
+        if config.optimizer == "adam-keep" and self.moments:
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": self.moments})
+        return optimizer
+
+    def keep(self, optimizer: torch.optim.Optimizer, config: ClientConfig) -> None:
+        """What lasts of the optimizer after the update."""
+        if config.optimizer == "adam-keep":
+            self.moments = optimizer.state_dict()["state"]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that changes from round to round, by dotted names."""
+        return self.learner.state() | ppo.moments_to_tensors("adam", self.moments)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        self.learner.restore(tensors)
+        self.moments = ppo.moments_from_tensors("adam", tensors)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, adapter: Adapter, gradient: Tensor, max_norm: float | None
+) -> Tensor:
+    """One step along −gradient [d], clipped to max_norm. Returns Δθ [d], the step as taken."""
+    before = adapter.vector()
+    if max_norm is not None:
+        gradient = gradient * (max_norm / gradient.norm().clamp_min(max_norm))
+    for parameter, part in zip(adapter.parameters, adapter.split(gradient), strict=True):
+        parameter.grad = part
+    optimizer.step()
+    optimizer.zero_grad()
+    return adapter.vector() - before
+
+
+@dataclass
+class Client:
+    """One client: its prompts, the indices of the objectives it holds, and its local trainings."""
+
+    index: int
+    prompts: Sequence[Any]
+    objectives: list[int]
+    trainings: list[LocalTraining]
+
+    def draw(self, size: int, rng: np.random.Generator) -> list[Any]:
+        """`size` of this client's prompts, none twice before each was taken once; every round draws afresh."""
+        n = len(self.prompts)
+        order = np.concatenate([rng.permutation(n) for _ in range(-(-size // n))])[:size]
+        return [self.prompts[i] for i in order]
+
+    @property
+    def prompts_held(self) -> int:
+        """n_c, what the server's average weighs it by."""
+        return len(self.prompts)
+
+    def gradients(self, policy: Policy, batch: Batch) -> Tensor:
+        """J [k, d] of its first training at θ_t, where the adapter must stand: for a server that picks λ from them."""
+        learner = self.trainings[0].learner
+        return ppo.policy_gradients(policy, batch, learner.advantages(batch).whitened, learner).J
+
+    def upload(self, updates: list["Update"], batch: Batch, numbers: dict[str, float]) -> Upload:
+        """What it sends after its local trainings."""
+        thetas = torch.stack([update.theta for update in updates])  # [trainings, d]
+        return Upload(thetas, self.prompts_held, float(ppo.sequence_kl(batch).mean()), numbers)
+
+
+def make_client(
+    index: int, prompts: Sequence[Any], objectives: Sequence[int], p: Tensor,
+    combine: Callable[[Tensor], list[Tensor]], learner: Callable[[int], PPO],
+) -> Client:  # fmt: skip
+    """A client that holds m of the M objectives, among which p [M] is renormalised.
+
+    combine(p [m]): the matrices [m, k] of its local trainings; learner(k): how one of them learns. The preference among
+    k rewards is what their columns have of p. Raises ValueError where p has nothing for these objectives. [ours]
+    """
+    p = p[list(objectives)]
+    if not p.sum() > 0:
+        raise ValueError(f"preference: client {index} holds only objectives of weight 0; give it another one")
+    p = p / p.sum()
+    trainings = []
+    for columns in combine(p):
+        shares = mgda.preference_vector(columns.to(p).T @ p, columns.shape[1])  # [k]
+        trainings.append(LocalTraining(columns, shares, learner(len(shares))))
+    return Client(index, prompts, list(objectives), trainings)
+
+
+# ---- what a round leaves ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """One optimizer step of a local training."""
+
+    lam: Tensor  # [k] λ
+    gram: Tensor  # [k, k] JJᵀ
+    first_order_gain: float  # min_j −⟨g_j, Δθ⟩ of the step as taken; below 0 the worst-served reward loses
+    entropy: float
+    clip_fraction: float
+    approx_kl: float
+
+    @classmethod
+    def of(cls, gradients: Gradients, gram: Tensor, lam: Tensor, moved: Tensor) -> "Step":
+        """moved [d] is Δθ. Plain gradient descent along MGDA's λᵀJ never makes the gain negative; Adam may."""
+        gain = float((-(gradients.J @ moved)).min())
+        return cls(lam, gram, gain, gradients.entropy, gradients.clip_fraction, gradients.approx_kl)
+
+
+@dataclass
+class Update:
+    """One local training of one client."""
+
+    theta: Tensor  # [d] the adapter that it ended at
+    batch: Batch
+    advantages: Advantages
+    steps: list[Step]
+    halves: Tensor | None = None  # [2, k, d] gradients of the two half-batches at θ_t; only with diagnostics
+
+
+@dataclass
+class Responses:
+    """One response to every prompt of a cohort: N = clients · batch rows."""
+
+    prompts: list[Any]  # N
+    rollout: Rollout
+    rows: list[slice]  # each client's
+    raw: Tensor  # [N, M] rewards in raw units, NaN for objectives that a client does not hold
+
+
+@dataclass
+class Round:
+    """One communication round."""
+
+    number: int
+    cohort: list[Client]
+    responses: Responses
+    updates: list[list[Update]]  # each client's local trainings
+    uploads: list[Upload]
+    mixing: Tensor  # [trainings] how much each local training counted
+    kl_coef: float  # κ, in this round
+    ledger: Ledger
+    seconds: float
