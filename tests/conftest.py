@@ -47,11 +47,12 @@ def make_model(kind: str, seed: int = 0):
 
 def make_policy(
     kind: str = "llama", noise: float = 0.1, temperature: float = 1.0, rank: int = 4, device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, max_new_tokens: int = 128,
 ) -> Policy:  # fmt: skip
     """A policy whose adapter has been moved away from zero, so that it does something; the same on every device."""
     model = make_model(kind).to(device, dtype)
-    policy = Policy(model, make_tokenizer(), LoRAConfig(lora_rank=rank), RolloutConfig(temperature=temperature))
+    config = RolloutConfig(temperature=temperature, max_new_tokens=max_new_tokens)
+    policy = Policy(model, make_tokenizer(), LoRAConfig(lora_rank=rank), config)
     theta = policy.adapter.vector()
     step = noise * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
     policy.adapter.assign(theta + step.to(device))

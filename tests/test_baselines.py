@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from test_firm import federation, score
+from test_firm import fedcmoo, federation, score
 
 import baselines
 import mgda
-from baselines import FSMGDA, MORLHF, FedCMOOConfig, fedcmoo
-from fedavg import Ledger
-from firm import FIRM, FIRMConfig
+from app.checkpoint import federation_state, restore_federation
+from baselines import FSMGDA, MORLHF, FedCMOOConfig
+from fedavg import Ledger, Server, Upload
+from firm import FIRM
 
 EQUAL = torch.ones(4, dtype=torch.float64)
 
@@ -33,22 +34,18 @@ def relative_error(estimated, exact):
 
 
 def server_lambda(J, prompts_held=EQUAL, state=None, seed=0, **settings):
-    method = fedcmoo(FedCMOOConfig(**{f"fedcmoo_{name}": value for name, value in settings.items()}))
-    state = {} if state is None else state
-    return method.server_weights(J, prompts_held, state, Ledger(), np.random.default_rng(seed))
+    method = fedcmoo(**settings)
+    server = Server(1.0, {} if state is None else state, np.random.default_rng(seed), method.settings)
+    return method.server_weights(J, prompts_held, server)
 
 
 # MORLHF, soups
 
 
 def test_morlhf_trains_on_the_preferred_sum_of_the_scores():
-    (R,) = MORLHF.runs(3, FIRMConfig(preference=[1, 1, 2]))
+    (columns,) = MORLHF.trainings(torch.tensor([0.25, 0.25, 0.5]))
     scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, -4.0]])
-    assert (scores @ R.to(scores)).tolist() == [[2.25], [-1.0]]
-
-
-def test_morlhfs_one_loss_has_weight_one():
-    assert MORLHF.weights(torch.tensor([[0.3]]), FIRMConfig()).tolist() == [1.0]
+    assert (scores @ columns).tolist() == [[2.25], [-1.0]]
 
 
 def test_a_soup_is_the_weighted_sum_of_the_specialists():
@@ -66,21 +63,30 @@ def test_a_soup_at_a_corner_is_that_specialist_bit_for_bit():
 
 def test_fsmgda_trains_on_each_objective_alone():
     scores = torch.tensor([[1.0, 2.0, 3.0]])
-    assert [(scores @ R.to(scores)).tolist() for R in FSMGDA.runs(3, FIRMConfig())] == [[[1.0]], [[2.0]], [[3.0]]]
+    trainings = FSMGDA.trainings(torch.full((3,), 1 / 3))
+    assert [(scores @ columns).tolist() for columns in trainings] == [[[1.0]], [[2.0]], [[3.0]]]
+
+
+def fsmgda_server(theta, thetas, held, lr=1.0):
+    """FSMGDA's server on uploads thetas [C, M, d]: the next θ and λ."""
+    server = Server(lr, {}, np.random.default_rng(0))
+    server.mixing = FSMGDA.server_weights(thetas - theta, torch.tensor(held), server)
+    uploads = [Upload(of_client, n, 0.0) for of_client, n in zip(thetas, held, strict=True)]
+    return FSMGDA.aggregate(theta, uploads, server), server.mixing
 
 
 def test_fsmgda_moves_along_the_min_norm_point_of_the_averaged_updates():
     theta = torch.tensor([1.0, 1.0])
     uploads = theta + torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 1.5]]])
-    held = torch.tensor([1.0, 2.0])  # averaged updates (2, 0) and (0, 1): λ₁ = 1 / (1 + 2²)
-    moved, mixing = FSMGDA.aggregate(theta, uploads, held, FIRMConfig(server_lr=0.5))
+    # averaged updates (2, 0) and (0, 1): λ₁ = 1 / (1 + 2²)
+    moved, mixing = fsmgda_server(theta, uploads, [1, 2], lr=0.5)
     assert mixing.tolist() == pytest.approx([0.2, 0.8])
     assert moved.tolist() == pytest.approx([1.2, 1.4])
 
 
 def test_fsmgdas_step_gains_as_much_for_every_objective_as_its_squared_length():
     theta, uploads = gaussian(30), gaussian(5, 4, 30, seed=1) + 0.5
-    moved, mixing = FSMGDA.aggregate(theta, uploads, torch.ones(5), FIRMConfig())
+    moved, mixing = fsmgda_server(theta, uploads, [1] * 5)
     updates, step = uploads.mean(0) - theta, moved - theta
     assert (updates @ step >= step @ step * (1 - 1e-9)).all()  # what singles out the min-norm point
     assert (mixing @ updates - step).abs().max() < 1e-9
@@ -89,15 +95,15 @@ def test_fsmgdas_step_gains_as_much_for_every_objective_as_its_squared_length():
 def test_an_objective_given_twice_moves_fsmgda_no_further():
     theta, uploads = torch.zeros(20, dtype=torch.float64), gaussian(3, 2, 20)
     twice = uploads[:, [0, 1, 1]]
-    moved, mixing = FSMGDA.aggregate(theta, uploads, torch.ones(3), FIRMConfig())
-    again, mixing_again = FSMGDA.aggregate(theta, twice, torch.ones(3), FIRMConfig())
+    moved, mixing = fsmgda_server(theta, uploads, [1] * 3)
+    again, mixing_again = fsmgda_server(theta, twice, [1] * 3)
     assert (moved - again).abs().max() < 1e-9
     assert mixing_again.tolist() == pytest.approx((mixing[[0, 1, 1]] / torch.tensor([1, 2, 2])).tolist())
 
 
 def test_fsmgda_stays_where_no_client_moved():
     theta = torch.randn(6)
-    moved, mixing = FSMGDA.aggregate(theta, theta.expand(2, 3, 6), torch.ones(2), FIRMConfig())
+    moved, mixing = fsmgda_server(theta, theta.expand(2, 3, 6), [1] * 2)
     assert torch.equal(moved, theta) and mixing.tolist() == pytest.approx([1 / 3] * 3)
 
 
@@ -234,8 +240,9 @@ def test_the_estimate_repeats_given_its_random_stream():
 
 @pytest.mark.parametrize("C", [2, 4])
 def test_the_exchange_is_counted_per_client(C):
-    ledger, A = Ledger(), gaussian(C, 3, 1000).float()
-    fedcmoo(FedCMOOConfig()).server_weights(A, torch.ones(C), {}, ledger, np.random.default_rng(0))
+    A, server = gaussian(C, 3, 1000).float(), Server(1.0, {}, np.random.default_rng(0), FedCMOOConfig())
+    baselines.fedcmoo_weights(A, torch.ones(C), server)
+    ledger = server.ledger
     factors = baselines.compress(A[0], 1.0, np.random.default_rng(0))
     payload = 4 * sum(factor.numel() for factor in factors.values())
     assert ledger.bytes["upload/payload"] == ledger.bytes["download/payload"] == payload
@@ -322,7 +329,7 @@ def test_morlhf_uploads_one_adapter_and_fsmgda_one_per_objective():
 
 def test_morlhf_at_a_corner_never_looks_at_the_other_objective():
     one, other = (federation(method=MORLHF, preference=[1.0, 0.0]) for _ in range(2))
-    other.score = lambda prompts, rollout: score(prompts, rollout) * torch.tensor([1.0, -3.0])
+    other.score = lambda prompts, rollout, holdings: score(prompts, rollout) * torch.tensor([1.0, -3.0])
     metrics = one.round()
     other.round()
     assert torch.equal(one.theta, other.theta)
@@ -331,7 +338,7 @@ def test_morlhf_at_a_corner_never_looks_at_the_other_objective():
 
 def test_fsmgda_on_one_objective_given_twice_is_training_on_that_objective():
     twice, once = federation(method=FSMGDA), federation(method=MORLHF, preference=[1.0, 0.0])
-    twice.score = lambda prompts, rollout: score(prompts, rollout)[:, [0, 0]]
+    twice.score = lambda prompts, rollout, holdings: score(prompts, rollout)[:, [0, 0]]
     metrics = twice.round()
     once.round()
     assert torch.allclose(twice.theta, once.theta, atol=1e-7)
@@ -339,17 +346,17 @@ def test_fsmgda_on_one_objective_given_twice_is_training_on_that_objective():
 
 
 def test_all_clients_of_fedcmoo_use_one_lambda_in_the_whole_round():
-    metrics = federation(method=fedcmoo(FedCMOOConfig(fedcmoo_step=0.1))).round()
+    metrics = federation(method=fedcmoo(step=0.1)).round()
     assert metrics["lambda/disagreement"] < 1e-12
     assert metrics["lambda/even"] != metrics["lambda/low"]
 
 
 def test_a_restored_fedcmoo_goes_on_bit_for_bit():
-    method = fedcmoo(FedCMOOConfig(fedcmoo_iterations=50))
+    method = fedcmoo(iterations=50)
     whole, resumed = federation(method=method), federation(method=method)
     whole.round()
-    tensors, values = whole.state()
-    resumed.restore({name: tensor.clone() for name, tensor in tensors.items()}, values)
+    tensors, values = federation_state(whole)
+    restore_federation(resumed, {name: tensor.clone() for name, tensor in tensors.items()}, values)
     whole.round(), resumed.round()
     assert torch.equal(whole.theta, resumed.theta)
     assert torch.equal(whole.server_state["lambda"], resumed.server_state["lambda"])

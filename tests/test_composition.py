@@ -6,13 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_firm import NAMES, federation, score
+from test_firm import NAMES, broken_clients, fedcmoo, federation, score, several
 
+import clients
 import firm
 import mgda
 import ppo
-from baselines import FSMGDA, MORLHF, FedCMOOConfig, fedcmoo
-from firm import FIRM, LINEAR, FIRMConfig
+from baselines import FEDCMOO, FSMGDA, MORLHF
+from clients import ClientConfig
+from firm import FIRM, LINEAR, FIRMConfig, TrainingConfig
 from ppo import PPOConfig
 
 # No two settings are alike, and none is a value at which it would not show.
@@ -20,9 +22,9 @@ PPO = PPOConfig(
     epochs=2, clip_range=0.1, value_clip=0.3, gamma=0.9, gae_lambda=0.6, critic_lr=0.05, kl_coef=0.7, kl_target=0.5,
     kl_horizon=100, entropy_coef=0.05, missing_eos_penalty=0.4,
 )  # fmt: skip
-CONFIG = FIRMConfig(
-    lr=0.05, optimizer="sgd", beta=0.3, preference=[0.3, 0.7], max_grad_norm=0.02, clients=3, batch_size=6
-)
+CLIENT = ClientConfig(lr=0.05, optimizer="sgd", max_grad_norm=0.02)
+FIRM_CONFIG = FIRMConfig(beta=0.3, preference=[0.3, 0.7], clients=3, batch_size=6)
+CONFIG = TrainingConfig(FIRM_CONFIG, CLIENT, PPO)
 KL_COEF = 0.9  # not the initial one
 
 
@@ -34,9 +36,13 @@ def world():
     built.theta = built.theta + 0.2 * torch.randn(built.theta.shape)
     built.policy.adapter.assign(built.theta)
     client = built.clients[1]
-    torch.nn.init.normal_(client.critic.weight, std=0.1)
-    _, rollout = built.rollout([client], 0, firm.TRAINING)
-    return built, client, rollout, (score(None, rollout).float() - 0.5) / 0.2
+    training = client.trainings[0]
+    training.learner = ppo.PPO(built.policy.hidden_size, PPO, "cpu", 2)
+    training.preference = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    torch.nn.init.normal_(training.learner.critic.weight, std=0.1)
+    rollout = built.respond([client], clients.TRAINING).rollout
+    scores = (score(None, rollout).float() - 0.5) / 0.2
+    return built, training, ppo.prepare(built.policy, rollout, scores, KL_COEF, PPO), scores
 
 
 def token_logprobs(model, prompt, response):
@@ -54,11 +60,12 @@ def rows_of(rollout):
         yield prompt, rollout.responses[i][rollout.mask[i] == 1].tolist()
 
 
-def plain_update(built, client, rollout, scores):
+def plain_update(built, training, rollout, scores):
     """One client's update after the formulas of ppo.py and firm.py, row by row and token by token."""
     adapter, model = built.policy.adapter, built.policy.model
     adapter.assign(built.theta)
-    weight, bias = client.critic.weight.detach().clone(), client.critic.bias.detach().clone()
+    known = training.learner.critic
+    weight, bias = known.weight.detach().clone(), known.bias.detach().clone()
     rows = list(rows_of(rollout))
     old, ref, adv, ret, val = [], [], [], [], []
     with torch.no_grad():
@@ -105,11 +112,11 @@ def plain_update(built, client, rollout, scores):
             for loss in losses
         ])  # fmt: skip
         G = (J @ J.T).double()
-        lam = mgda.solve(G / G.trace(), CONFIG.beta, CONFIG.preference)
+        lam = mgda.solve(G / G.trace(), FIRM_CONFIG.beta, FIRM_CONFIG.preference)
         lambdas.append(lam)
         gradient = lam.float() @ J
-        assert gradient.norm() > CONFIG.max_grad_norm  # the clip must show
-        adapter.assign(adapter.vector() - CONFIG.lr * gradient * CONFIG.max_grad_norm / gradient.norm())
+        assert gradient.norm() > CLIENT.max_grad_norm  # the clip must show
+        adapter.assign(adapter.vector() - CLIENT.lr * gradient * CLIENT.max_grad_norm / gradient.norm())
         fit.zero_grad()
         value_loss.backward()
         fit.step()
@@ -118,93 +125,85 @@ def plain_update(built, client, rollout, scores):
 
 
 def test_a_local_update_is_the_formulas_row_by_row(world):
-    built, client, rollout, scores = world
-    theta, lambdas, kl, critic = plain_update(built, client, rollout, scores)
-    client.critic_optimizer = torch.optim.Adam(client.critic.parameters(), lr=PPO.critic_lr)
-    upload, log = firm.local_update(client, built.policy, built.theta, rollout, scores, KL_COEF, FIRM, CONFIG, PPO)
+    built, training, batch, scores = world
+    theta, lambdas, kl, critic = plain_update(built, training, batch.rollout, scores)
+    update = firm.local_update(training, built.policy, built.theta, batch, FIRM, CONFIG)
     moved = (theta - built.theta).norm()
-    assert (upload - theta).norm() < 1e-3 * moved
-    assert (log["lambda"] - lambdas).abs().max() < 1e-4
-    assert (log["kl"] - kl).abs().max() < 1e-4
-    assert (client.critic.weight - critic.weight).abs().max() < 1e-3
+    assert (update.theta - theta).norm() < 1e-3 * moved
+    assert (torch.stack([step.lam for step in update.steps]) - lambdas).abs().max() < 1e-4
+    assert (ppo.sequence_kl(batch) - kl).abs().max() < 1e-4
+    assert (training.learner.critic.weight - critic.weight).abs().max() < 1e-3
 
 
-def test_the_update_uses_the_clients_own_theta_not_what_the_last_client_left(world):
-    built, client, rollout, scores = world
-    first = firm.local_update(client, built.policy, built.theta, rollout, scores, KL_COEF, FIRM, CONFIG, PPO)[0]
+def test_the_update_uses_theta_t_not_what_the_last_client_left(world):
+    built, training, batch, _ = world
+    first = firm.local_update(training, built.policy, built.theta, batch, FIRM, CONFIG).theta
     assert not torch.equal(built.policy.adapter.vector(), built.theta)
-    fresh = federation().clients[1]
-    again = firm.local_update(fresh, built.policy, built.theta, rollout, scores, KL_COEF, FIRM, CONFIG, PPO)[0]
+    again = firm.local_update(training, built.policy, built.theta, batch, FIRM, CONFIG).theta
     # Another critic, so another update; but from the same start: far nearer to it than two updates in a row would be.
-    assert (again - built.theta).norm() < 1.01 * PPO.epochs * CONFIG.lr * CONFIG.max_grad_norm
-    assert (first - built.theta).norm() < 1.01 * PPO.epochs * CONFIG.lr * CONFIG.max_grad_norm
-
-
-def spied_round(built):
-    """One round, and every call of `local_update` in it: (client index, kl_coef, scores, upload)."""
-    calls, real = [], firm.local_update
-
-    def spy(client, policy, theta, batch, scores, kl_coef, *rest):
-        upload, log = real(client, policy, theta, batch, scores, kl_coef, *rest)
-        calls.append((client.index, kl_coef, scores, upload, batch))
-        return upload, log
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(firm, "local_update", spy)
-        metrics = built.round()
-    return metrics, calls
+    for theta in (first, again):
+        assert (theta - built.theta).norm() < 1.01 * PPO.epochs * CLIENT.lr * CLIENT.max_grad_norm
 
 
 def test_clients_train_on_calibrated_scores_of_their_own_rows():
-    _, calls = spied_round(federation())
-    for _, _, scores, _, batch in calls:
-        assert (scores - (score(None, batch).float() - 0.5) / 0.2).abs().max() < 1e-6
+    built = federation()
+    built.round()
+    for (update,) in built.record.updates:
+        batch = update.batch
+        assert (batch.scores - (score(None, batch.rollout).float() - 0.5) / 0.2).abs().max() < 1e-6
 
 
 def test_sampled_clients_are_weighed_by_their_own_prompts():
     built = federation(clients=5, clients_per_round=2)
-    _, calls = spied_round(built)
-    indices = [index for index, *_ in calls]
+    built.round()
+    indices = [client.index for client in built.record.cohort]
     held = torch.tensor([len(built.clients[i].prompts) for i in indices], dtype=torch.float32)
     assert indices != [0, 1] and held[0] != held[1]
-    uploads = torch.stack([upload for *_, upload, _ in calls])
+    uploads = torch.stack([upload.thetas[0] for upload in built.record.uploads])
     assert (built.theta - (held / held.sum()) @ uploads).abs().max() < 1e-6
 
 
-def test_a_rejected_clients_weight_goes_with_it(monkeypatch):
-    real = firm.local_update
-
-    def broken(client, *args):
-        upload, log = real(client, *args)
-        return (upload * float("nan") if client.index == 0 else upload), log
-
-    monkeypatch.setattr(firm, "local_update", broken)
+def test_a_rejected_clients_weight_goes_with_it():
     built = federation()
-    _, calls = spied_round(built)
-    uploads = torch.stack([upload for *_, upload, _ in calls])[1:]
+    with broken_clients(0):
+        built.round()
+    uploads = torch.stack([upload.thetas[0] for upload in built.record.uploads])[1:]
     assert (built.theta - (torch.tensor([5.0, 6.0]) / 11) @ uploads).abs().max() < 1e-6
 
 
 def test_the_kl_coefficient_adapts_after_the_round_and_serves_the_next():
     built = federation(ppo={"kl_coef": 0.5, "kl_target": 1.0, "kl_horizon": 100})
-    first, calls = spied_round(built)
-    assert {kl_coef for _, kl_coef, *_ in calls} == {0.5}
-    assert first["kl"] == 0.0  # the base policy, so κ falls by the clipped error −0.2 · 18 / 100
-    _, calls = spied_round(built)
-    assert {round(kl_coef, 9) for _, kl_coef, *_ in calls} == {round(0.5 * (1 - 0.2 * 0.18), 9)}
+    assert built.round()["kl"] == 0.0  # the base policy, so κ falls by the clipped error −0.2 · 18 / 100
+    assert {update.batch.kl_coef for (update,) in built.record.updates} == {0.5}
+    built.round()
+    assert {update.batch.kl_coef for (update,) in built.record.updates} == {0.5 * (1 - 0.2 * 0.18)}
+
+
+def test_the_kl_coefficient_adapts_to_the_clients_that_were_accepted():
+    settings = {"kl_coef": 0.5, "kl_target": 1.0, "kl_horizon": 1}
+    built = federation(ppo=settings)
+    built.round()
+    before = built.kl_coef
+    with broken_clients(0):
+        built.round()
+    kl = np.mean([upload.kl for upload in built.record.uploads[1:]])
+    assert built.kl_coef == pytest.approx(ppo.adapt_kl(before, kl, 18, built.config.ppo), rel=1e-12)
 
 
 def test_every_round_and_client_draws_anew():
     built = federation()
-    batches = [built.rollout([client], t, purpose)[0][0] for client in built.clients for t in (0, 1)
-               for purpose in (firm.TRAINING, firm.CALIBRATION)]  # fmt: skip
-    uniforms = [firm.stream(0, purpose, t, c).random() for purpose in (2, 3, 4) for t in range(3) for c in range(3)]
+    batches = []
+    for t in (0, 1):
+        built.rounds_done = t
+        batches += [built.respond([client], purpose).prompts for client in built.clients
+                    for purpose in (clients.TRAINING, clients.CALIBRATION)]  # fmt: skip
+    uniforms = [clients.stream(0, purpose, t, c).random() for purpose in (2, 3, 4) for t in range(3) for c in range(3)]
     assert len(set(uniforms)) == 27
     assert len({tuple(id(p) for p in batch) for batch in batches}) == len(batches)
 
 
 def test_streams_with_trailing_zeros_are_streams_of_their_own():
-    assert len({firm.stream(0, *keys).random() for keys in ((2,), (2, 0), (2, 0, 0))}) == 3
+    assert len({clients.stream(0, *keys).random() for keys in ((2,), (2, 0), (2, 0, 0))}) == 3
 
 
 def test_the_optimizers_rate_is_the_configured_one():
@@ -219,7 +218,7 @@ def test_the_optimizers_rate_is_the_configured_one():
 
 def test_the_critic_never_sees_the_token_it_judges():
     built = federation()
-    _, rollout = built.rollout(built.clients[:1], 0, firm.TRAINING)
+    rollout = built.respond(built.clients[:1], clients.TRAINING).rollout
     hidden = built.policy.logprobs(rollout)[2]
     changed = rollout.responses.clone()
     t = 2
@@ -247,26 +246,12 @@ def recorded(module, name):
         yield results
 
 
-@contextmanager
-def broken_client(index):
-    """Inside, this client's uploads are NaN."""
-    real = firm.local_update
-
-    def broken(client, *args):
-        upload, log = real(client, *args)
-        return (upload * float("nan") if client.index == index else upload), log
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(firm, "local_update", broken)
-        yield
-
-
 def gradients_seen(built):
     """One round: its metrics, and the halves [C, K, 2 or 1, M, d] of every client's every step, in float64."""
     with recorded(ppo, "policy_gradients") as results:
         metrics = built.round()
-    steps = [J.double() for J, _, _ in results]
-    K = built.ppo_config.epochs
+    steps = [found.halves.double() if found.first_half is not None else found.J.double()[None] for found in results]
+    K = built.config.ppo.epochs
     return metrics, [steps[c * K : (c + 1) * K] for c in range(len(steps) // K)]
 
 
@@ -281,7 +266,7 @@ def best_on_a_grid(G, beta=0.0, p=0.5):
 @pytest.mark.parametrize("rejected", [None, 0])
 def test_drift_is_that_of_the_accepted_clients_gradients_in_their_first_step(rejected):
     built = federation(beta=0.02)
-    with broken_client(rejected):
+    with broken_clients(rejected):
         metrics, seen = gradients_seen(built)
     w = torch.tensor([4.0 * (rejected != 0), 5.0, 6.0], dtype=torch.float64)
     assert torch.equal(built.grams["weights"], w)
@@ -290,14 +275,14 @@ def test_drift_is_that_of_the_accepted_clients_gradients_in_their_first_step(rej
     lambdas = torch.stack([mgda.solve(mgda.normalise(j @ j.T), 0.02) for j in J])
     mean = w @ lambdas
     lost, step = (sum(w[c] * v[c] @ J[c] for c in range(3)) for v in (lambdas - mean, lambdas))
-    assert metrics["lambda/drift"] == pytest.approx(float(lost.norm() / step.norm()), rel=1e-6)
-    assert metrics["lambda/drift"] > 0.01
+    assert metrics["drift"] == pytest.approx(float(lost.norm() / step.norm()), rel=1e-6)
+    assert metrics["drift"] > 0.01
 
 
 @pytest.mark.parametrize("rejected", [None, 0])
 def test_stationarity_is_that_of_the_accepted_clients_mean_gradient_in_the_first_step(rejected):
     built = federation()
-    with broken_client(rejected):
+    with broken_clients(rejected):
         metrics, seen = gradients_seen(built)
     w = torch.tensor([4.0 * (rejected != 0), 5.0, 6.0], dtype=torch.float64)
     a, b = sum(share * steps[0] for share, steps in zip(w / w.sum(), seen, strict=True))  # [M, d] each
@@ -353,23 +338,15 @@ def test_on_the_same_grams_a_larger_beta_gives_less_disagreement():
     assert small > middle > large > 0.0
 
 
-def test_lambda_movement_is_the_distance_between_two_rounds_means():
-    built = federation()
-    first, second = built.round(), built.round()
-    assert np.isnan(first["lambda/movement"])
-    moved = np.hypot(*(second[f"lambda/{name}"] - first[f"lambda/{name}"] for name in ("even", "low")))
-    assert second["lambda/movement"] == pytest.approx(moved, abs=1e-12) and moved > 1e-3
-
-
 @pytest.mark.parametrize(("method", "rejected"), [(FIRM, None), (FIRM, 1), (FSMGDA, None)])
 def test_dispersion_and_averaging_residual_are_those_of_the_accepted_clients_mixed_adapters(method, rejected):
     built = federation(method=method, server_lr=0.5)
-    with broken_client(rejected), recorded(firm, "local_update") as results:
+    with broken_clients(rejected):
         metrics = built.round()
     kept = [c for c in range(3) if c != rejected]
     w = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64)[kept]
     w = w / w.sum()
-    uploads = torch.stack([upload for upload, _ in results]).double().view(3, -1, len(built.theta))[kept]
+    uploads = torch.stack([upload.thetas for upload in built.record.uploads]).double()[kept]
     mixing = [1.0] if method is FIRM else [metrics["lambda/even"], metrics["lambda/low"]]
     thetas = sum(share * run for share, run in zip(mixing, uploads.unbind(1), strict=True))  # [C, d]
     assert metrics["adapter/dispersion"] == pytest.approx(float((thetas - thetas.mean(0)).norm(dim=1).mean()), rel=1e-5)
@@ -394,70 +371,62 @@ def test_fsmgda_logs_the_lambda_that_its_server_used():
     used = []
 
     def watched(*args):
-        theta, lam = FSMGDA.aggregate(*args)
-        used.append(lam)
-        return theta, lam
+        used.append(FSMGDA.server_weights(*args))
+        return used[-1]
 
-    metrics = federation(method=replace(FSMGDA, aggregate=watched), M=3).round()
+    metrics = federation(method=replace(FSMGDA, server_weights=watched), M=3).round()
     assert [metrics[f"lambda/{name}"] for name in NAMES[:3]] == pytest.approx(used[0].tolist(), abs=1e-12)
     assert len(set(used[0].tolist())) == 3
 
 
-def test_two_local_runs_of_two_objectives_are_logged_as_the_server_mixed_them():
+def test_two_local_trainings_on_two_objectives_are_logged_as_the_server_mixed_them():
     mixing = torch.tensor([0.25, 0.75], dtype=torch.float64)
     method = replace(
-        FIRM, runs=lambda M, config: [torch.eye(4)[:, :2], torch.eye(4)[:, 2:]],
-        aggregate=lambda theta, uploads, prompts_held, config: (theta, mixing),
-    )  # fmt: skip
-    with recorded(firm, "local_update") as results, recorded(ppo, "policy_gradients") as taken:
-        metrics = federation(method=method, M=4, beta=0.02, ppo={"epochs": 1}).round()
-    by_client = [results[c : c + 2] for c in (0, 2, 4)]
-    lambdas = torch.stack([torch.cat([m * log["lambda"][0] for m, (_, log) in zip(mixing, mine, strict=True)])
-                           for mine in by_client])  # fmt: skip
+        several(torch.eye(4)[:, :2], torch.eye(4)[:, 2:]), server_weights=lambda updates, held, server: mixing
+    )
+    built = federation(method=method, M=4, beta=0.02, ppo={"epochs": 1})
+    with recorded(ppo, "policy_gradients") as taken:
+        metrics = built.round()
+    lambdas = torch.stack([
+        torch.cat([m * update.steps[0].lam for m, update in zip(mixing, updates, strict=True)])
+        for updates in built.record.updates
+    ])  # fmt: skip
     assert [metrics[f"lambda/{name}"] for name in NAMES] == pytest.approx(lambdas.mean(0).tolist(), abs=1e-12)
 
-    J = torch.stack([torch.cat([taken[i + r][0].sum(0) for r in (0, 1)]) for i in (0, 2, 4)]).double()  # [C, 4, d]
+    J = torch.stack([torch.cat([taken[i + r].J for r in (0, 1)]) for i in (0, 2, 4)]).double()  # [C, 4, d]
     w = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64) / 15
     lost, step = (torch.einsum("c,cm,cmd->d", w, v, J).norm() for v in (lambdas - w @ lambdas, lambdas))
-    assert metrics["lambda/drift"] == pytest.approx(float(lost / step), rel=1e-6)
+    assert metrics["drift"] == pytest.approx(float(lost / step), rel=1e-6)
 
 
 @pytest.mark.parametrize("method", [LINEAR, MORLHF], ids=lambda method: method.name)
 def test_fixed_weights_are_logged_as_the_preference_and_do_not_drift(method):
     metrics = federation(method=method, preference=[0.3, 0.7]).round()
     assert logged(metrics) == pytest.approx([0.3, 0.7, 0.0], abs=1e-12)
-    assert metrics["lambda/drift"] == pytest.approx(0.0, abs=1e-12)
+    assert metrics["drift"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_one_lambda_for_all_clients_and_steps_does_not_drift():
-    method = fedcmoo(FedCMOOConfig(fedcmoo_compression=4.0, fedcmoo_step=0.1, fedcmoo_iterations=3000))
-    with recorded(firm, "local_update") as results:
-        metrics = federation(method=method).round()
-    used = torch.cat([log["lambda"] for _, log in results])  # [C·K, M]
+    built = federation(method=fedcmoo(4.0, step=0.1, iterations=3000))
+    metrics = built.round()
+    used = torch.stack([step.lam for (update,) in built.record.updates for step in update.steps])  # [C·K, M]
     assert len(used) == 9 and torch.equal(used, used[:1].expand(9, 2)) and 0.0 < float(used[0, 0]) < 1.0
     assert logged(metrics) == pytest.approx([*used[0].tolist(), 0.0], abs=1e-12)
-    assert metrics["lambda/drift"] == pytest.approx(0.0, abs=1e-12)
+    assert metrics["drift"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_server_is_shown_the_gradients_of_every_clients_first_step():
-    built = federation(method=fedcmoo(FedCMOOConfig()))
+    shown = []
+
+    def watched(J, *args):
+        shown.append(J)
+        return FEDCMOO.server_weights(J, *args)
+
+    built = federation(method=replace(FEDCMOO, server_weights=watched))
     built.round()  # so that θ_t is not θ_0, and the critics know something
-    with recorded(firm, "objective_gradients") as shown, recorded(ppo, "policy_gradients") as taken:
-        built.round()
-    first_steps = [J.sum(0) for J, _, _ in taken if len(J) == 2]  # only a first step is taken in halves
-    assert len(shown) == len(first_steps) == 3
-    for J, step in zip(shown, first_steps, strict=True):
-        assert (J - step).abs().max() < 1e-5 * step.abs().max()  # a sum of halves rounds otherwise
-
-
-def test_the_gradients_shown_to_the_server_are_those_at_theta_t_wherever_the_adapter_stands(world):
-    built, client, rollout, scores = world
-    built.policy.adapter.assign(torch.zeros_like(built.theta))
-    shown = firm.objective_gradients(client, built.policy, built.theta, rollout, scores, KL_COEF, FIRM, PPO)
-    with recorded(ppo, "policy_gradients") as taken:
-        firm.local_update(client, built.policy, built.theta, rollout, scores, KL_COEF, FIRM, CONFIG, PPO)
-    step = taken[0][0].sum(0)
-    assert (shown - step).abs().max() < 1e-5 * step.abs().max()
+    built.round()
+    first_steps = torch.stack([update.halves.sum(0) for (update,) in built.record.updates])
+    assert (shown[1] - first_steps).abs().max() < 1e-5 * first_steps.abs().max()
 
 
 def test_on_cross_grams_lambda_comes_from_products_of_halves_in_every_step():

@@ -1,4 +1,4 @@
-"""The numbers we watch, on cases small enough to do by hand."""
+"""What --diagnostics adds, on cases small enough to do by hand."""
 
 import math
 
@@ -6,99 +6,6 @@ import pytest
 import torch
 
 from evidence import diagnostics
-
-
-def test_disagreement_is_the_mean_distance_to_the_mean():
-    assert diagnostics.disagreement(torch.tensor([[1.0, 0.0], [0.0, 1.0]])) == pytest.approx(math.sqrt(0.5))
-
-
-def test_clients_that_agree_do_not_disagree():
-    assert diagnostics.disagreement(torch.tensor([[0.3, 0.7]] * 4)) == pytest.approx(0.0, abs=1e-7)
-
-
-def test_dispersion_is_the_mean_distance_of_the_adapters():
-    assert diagnostics.dispersion(torch.tensor([[3.0, 4.0], [-3.0, -4.0]])) == 5.0
-
-
-def test_cosine_of_opposed_gradients_is_minus_one():
-    J = torch.tensor([[1.0, 2.0], [-2.0, -4.0]])
-    assert diagnostics.mean_cosine(J @ J.T) == pytest.approx(-1.0)
-
-
-def test_cosine_with_a_zero_gradient_is_zero():
-    assert diagnostics.mean_cosine(torch.diag(torch.tensor([1.0, 0.0]))) == 0.0
-
-
-def test_first_order_gain_is_that_of_the_worst_served_objective():
-    J = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert diagnostics.first_order_gain(J, torch.tensor([-2.0, 0.5])) == -0.5
-
-
-def test_clip_fraction_counts_real_tokens_only():
-    ratio, mask = torch.tensor([[1.0, 1.5, 9.0]]), torch.tensor([[1, 1, 0]])
-    assert diagnostics.clip_fraction(ratio, mask, 0.2) == 0.5
-
-
-def test_approx_kl_estimates_the_kl_between_two_distributions():
-    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
-    sample = torch.multinomial(p, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))[None]
-    estimate = diagnostics.approx_kl((q / p).log()[sample], torch.ones_like(sample))
-    assert estimate == pytest.approx(float((p * (p / q).log()).sum()), rel=0.05)
-
-
-def test_sequence_kl_sums_over_real_tokens():
-    logp, ref = torch.tensor([[-1.0, -2.0, 5.0]]), torch.tensor([[-1.5, -2.5, 0.0]])
-    assert diagnostics.sequence_kl(logp, ref, torch.tensor([[1, 1, 0]])).tolist() == [1.0]
-
-
-def test_logp_gap_is_the_largest_over_real_tokens():
-    assert diagnostics.logp_gap(torch.tensor([[0.0, 9.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[1, 0]])) == 0.5
-
-
-# Averaging A and B apart
-
-
-def adapters(C=4):
-    """Each client's [A₀, B₀, A₁, B₁], two layers of different shapes in float64, and weights of sum 15."""
-    g = torch.Generator().manual_seed(0)
-    shapes = [(3, 7), (5, 3), (3, 4), (9, 3)]
-    thetas = [[torch.randn(shape, dtype=torch.float64, generator=g) for shape in shapes] for _ in range(C)]
-    return thetas, 2.0 ** torch.arange(C, dtype=torch.float64)
-
-
-def with_whole_matrices(thetas, weights, scale):
-    """‖mean(ΔW) − scale · mean(B) mean(A)‖ and ‖mean(ΔW)‖, every ΔW written out."""
-    w = (weights / weights.sum()).tolist()
-    lost = kept = 0.0
-    for i in range(0, len(thetas[0]), 2):
-        A, B = (sum(share * theta[i + k] for share, theta in zip(w, thetas, strict=True)) for k in (0, 1))
-        mean = sum(share * scale * theta[i + 1] @ theta[i] for share, theta in zip(w, thetas, strict=True))
-        lost += float((mean - scale * B @ A).square().sum())
-        kept += float(mean.square().sum())
-    return math.sqrt(lost), math.sqrt(kept)
-
-
-def test_the_averaging_residual_is_that_of_the_whole_matrices():
-    thetas, weights = adapters()
-    ours = diagnostics.averaging_residual(thetas, weights, 1.7)
-    assert ours == pytest.approx(with_whole_matrices(thetas, weights, 1.7), rel=1e-12)
-
-
-def test_equal_clients_lose_nothing_by_averaging():
-    thetas, _ = adapters(C=1)
-    residual, norm = diagnostics.averaging_residual(thetas * 3, torch.tensor([1.0, 2.0, 4.0]).double(), 1.7)
-    assert residual == pytest.approx(0.0, abs=1e-12)
-    assert norm == pytest.approx(with_whole_matrices(thetas, torch.ones(1), 1.7)[1], rel=1e-12)
-
-
-@pytest.mark.parametrize("shared", [0, 1])
-def test_clients_with_one_factor_in_common_lose_nothing_by_averaging(shared):
-    thetas, weights = adapters()
-    for theta in thetas[1:]:
-        theta[shared::2] = thetas[0][shared::2]
-    residual, norm = diagnostics.averaging_residual(thetas, weights, 1.7)
-    assert residual == pytest.approx(0.0, abs=1e-12) and norm > 1
-
 
 # Where clients go from one θ
 

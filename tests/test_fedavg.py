@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fedavg
+from fedavg import Upload
 
 
 def test_the_average_weighs_clients_by_their_prompts():
@@ -33,9 +34,29 @@ def test_weights_that_cannot_be_normalised_are_refused(weights):
         fedavg.average(torch.ones(2, 3), torch.tensor(weights))
 
 
-def test_nan_and_infinite_updates_are_not_finite():
-    updates = torch.tensor([[[1.0, 2.0]], [[float("nan"), 0.0]], [[float("inf"), 0.0]]])
-    assert fedavg.finite(updates).tolist() == [True, False, False]
+def test_nan_and_infinite_uploads_are_not_accepted():
+    thetas = torch.tensor([[[1.0, 2.0]], [[float("nan"), 0.0]], [[float("inf"), 0.0]]])
+    uploads = [Upload(theta, 1, 0.0) for theta in thetas]
+    assert [upload.finite for upload in uploads] == [True, False, False]
+    assert fedavg.accept(uploads) == uploads[:1]
+
+
+def test_a_named_number_in_an_upload_is_on_the_bill():
+    bills = []
+    for numbers in ({}, {"accuracy": 0.5, "share": 0.25}):
+        ledger = fedavg.Ledger()
+        ledger.upload(Upload(torch.zeros(1, 10), 7, 0.1, numbers))
+        bills.append(ledger.bytes)
+    assert bills[1]["upload/scalars"] - bills[0]["upload/scalars"] == 16
+    assert bills[0]["upload/scalars"] == 16 and bills[0]["upload/payload"] == bills[1]["upload/payload"] == 40
+
+
+def test_the_mean_update_mixes_each_clients_trainings_and_weighs_clients_by_their_prompts():
+    theta = torch.tensor([1.0, 1.0])
+    uploads = [Upload(theta + torch.tensor([[4.0, 0.0], [0.0, 8.0]]), n, 0.0) for n in (1, 3)]
+    uploads[1].thetas = theta.expand(2, 2)  # three quarters of the prompts did not move
+    mixed = fedavg.mean_update(theta, uploads, torch.tensor([0.25, 0.75]).double())
+    assert mixed.tolist() == [0.25, 1.5]
 
 
 def test_client_sampling_draws_distinct_clients_and_every_client_in_time():

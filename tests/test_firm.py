@@ -1,6 +1,7 @@
 """Algorithm 1 as a whole, on a random tiny model with toy objectives, and what the methods have in common."""
 
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,22 @@ import safetensors.torch
 import torch
 from conftest import make_policy
 
+import clients
+import fedavg
 import firm
-from baselines import FSMGDA, MORLHF, FedCMOOConfig, fedcmoo
-from firm import FIRM, LINEAR, MGDA, Federation, FIRMConfig
-from ppo import PPOConfig, ppo_advantages
+from app import metrics
+from app.checkpoint import federation_state, restore_federation
+from baselines import FEDCMOO, FSMGDA, MORLHF, FedCMOOConfig
+from clients import ClientConfig
+from evidence import diagnostics
+from firm import FIRM, LINEAR, MGDA, Federation, FIRMConfig, TrainingConfig
+from ppo import PPO, PPOConfig
+from rewards import Calibration
+from settings import METHODS
 
 NAMES = ["even", "low", "third", "high"]
+TRAINED = [method for method in METHODS.values() if not method.mixes]
+CLIENT_FIELDS = {f.name for f in fields(ClientConfig)}
 
 
 @dataclass(frozen=True)
@@ -28,16 +39,47 @@ def score(prompts, rollout, M=2):
     return torch.stack([(kind * rollout.mask).sum(1) / n for kind in kinds], 1).double()
 
 
-def federation(kind="llama", method=FIRM, seed=0, clients=3, ppo=None, M=2, device="cpu", **settings) -> Federation:
+class LoggedFederation(Federation):
+    """A federation whose rounds return their line of metrics; `record` and `grams` keep what it was made from."""
+
+    def round(self) -> dict[str, float]:
+        self.record = super().round()
+        line = metrics.line(self.record, self.names, self.policy.adapter)
+        if not self.config.firm.diagnostics:
+            return line
+        figures, self.grams = diagnostics.observe(self.record)
+        return line | figures
+
+
+def federation(kind="llama", method=FIRM, seed=0, clients=3, ppo=None, M=2, device="cpu", held=None, **settings):
+    """A small federation on random weights; settings are FIRM's or the client's."""
     rng = np.random.default_rng(0)
     shares = [[Question(tuple(rng.integers(3, 50, rng.integers(2, 8)))) for _ in range(4 + c)] for c in range(clients)]
-    config = FIRMConfig(**{"rounds": 2, "clients": clients, "batch_size": 6, "lr": 1e-2, **settings})
-    ppo = PPOConfig(**{"kl_coef": 0.01, **(ppo or {})})
-    policy = make_policy(kind, noise=0.0, device=device)
-    return Federation(
-        policy, shares, NAMES[:M], lambda prompts, rollout: score(prompts, rollout, M), lambda raw: (raw - 0.5) / 0.2,
-        config, ppo, 6, method, seed,
+    settings = {"rounds": 2, "clients": clients, "batch_size": 6, "lr": 1e-2, "seed": seed, **settings}
+    of_client = {name: settings.pop(name) for name in CLIENT_FIELDS & settings.keys()}
+    config = TrainingConfig(
+        FIRMConfig(**{"diagnostics": held is None, **settings}), ClientConfig(**of_client),
+        PPOConfig(**{"kl_coef": 0.01, **(ppo or {})}),
     )  # fmt: skip
+    policy = make_policy(kind, noise=0.0, device=device, max_new_tokens=6)
+
+    def scored(prompts, rollout, holdings):
+        raw = score(prompts, rollout, M)
+        for rows, objectives in holdings:
+            raw[rows, [j for j in range(M) if j not in objectives]] = torch.nan
+        return raw
+
+    built = LoggedFederation(policy, shares, NAMES[:M], scored, method, config, held)
+    built.calibration = Calibration(
+        torch.full((M,), 0.5).double(), torch.full((M,), 0.2).double(), torch.zeros(M).bool()
+    )
+    return built
+
+
+def fedcmoo(compression=1.0, **settings):
+    """FedCMOO with these settings of its own."""
+    own = {f"fedcmoo_{name}": value for name, value in settings.items()}
+    return replace(FEDCMOO, settings=FedCMOOConfig(fedcmoo_compression=compression, **own))
 
 
 def test_training_raises_both_objectives_where_they_can_rise_together():
@@ -80,19 +122,6 @@ def test_another_seed_gives_another_run():
     assert not torch.equal(a.theta, b.theta)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adam-keep"])
-def test_a_restored_federation_goes_on_bit_for_bit(optimizer):
-    whole = federation(optimizer=optimizer)
-    whole.round()
-    tensors, values = whole.state()
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    whole.round()
-    resumed = federation(optimizer=optimizer)
-    resumed.restore(tensors, values)
-    resumed.round()
-    assert torch.equal(whole.theta, resumed.theta)
-
-
 def test_kept_moments_change_the_second_round():
     fresh, kept = federation(optimizer="adam"), federation(optimizer="adam-keep")
     fresh.round(), kept.round()
@@ -102,39 +131,29 @@ def test_kept_moments_change_the_second_round():
 
 
 def test_a_clients_upload_does_not_depend_on_who_shares_its_batch():
-    together = federation(clients=3)
-    prompts, rollout = together.rollout(together.clients, 0, firm.TRAINING)
-    alone_prompts, alone = together.rollout(together.clients[1:2], 0, firm.TRAINING)
-    assert prompts[1] == alone_prompts[0]
-    mine = rollout.rows(slice(6, 12))
-    n = min(mine.mask.shape[1], alone.mask.shape[1])
-    assert torch.equal(mine.mask[:, :n], alone.mask[:, :n])
-    assert torch.equal(mine.responses * mine.mask, alone.responses[:, :n] * alone.mask[:, :n])
-    config, ppo = together.config, together.ppo_config
-    uploads = [
-        firm.local_update(
-            federation().clients[1], together.policy, together.theta, batch.rows(slice(0, 6)),
-            score(None, batch).float(), 0.01, FIRM, config, ppo,
-        )[0]
-        for batch in (mine, alone)
-    ]  # fmt: skip
-    assert torch.equal(*uploads)
+    cohort = federation(clients=3)
+    shared = cohort.respond(cohort.clients, clients.TRAINING)
+    alone = cohort.respond(cohort.clients[1:2], clients.TRAINING)
+    assert shared.prompts[6:12] == alone.prompts
+    of_client, rollout = shared.rollout.rows(slice(6, 12)), alone.rollout
+    n = min(of_client.mask.shape[1], rollout.mask.shape[1])
+    assert torch.equal(of_client.mask[:, :n], rollout.mask[:, :n])
+    assert torch.equal(of_client.responses * of_client.mask, rollout.responses[:, :n] * rollout.mask[:, :n])
+    thetas = []
+    for responses, index in ((shared, 1), (alone, 0)):
+        built = federation()
+        batch = built.prepare(built.clients[index : index + 1] * len(responses.rows), responses)[index]
+        training = federation().clients[1].trainings[0]
+        thetas.append(firm.local_update(training, built.policy, built.theta, batch, FIRM, built.config).theta)
+    assert torch.equal(*thetas)
 
 
 def test_the_server_averages_by_prompts_held():
-    trained, uploads = federation(), []
-    real = firm.local_update
-
-    def spy(*args, **kwargs):
-        result = real(*args, **kwargs)
-        uploads.append(result[0])
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(firm, "local_update", spy)
-        trained.round()
+    trained = federation()
+    trained.round()
     held = torch.tensor([4.0, 5.0, 6.0])
-    by_hand = (torch.stack(uploads) * (held / held.sum())[:, None]).sum(0)
+    uploads = torch.stack([upload.thetas[0] for upload in trained.record.uploads])
+    by_hand = (uploads * (held / held.sum())[:, None]).sum(0)
     assert (trained.theta - by_hand).abs().max() < 1e-6
 
 
@@ -150,7 +169,7 @@ def test_only_fsmgda_sends_more_for_more_objectives_and_fedcmoo_sends_one_plus_e
     e = 1.0
     sent = {
         method.name: federation(method=method, M=M, clients=2, batch_size=2, ppo={"epochs": 1}).round()
-        for method in (FIRM, MGDA, LINEAR, MORLHF, FSMGDA, fedcmoo(FedCMOOConfig(fedcmoo_compression=e)))
+        for method in (FIRM, MGDA, LINEAR, MORLHF, FSMGDA, fedcmoo(e))
     }
     adapter = 4 * len(federation().theta)  # bytes
     for name in ("firm", "mgda", "linear", "morlhf"):
@@ -187,26 +206,33 @@ def test_a_larger_beta_makes_clients_agree_more():
 def test_only_the_sampled_clients_take_part():
     trained = federation(clients=3, clients_per_round=1)
     trained.round()
-    assert sum(bool(c.critic.weight.any()) for c in trained.clients) == 1
+    assert sum(bool(c.trainings[0].learner.critic.weight.any()) for c in trained.clients) == 1
 
 
-def test_a_broken_update_is_rejected_and_counted(monkeypatch):
-    real = firm.local_update
+@contextmanager
+def broken_clients(*broken, training=0):
+    """Inside, what this local training of these clients ends at is NaN."""
+    real = clients.Client.upload
 
-    def broken(client, *args, **kwargs):
-        upload, log = real(client, *args, **kwargs)
-        return (upload * float("nan") if client.index == 0 else upload), log
+    def upload(client, updates, *args):
+        if client.index in broken:
+            updates = [replace(u, theta=u.theta * float("nan")) if i == training else u for i, u in enumerate(updates)]
+        return real(client, updates, *args)
 
-    monkeypatch.setattr(firm, "local_update", broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clients.Client, "upload", upload)
+        yield
+
+
+def test_a_broken_update_is_rejected_and_counted():
     trained = federation()
-    assert trained.round()["rejected_clients"] == 1
+    with broken_clients(0):
+        assert trained.round()["rejected_clients"] == 1
     assert torch.isfinite(trained.theta).all()
 
 
-def test_if_every_update_is_broken_the_round_ends_with_a_remedy(monkeypatch):
-    real = firm.local_update
-    monkeypatch.setattr(firm, "local_update", lambda *a, **k: (real(*a, **k)[0] * float("nan"), {}))
-    with pytest.raises(ValueError, match="lower lr"):
+def test_if_every_update_is_broken_the_round_ends_with_a_remedy():
+    with broken_clients(0, 1, 2), pytest.raises(ValueError, match="lower lr"):
         federation().round()
 
 
@@ -231,11 +257,11 @@ def test_micro_batches_change_no_more_than_rounding():
     ("field", "value"),
     [("rounds", 0), ("clients", 0), ("batch_size", 0), ("beta", -0.1), ("lr", float("nan")), ("optimizer", "lion"),
      ("server_lr", 0.0), ("clients_per_round", 9), ("preference", [0.5, -0.5]), ("max_grad_norm", 0.0),
-     ("gram", "full")],
+     ("gram", "full"), ("seed", -1)],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
-        FIRMConfig(**{field: value})
+        (ClientConfig if field in CLIENT_FIELDS else FIRMConfig)(**{field: value})
 
 
 def test_a_cross_gram_of_a_single_row_is_refused_by_name():
@@ -243,50 +269,41 @@ def test_a_cross_gram_of_a_single_row_is_refused_by_name():
         FIRMConfig(gram="cross", batch_size=1)
 
 
-# Local runs
+# Local trainings
 
 
-def watched(*runs):
-    """Firm with these rewards per local run, and a server that never moves: the method, and a list of its uploads."""
-    arrived = []
-
-    def aggregate(theta, uploads, prompts_held, config):
-        arrived.append(uploads)
-        return theta, torch.full((len(runs),), 1 / len(runs), dtype=torch.float64)
-
-    return replace(FIRM, runs=lambda M, config: list(runs), aggregate=aggregate), arrived
+def several(*columns):
+    """Firm with these rewards per local training, each counting the same."""
+    equal = lambda updates, held, server: torch.full((len(columns),), 1 / len(columns), dtype=torch.float64)  # noqa: E731
+    return replace(FIRM, trainings=lambda p: list(columns), server_weights=equal, picked="after")
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adam-keep"])
-def test_every_local_run_of_a_client_goes_as_it_would_alone(optimizer):
-    runs = [torch.tensor([[1.0], [0.0]]), torch.tensor([[0.3], [0.7]])]
-    method, together = watched(*runs)
-    built = federation(method=method, optimizer=optimizer)
-    built.round(), built.round()  # the second with critics, and perhaps moments, that know the first
-    assert together[0].shape == (3, 2, len(built.theta))
-    for r, R in enumerate(runs):
-        method, alone = watched(R)
-        built = federation(method=method, optimizer=optimizer)
-        built.round(), built.round()
-        assert all(torch.equal(both[:, [r]], one) for both, one in zip(together, alone, strict=True))
+def test_every_local_training_of_a_client_goes_as_it_would_alone(optimizer):
+    columns = [torch.tensor([[1.0], [0.0]]), torch.tensor([[0.3], [0.7]])]
+    stays = lambda theta, uploads, server: theta  # noqa: E731 - a server that never moves
+
+    def uploads(*chosen):
+        built = federation(method=replace(several(*chosen), aggregate=stays), optimizer=optimizer)
+        built.round(), built.round()  # the second with critics, and perhaps moments, that know the first
+        return torch.stack([upload.thetas for upload in built.record.uploads])
+
+    both = uploads(*columns)
+    assert both.shape[:2] == (3, 2)
+    for i, column in enumerate(columns):
+        assert torch.equal(both[:, [i]], uploads(column))
 
 
-def test_a_method_with_a_run_per_objective_uploads_as_many_adapters():
-    method, _ = watched(*torch.eye(3).split(1, dim=1))
+def test_a_method_with_a_training_per_objective_uploads_as_many_adapters():
+    method = several(*torch.eye(3).split(1, dim=1))
     assert federation(method=method, M=3).round()["upload/payload"] == 3 * federation(M=3).round()["upload/payload"]
 
 
-def test_a_client_is_rejected_whole_if_one_of_its_uploads_is_broken(monkeypatch):
-    real, method = firm.local_update, watched(*torch.eye(2).split(1, dim=1))
-    broken = federation(method=method[0])
-
-    def break_one(client, *args):
-        upload, log = real(client, *args)
-        return (upload * float("nan") if client is broken.runs[1][0] else upload), log
-
-    monkeypatch.setattr(firm, "local_update", break_one)
-    assert broken.round()["rejected_clients"] == 1
-    assert method[1][0].shape[:2] == (2, 2) and torch.isfinite(method[1][0]).all()
+def test_a_client_is_rejected_whole_if_one_of_its_trainings_is_broken():
+    built = federation(method=several(*torch.eye(2).split(1, dim=1)))
+    with broken_clients(0, training=1):
+        assert built.round()["rejected_clients"] == 1
+    assert torch.isfinite(built.theta).all()
 
 
 def test_fsmgda_logs_each_objective_as_a_training_on_it_alone_would():
@@ -299,14 +316,14 @@ def test_fsmgda_logs_each_objective_as_a_training_on_it_alone_would():
         alone.round()
         expected = alone.round()
         for key in ("advantage_scale", "explained_variance"):
-            assert metrics[f"{key}/{name}"] == pytest.approx(expected[f"{key}/loss0"], abs=1e-6)
+            assert metrics[f"{key}/{name}"] == pytest.approx(expected[f"{key}/{name}"], abs=1e-6)
     assert metrics["explained_variance/even"] != pytest.approx(metrics["explained_variance/low"], abs=1e-3)
 
 
 # Where methods are the same
 
 
-@pytest.mark.parametrize("method", [MGDA, LINEAR, MORLHF, FSMGDA, fedcmoo(FedCMOOConfig())], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
 def test_with_one_objective_every_method_is_firm(method):
     a, b = federation(M=1), federation(M=1, method=method)
     for _ in range(2):
@@ -318,7 +335,7 @@ def test_with_one_objective_every_method_is_firm(method):
 def test_morlhf_at_a_corner_is_training_on_that_objective_alone(objective):
     corner = federation(method=MORLHF, preference=[1.0 - objective, float(objective)])
     single = federation(M=1)
-    single.score = lambda prompts, rollout: score(prompts, rollout)[:, [objective]]
+    single.score = lambda prompts, rollout, holdings: score(prompts, rollout)[:, [objective]]
     for _ in range(2):
         corner.round(), single.round()
     assert torch.equal(corner.theta, single.theta)
@@ -342,8 +359,8 @@ def test_with_one_client_and_one_plain_step_fsmgda_is_mgda(M):
 @pytest.mark.parametrize("M", [2, 3])
 def test_with_one_plain_step_fsmgda_is_fedcmoo_without_compression(M):
     # Both weigh the mean gradients of the federation by min-norm, one from uploads, the other from gradients.
-    lossless = FedCMOOConfig(fedcmoo_compression=2.0 * M, fedcmoo_step=0.3, fedcmoo_iterations=3000)
-    (a, moved), (b, _) = (one_plain_step(method, 3, M, server_lr=0.7) for method in (fedcmoo(lossless), FSMGDA))
+    lossless = fedcmoo(2.0 * M, step=0.3, iterations=3000)
+    (a, moved), (b, _) = (one_plain_step(method, 3, M, server_lr=0.7) for method in (lossless, FSMGDA))
     assert (a - b).norm() < 1e-4 * moved
     assert (a - one_plain_step(MGDA, 3, M, server_lr=0.7)[0]).norm() > 1e-2 * moved  # while clients of mgda disagree
 
@@ -351,21 +368,16 @@ def test_with_one_plain_step_fsmgda_is_fedcmoo_without_compression(M):
 # Going on after an interruption
 
 
-@pytest.mark.parametrize(
-    ("method", "optimizer"),
-    [(FIRM, "adam"), (MORLHF, "adam-keep"), (FSMGDA, "adam-keep"),
-     (fedcmoo(FedCMOOConfig(fedcmoo_iterations=50)), "adam")], ids=lambda part: getattr(part, "name", part),
-)  # fmt: skip
+@pytest.mark.parametrize("optimizer", ["adam", "adam-keep"])
+@pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
 def test_from_a_checkpoint_every_method_goes_on_bit_for_bit_in_state_and_metrics(method, optimizer):
     whole, resumed = (federation(method=method, optimizer=optimizer) for _ in range(2))
     whole.round(), whole.round()
-    tensors, values = whole.state()
-    resumed.restore(safetensors.torch.load(safetensors.torch.save(tensors)), values)
-    expected, metrics = whole.round(), resumed.round()
-    assert expected["lambda/movement"] == metrics["lambda/movement"]  # not NaN: it knows the last round's λ
-    different = {name for name in expected if repr(expected[name]) != repr(metrics[name])}
-    assert different == {"seconds"}
-    (after, counts), (again, counts_again) = whole.state(), resumed.state()
+    tensors, values = federation_state(whole)
+    restore_federation(resumed, safetensors.torch.load(safetensors.torch.save(tensors)), values)
+    expected, line = whole.round(), resumed.round()
+    assert {name for name in expected if repr(expected[name]) != repr(line[name])} == {"seconds"}
+    (after, counts), (again, counts_again) = federation_state(whole), federation_state(resumed)
     assert after.keys() == again.keys() and all(torch.equal(after[name], again[name]) for name in after)
     assert counts == counts_again
 
@@ -376,11 +388,12 @@ def test_from_a_checkpoint_every_method_goes_on_bit_for_bit_in_state_and_metrics
 def at_gradient_scale(factor, **settings):
     """λ of the first step where every advantage, and so every gradient, is `factor` times as large."""
 
-    def scaled(*args):
-        advantages = ppo_advantages(*args)
-        return replace(advantages, whitened=factor * advantages.whitened)
+    class Scaled(PPO):
+        def advantages(self, batch):
+            made = super().advantages(batch)
+            return replace(made, whitened=factor * made.whitened)
 
-    built = federation(method=replace(FIRM, advantages=scaled), ppo={"epochs": 1}, preference=[0.2, 0.8], **settings)
+    built = federation(method=replace(FIRM, learner=Scaled), ppo={"epochs": 1}, preference=[0.2, 0.8], **settings)
     metrics = built.round()
     return [metrics["lambda/even"], metrics["lambda/disagreement"]]
 
@@ -403,17 +416,113 @@ def test_on_raw_grams_huge_gradients_get_mgdas_weights_and_tiny_ones_the_prefere
 
 
 def test_a_checkpoint_of_another_federation_is_refused():
-    tensors, values = federation(method=FSMGDA).state()
+    state = federation_state(federation(method=FSMGDA))
     with pytest.raises(ValueError, match="another federation"):
-        federation(method=MORLHF).restore(tensors, values)
+        restore_federation(federation(method=MORLHF), *state)
     with pytest.raises(ValueError, match="another federation"):
-        federation(clients=2).restore(*federation(clients=3).state())
+        restore_federation(federation(clients=2), *federation_state(federation(clients=3)))
 
 
-def test_a_method_of_other_losses_than_the_objectives_does_not_borrow_their_names():
-    twice = replace(
-        FIRM, runs=lambda M, config: [torch.eye(M)] * 2,
-        aggregate=lambda theta, uploads, held, config: (uploads[0, 0], torch.tensor([0.5, 0.5], dtype=torch.float64)),
-    )  # fmt: skip
-    metrics = federation(method=twice).round()
-    assert {f"advantage_scale/loss{i}" for i in range(4)} <= metrics.keys()
+def test_the_figures_of_a_loss_on_several_objectives_are_called_by_all_their_names():
+    metrics = federation(method=MORLHF).round()
+    assert "advantage_scale/even+low" in metrics and "advantage_scale/even" not in metrics
+
+
+# What every method keeps to
+
+
+@pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
+def test_lambda_lies_on_the_simplex(method):
+    built = federation(method=method, M=3, clients=2)
+    built.round()
+    lambdas = [built.record.mixing] + [
+        step.lam for updates in built.record.updates for update in updates for step in update.steps
+    ]
+    assert all(lam.min() >= 0 and abs(float(lam.sum()) - 1) < 1e-12 for lam in lambdas)
+
+
+@pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
+@pytest.mark.parametrize("settings", [{}, {"gram": "cross"}, {"ppo": {"micro_batch_size": 2}}])
+def test_diagnostics_change_not_one_bit_of_what_is_trained(method, settings):
+    plain, observed = (federation(method=method, diagnostics=on, **settings) for on in (False, True))
+    plain.round(), observed.round()
+    assert torch.equal(plain.theta, observed.theta) and plain.kl_coef == observed.kl_coef
+    assert all(update.halves is None for updates in plain.record.updates for update in updates)
+
+
+@pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
+def test_gradients_at_theta_t_are_taken_only_for_a_server_that_asks(method):
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(clients.Client, "gradients", lambda client, *_: asked.append(client) or torch.ones(2, 5))
+        federation(method=method, ppo={"epochs": 1}).round()
+    assert bool(asked) == (method.picked == "before")
+
+
+def test_a_methods_own_numbers_are_in_the_upload_and_on_the_bill():
+    method = replace(FIRM, numbers=lambda client, batch: {"accuracy": 0.25 * client.index})
+    plain, counted = federation(), federation(method=method)
+    bills = [built.round()["upload/scalars"] for built in (plain, counted)]
+    assert bills[1] - bills[0] == 8
+    assert [upload.numbers["accuracy"] for upload in counted.record.uploads] == [0.0, 0.25, 0.5]
+
+
+def test_what_the_server_remembers_reaches_the_next_round_through_a_checkpoint():
+    def momentum(theta, uploads, server):
+        step = fedavg.mean_update(theta, uploads, server.mixing) + 0.9 * server.state.get("momentum", 0.0)
+        server.state["momentum"] = step
+        return theta + server.lr * step
+
+    whole, resumed = (federation(method=replace(FIRM, aggregate=momentum)) for _ in range(2))
+    whole.round()
+    restore_federation(resumed, *federation_state(whole))
+    whole.round(), resumed.round()
+    assert torch.equal(whole.theta, resumed.theta)
+    plain = federation()
+    plain.round(), plain.round()
+    assert not torch.equal(whole.theta, plain.theta)
+
+
+# Clients that hold only some of the objectives
+
+
+def test_a_client_trains_on_the_objectives_that_it_holds_and_on_no_other():
+    built = federation(held=[[0], [1], [0, 1]])
+    built.round()
+    assert [update.batch.scores.shape[1] for (update,) in built.record.updates] == [1, 1, 2]
+    for c, j in ((0, 0), (1, 1)):
+        alone = federation(M=1)
+        alone.score = lambda prompts, rollout, holdings, j=j: score(prompts, rollout)[:, [j]]
+        alone.round()
+        assert torch.equal(built.record.uploads[c].thetas, alone.record.uploads[c].thetas)
+    both = federation()
+    both.round()
+    assert torch.equal(built.record.uploads[2].thetas, both.record.uploads[2].thetas)
+
+
+def test_the_preference_among_a_clients_objectives_is_that_of_all_renormalised():
+    built = federation(method=LINEAR, M=3, held=[[0, 2], [0, 1, 2], [1]], preference=[1, 2, 4])
+    built.round()
+    lambdas = [updates[0].steps[0].lam.tolist() for updates in built.record.updates]
+    assert lambdas[0] == pytest.approx([0.2, 0.8]) and lambdas[2] == [1.0]
+    assert lambdas[1] == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+
+
+def test_a_client_whose_objectives_all_have_weight_zero_is_refused():
+    with pytest.raises(ValueError, match="preference: client 1 "):
+        federation(held=[[0], [1], [0, 1]], preference=[1, 0])
+
+
+@pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
+def test_unequal_objectives_are_refused_by_the_methods_whose_server_needs_them_all(method):
+    held = [[0], [1], [0, 1]]
+    if method.server_weights:
+        with pytest.raises(ValueError, match=f"{method.name}'s server needs them all"):
+            federation(method=method, held=held)
+    else:
+        assert torch.isfinite(torch.tensor(federation(method=method, held=held).round()["lambda/even"]))
+
+
+def test_diagnostics_of_unequal_objectives_are_refused():
+    with pytest.raises(ValueError, match="diagnostics"):
+        federation(held=[[0], [1], [0, 1]], diagnostics=True).round()

@@ -8,13 +8,15 @@ import pytest
 import torch
 from conftest import make_policy, make_tokenizer
 from pretend import NAME, pretended
-from test_firm import federation
+from test_firm import fedcmoo, federation
+from test_ppo import everything
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import clients
 import firm
-import ppo
 import run
-from baselines import FSMGDA, MORLHF, FedCMOOConfig, fedcmoo
+from app.checkpoint import federation_state, restore_federation
+from baselines import FSMGDA, MORLHF
 from evidence import bench
 from firm import FIRM
 from lora import LoRAConfig
@@ -53,11 +55,10 @@ def test_the_samplers_logprobs_equal_the_forward_passs(gpu, kind):
 def test_the_jacobian_is_float32_and_finite_whatever_the_weights_are(gpu, dtype):
     policy = make_policy(device=gpu, dtype=dtype)
     batch = policy.sample(PROMPTS, UNIFORMS)
-    logp, _, _ = policy.logprobs_in_pieces(batch, None)
-    advantages = torch.randn(*logp.shape, 2, device=gpu)
-    J, _, log = ppo.policy_gradients(policy, batch, logp, advantages, ppo.PPOConfig())
-    assert J.dtype == torch.float32 and torch.isfinite(J).all()
-    assert log["approx_kl"] < 1e-6  # at the first step every ratio is one
+    logp, _ = policy.logprobs_in_pieces(batch, None)
+    found = everything(policy, batch, logp, torch.randn(*logp.shape, 2, device=gpu))
+    assert found.J.dtype == torch.float32 and torch.isfinite(found.J).all()
+    assert found.approx_kl < 1e-6  # at the first step every ratio is one
 
 
 def captured(policy: Policy) -> bool:
@@ -116,9 +117,8 @@ def test_checkpointing_and_micro_batches_give_the_same_gradients(gpu):
     advantages = torch.randn(*batch.mask.shape, 2, device=gpu)
     results = []
     for policy, size in ((plain, None), (saving, 2)):
-        config = ppo.PPOConfig(micro_batch_size=size)
-        logp, _, _ = policy.logprobs_in_pieces(batch, size)
-        results.append(ppo.policy_gradients(policy, batch, logp, advantages, config)[0])
+        logp, _ = policy.logprobs_in_pieces(batch, size)
+        results.append(everything(policy, batch, logp, advantages, micro_batch_size=size).J)
     assert (results[0] - results[1]).abs().max() < 1e-3 * results[0].abs().max()
 
 
@@ -138,8 +138,8 @@ def test_left_padding_to_a_width_of_64_modulo_128_leaves_the_gradients_finite(gp
     policy.sampler.eos = policy.sampler.eos[:0]  # so that the width is 120 + 72
     batch = policy.sample([[5] * 40, [6] * 120], RNG.random((2, 72)))
     assert batch.prompts.shape[1] + batch.responses.shape[1] == 192
-    logp, _, _ = policy.logprobs_in_pieces(batch, None)
-    J, _, _ = ppo.policy_gradients(policy, batch, logp, torch.randn(2, 72, 2, device=gpu), ppo.PPOConfig())
+    logp, _ = policy.logprobs_in_pieces(batch, None)
+    J = everything(policy, batch, logp, torch.randn(2, 72, 2, device=gpu)).J
     assert torch.isfinite(J).all() and not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -230,7 +230,7 @@ def test_with_the_adapter_off_the_captured_step_is_left_alone(gpu, dtype):
     assert torch.equal(policy.sample(PROMPTS, UNIFORMS).responses, trained.responses)
 
 
-METHODS = (FIRM, MORLHF, FSMGDA, fedcmoo(FedCMOOConfig()))
+METHODS = (FIRM, MORLHF, FSMGDA, fedcmoo())
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -244,26 +244,34 @@ def test_a_federation_trains_as_on_the_cpu(gpu, method, settings):
             assert metrics[key] == pytest.approx(expected[key], rel=1e-2, abs=1e-3)
 
 
-def test_a_federation_goes_on_from_its_checkpoint(gpu):
-    whole = federation(device=gpu, optimizer="adam-keep")
+@pytest.mark.parametrize("method", [FIRM, fedcmoo(iterations=50)], ids=lambda method: method.name)
+def test_a_federation_goes_on_from_its_checkpoint(gpu, method):
+    whole, resumed = (federation(device=gpu, optimizer="adam-keep", method=method) for _ in range(2))
     whole.round()
-    tensors, values = whole.state()
-    resumed = federation(device=gpu, optimizer="adam-keep")
-    resumed.restore({name: tensor.cpu().clone() for name, tensor in tensors.items()}, values)
+    tensors, values = federation_state(whole)
+    restore_federation(resumed, {name: tensor.cpu().clone() for name, tensor in tensors.items()}, values)
     whole.round(), resumed.round()
     assert (whole.theta - resumed.theta).abs().mean() <= 1e-5  # a step moves a number by 1e-2
 
 
+def test_what_the_server_remembers_comes_back_to_where_it_was(gpu):
+    whole, resumed = federation(device=gpu), federation(device=gpu)
+    whole.server_state = {"momentum": torch.ones(3, device=gpu), "lambda": torch.ones(2)}
+    tensors, values = federation_state(whole)
+    restore_federation(resumed, {name: tensor.cpu().clone() for name, tensor in tensors.items()}, values)
+    devices = {name: tensor.device.type for name, tensor in resumed.server_state.items()}
+    assert devices == {"momentum": resumed.theta.device.type, "lambda": "cpu"}
+
+
 def test_switching_clients_copies_no_adapter_through_the_cpu():
     with pretended() as device:
-        trained = federation(device=NAME)
-        clients, d = trained.clients[:2], trained.policy.adapter.size
-        _, batch = trained.rollout(clients, 0, firm.TRAINING)
-        scores = torch.randn(len(batch), 2).to(NAME)
+        trained = federation(device=NAME, diagnostics=False)
+        cohort, d = trained.clients[:2], trained.policy.adapter.size
+        responses = trained.respond(cohort, clients.TRAINING)
+        batches = trained.prepare(cohort, responses)
         device.words.clear()
-        for client, rows in zip(clients, (slice(0, 6), slice(6, 12)), strict=True):
-            firm.local_update(client, trained.policy, trained.theta, batch.rows(rows), scores[rows], 0.1,
-                              FIRM, trained.config, trained.ppo_config)  # fmt: skip
+        for client, batch in zip(cohort, batches, strict=True):
+            firm.local_update(client.trainings[0], trained.policy, trained.theta, batch, FIRM, trained.config)
         assert max(size for _, _, size in device.words) < 4 * d / 10  # never anything of θ's size, d float32 numbers
 
 

@@ -1,6 +1,7 @@
 """PPO with M objectives, against plain definitions in float64 and finite differences."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import make_model, make_policy, make_tokenizer
 
 import ppo
 from lora import LoRAConfig
-from ppo import PPOConfig
+from ppo import PPO, Batch, PPOConfig
 from rollout import Policy, RolloutConfig
 
 G = torch.Generator().manual_seed(0)
@@ -54,7 +55,7 @@ def test_nothing_after_the_end_reaches_an_advantage():
 def test_the_score_sits_on_the_last_real_token_and_the_kl_on_every_token():
     scores = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     logp, ref = torch.randn(3, 5, generator=G) * MASK, torch.randn(3, 5, generator=G) * MASK
-    rewards = ppo.token_rewards(scores, logp, ref, MASK, 0.3)
+    rewards = ppo.token_rewards(Batch(SimpleNamespace(mask=MASK), scores, logp, ref, None, kl_coef=0.3))
     expected = (-0.3 * (logp - ref))[..., None].repeat(1, 1, 2)
     for b, n in enumerate((5, 3, 1)):
         expected[b, n - 1] += scores[b]
@@ -97,12 +98,11 @@ def test_the_critic_starts_at_zero_and_has_one_head_per_objective():
 def test_the_critic_learns_the_returns_and_explains_them():
     hidden, weight = torch.randn(40, 5, 8, generator=G), torch.randn(8, 2, generator=G)
     mask = torch.ones(40, 5, dtype=torch.long)
-    target = ppo.Advantages(None, hidden @ weight, torch.zeros(40, 5, 2), None)
-    critic = ppo.Critic(8, 2)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=0.1)
+    target = ppo.Advantages(None, None, returns=hidden @ weight, values=torch.zeros(40, 5, 2))
+    learner = PPO(8, PPOConfig(critic_lr=0.1, value_clip=1e9), "cpu", 2)
     for _ in range(200):
-        ppo.fit_critic(critic, optimizer, hidden, target, mask, clip=1e9)
-    assert ppo.explained_variance(critic(hidden), target.returns, mask).min() > 0.99
+        learner.fit(hidden, target, mask)
+    assert ppo.explained_variance(learner.critic(hidden), target.returns, mask).min() > 0.99
 
 
 def test_a_value_beyond_its_clip_in_the_right_direction_gets_no_gradient():
@@ -126,18 +126,29 @@ def batch_of(policy, n=6, L=8):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 50, k).tolist() for k in rng.integers(1, 9, n)]
     batch = policy.sample(prompts, rng.random((n, L)))
-    logp, _, hidden = policy.logprobs_in_pieces(batch, None)
+    logp, hidden = policy.logprobs_in_pieces(batch, None)
     return batch, logp, hidden
 
 
-def gradients(policy, batch, logp, advantages, **settings):
-    return ppo.policy_gradients(policy, batch, logp, advantages, PPOConfig(**settings))[0][0]
+def everything(policy, rollout, logp, advantages, halves=False, **settings):
+    """What `policy_gradients` gives for these log π_old [B, L] and advantages [B, L, k]."""
+    k = advantages.shape[-1]
+    batch = Batch(rollout, torch.zeros(len(rollout), k), logp, logp, None, 0.0)
+    return ppo.policy_gradients(policy, batch, advantages, PPO(8, PPOConfig(**settings), "cpu", k), halves)
+
+
+def gradients(policy, rollout, logp, advantages, **settings):
+    return everything(policy, rollout, logp, advantages, **settings).J
+
+
+def figures(found):
+    return [found.entropy, found.clip_fraction, found.approx_kl]
 
 
 def test_before_the_first_step_every_ratio_is_exactly_one(policy):
     batch, logp, _ = batch_of(policy)
-    log = ppo.policy_gradients(policy, batch, logp, torch.ones(*logp.shape, 2), PPOConfig())[2]
-    assert log["approx_kl"] == 0.0 and log["clip_fraction"] == 0.0
+    found = everything(policy, batch, logp, torch.ones(*logp.shape, 2))
+    assert found.approx_kl == 0.0 and found.clip_fraction == 0.0
     assert torch.equal(policy.logprobs(batch)[0].detach(), logp)
 
 
@@ -185,21 +196,22 @@ def halved(policy, B, **settings):
     generator = torch.Generator().manual_seed(B)
     old = logp + 0.2 * torch.randn(logp.shape, generator=generator)  # some ratios are clipped
     advantages = torch.randn(*logp.shape, 3, generator=generator)
-    return batch, old, advantages, ppo.policy_gradients(policy, batch, old, advantages, PPOConfig(**settings), parts=2)
+    return batch, old, advantages, everything(policy, batch, old, advantages, halves=True, **settings)
 
 
-@pytest.mark.parametrize("B", [6, 5, 1])
-def test_the_gradients_of_the_halves_add_up_to_the_whole_gradient(policy, B):
-    batch, old, advantages, (halves, _, _) = halved(policy, B)
-    whole = gradients(policy, batch, old, advantages)
-    assert (halves.sum(0) - whole).abs().max() < 1e-5 * whole.abs().max()
+@pytest.mark.parametrize(("B", "size"), [(6, None), (5, None), (1, None), (5, 2)])
+def test_asking_for_halves_changes_not_one_bit_of_the_rest(policy, B, size):
+    batch, old, advantages, found = halved(policy, B, micro_batch_size=size)
+    whole = everything(policy, batch, old, advantages, micro_batch_size=size)
+    assert torch.equal(found.J, whole.J) and torch.equal(found.hidden, whole.hidden)
+    assert figures(found) == figures(whole) and whole.first_half is None
 
 
 @pytest.mark.parametrize(("B", "first", "second"), [(6, [0, 1, 2], [3, 4, 5]), (5, [0, 1, 2], [3, 4]), (1, [0], [])])
 def test_each_half_is_the_gradient_of_the_loss_of_its_own_rows(B, first, second):
     policy = make_policy()
-    batch, old, advantages, (halves, _, _) = halved(policy, B, entropy_coef=0.3)
-    for J, rows in zip(halves, (first, second), strict=True):
+    batch, old, advantages, found = halved(policy, B, entropy_coef=0.3)
+    for J, rows in zip(found.halves, (first, second), strict=True):
         logp, entropy, _ = policy.logprobs(batch, entropy_gradient=True)
         ratio = (logp - old).exp()[..., None]
         gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + 0.3 * entropy[..., None]
@@ -209,20 +221,13 @@ def test_each_half_is_the_gradient_of_the_loss_of_its_own_rows(B, first, second)
             if rows:
                 grads = torch.autograd.grad(loss, policy.adapter.parameters, retain_graph=True)
                 direct = torch.cat([g.flatten() for g in grads])
-            assert (J[j] - direct).abs().max() <= 1e-4 * direct.abs().max()
+            assert (J[j] - direct).abs().max() <= 1e-4 * max(direct.abs().max(), found.J.abs().max())
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_micro_batches_that_straddle_the_halves_give_the_same_halves(policy, size):
-    whole, pieces = (halved(policy, 6, micro_batch_size=rows)[-1][0] for rows in (None, size))
+    whole, pieces = (halved(policy, 6, micro_batch_size=rows)[-1].halves for rows in (None, size))
     assert (whole - pieces).abs().amax(-1).max() < 1e-4 * whole.abs().amax(-1).min()
-
-
-def test_asking_for_halves_changes_neither_the_hidden_states_nor_the_log():
-    policy = make_policy()
-    batch, old, advantages, (_, hidden, log) = halved(policy, 5)
-    _, whole_hidden, whole_log = ppo.policy_gradients(policy, batch, old, advantages, PPOConfig())
-    assert torch.equal(hidden, whole_hidden) and log == whole_log
 
 
 def test_the_entropy_bonus_adds_the_entropys_gradient_to_every_objective(policy):
@@ -257,7 +262,7 @@ def test_over_16_bit_weights_the_gradients_are_float32_and_those_of_float32_to_r
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 setattr(module, name, torch.nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
-    old, _, _ = rounded.logprobs_in_pieces(batch, None)
+    old, _ = rounded.logprobs_in_pieces(batch, None)
     J = gradients(rounded, batch, old, advantages)
     assert J.dtype == torch.float32
     assert torch.cosine_similarity(J, expected, dim=1).min() > 0.97
@@ -272,23 +277,19 @@ def test_micro_batches_are_cut_to_length_within_each_half_and_lose_no_row_and_no
     for rows, piece in pieces:
         assert len({int(row) >= half for row in rows}) == 1  # no piece straddles the halves
         assert [piece.prompts.shape[1], piece.mask.shape[1]] == batch.lengths[rows].amax(0).tolist()
-    old, _, _ = policy.logprobs_in_pieces(batch, 2)
-    _, _, whole = ppo.policy_gradients(policy, batch, logp, advantages, PPOConfig())
-    _, _, cut = ppo.policy_gradients(policy, batch, old, advantages, PPOConfig(micro_batch_size=2))
-    assert cut == pytest.approx(whole, abs=1e-5)  # entropy, clip fraction, KL: finite, and the same
+    old, _ = policy.logprobs_in_pieces(batch, 2)
+    whole = everything(policy, batch, logp, advantages)
+    cut = everything(policy, batch, old, advantages, micro_batch_size=2)
+    assert figures(cut) == pytest.approx(figures(whole), abs=1e-5)  # entropy, clip fraction, KL: finite, and the same
 
 
 def test_a_response_that_never_ends_pays_the_penalty_on_every_objective():
     policy = make_policy()
-    batch, logp, hidden = batch_of(policy, n=60)
-    assert 0 < int(batch.ended.sum()) < 60
-    args = (batch, logp, logp, hidden, 0.0)
-    critic, scores = ppo.Critic(policy.hidden_size, 2), torch.randn(60, 2, generator=G)
-    fined = ppo.ppo_advantages(critic, scores, *args, PPOConfig(missing_eos_penalty=1.5))
-    by_hand = ppo.ppo_advantages(critic, scores - 1.5 * (~batch.ended)[:, None].float(), *args, PPOConfig())
-    unfined = ppo.ppo_advantages(critic, scores, *args, PPOConfig())
-    assert torch.equal(fined.returns, by_hand.returns)
-    assert not torch.equal(fined.returns, unfined.returns)
+    rollout, _, _ = batch_of(policy, n=60)
+    assert 0 < int(rollout.ended.sum()) < 60
+    scores = torch.randn(60, 2, generator=G)
+    fined = ppo.prepare(policy, rollout, scores, 0.0, PPOConfig(missing_eos_penalty=1.5)).scores
+    assert torch.equal(fined, scores - 1.5 * (~rollout.ended)[:, None].float())
 
 
 def test_a_gradient_that_is_not_finite_is_refused_with_a_remedy():

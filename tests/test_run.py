@@ -4,9 +4,11 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,12 @@ from conftest import WORDS, make_model, make_tokenizer
 from huggingface_hub.utils import get_session
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
 
+import clients
 import run
-from settings import PRESETS, SETTINGS, Config
+from app.session import Session
+from firm import Federation
+from rollout import Policy
+from settings import METHODS, PRESETS, SETTINGS, Config
 
 OBJECTIVES = """
 def even(prompts, completions, **columns):
@@ -86,7 +92,7 @@ def test_a_preference_is_refused_where_the_method_takes_none(world, capsys):
 def test_a_run_leaves_every_file_that_the_readme_names(finished):
     assert {p.name for p in finished.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "adapter", "checkpoint", "rewards.png",
-        "weights.png", "grams",
+        "weights.png",
     }  # fmt: skip
 
 
@@ -121,8 +127,8 @@ def test_the_samples_answer_the_same_prompts_before_and_after(finished):
 
 def test_the_gain_is_paired_and_its_error_clustered_by_prompt(finished, world):
     # Recomputed from nothing but the definition: prompt means first, then mean and standard error over prompts.
-    session = run.Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
-    before = session.load_checkpoint(finished / "checkpoint")
+    session = Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
+    before = session.restore(finished / "checkpoint")
     after = session.evaluate("")
     difference = (after.scores - before.scores)[..., 0].mean(1)
     gain = json.loads((finished / "summary.json").read_text())["objectives"]["even"]["gain"]
@@ -131,12 +137,12 @@ def test_the_gain_is_paired_and_its_error_clustered_by_prompt(finished, world):
 
 
 def test_the_evaluation_uses_the_same_uniforms_every_time(finished):
-    session = run.Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
+    session = Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
     assert torch.equal(session.evaluate("").scores, session.evaluate("").scores)
 
 
 def test_no_client_trains_on_a_held_out_prompt(finished):
-    session = run.Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
+    session = Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
     trained_on = {p.text for share in session.shares for p in share}
     assert not trained_on & {p.text for p in session.held_out}
     assert len(trained_on) + len(session.held_out) == session.counts["kept"]
@@ -150,7 +156,7 @@ def test_the_samples_scores_are_those_of_their_texts(finished):
 
 
 def test_the_samples_before_are_the_base_models(finished):
-    session = run.Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
+    session = Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
     base, lines = session.evaluate(""), (finished / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["before"]["response"] for line in lines] == base.texts
     assert [json.loads(line)["after"]["response"] for line in lines] != base.texts
@@ -158,9 +164,9 @@ def test_the_samples_before_are_the_base_models(finished):
 
 @torch.no_grad()
 def test_the_reported_kl_is_the_trained_policys_on_held_out_prompts(finished, monkeypatch):
-    session = run.Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
+    session = Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
     assert float(session.evaluate("").kl.abs().max()) == 0.0  # the base model's
-    session.load_checkpoint(finished / "checkpoint")
+    session.restore(finished / "checkpoint")
     sample, drawn = session.policy.sample, []
     monkeypatch.setattr(session.policy, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1])
     reported = session.evaluate("").kl.flatten()
@@ -184,10 +190,8 @@ def test_the_reported_kl_is_the_trained_policys_on_held_out_prompts(finished, mo
 
 
 def test_the_calibration_is_mean_and_deviation_over_all_clients_samples(finished):
-    session = run.Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
-    federation = session.federation
-    prompts, rollout = federation.rollout(federation.clients, 0, run.firm.CALIBRATION)
-    raw = session.score([p for batch in prompts for p in batch], rollout)
+    session = Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
+    raw = session.federation.respond(session.federation.clients, clients.CALIBRATION).raw
     saved = json.loads((finished / "summary.json").read_text())["objectives"]
     for j, name in enumerate(("even", "short")):
         assert saved[name]["calibration"]["mean"] == pytest.approx(float(raw[:, j].mean()))
@@ -202,19 +206,19 @@ def test_the_bytes_in_all_count_every_sampled_client_of_every_round(world, tmp_p
 
 def test_dirichlets_alpha_reaches_the_split(world):
     def subsets_per_client(alpha):
-        session = run.Session(run.parse(command(world, dirichlet_alpha=alpha))[0], progress=False)
+        session = Session(run.parse(command(world, dirichlet_alpha=alpha))[0], progress=False)
         return [len({p.subset for p in share}) for share in session.shares]
 
     assert sum(subsets_per_client(1e-6)) < sum(subsets_per_client(1e6)) == 9
 
 
 def test_the_seed_reaches_the_adapters_start(world):
-    starts = [run.Session(run.parse(command(world, seed=s))[0], progress=False).federation.theta for s in (0, 1)]
+    starts = [Session(run.parse(command(world, seed=s))[0], progress=False).federation.theta for s in (0, 1)]
     assert not torch.equal(*starts)
 
 
 def test_the_temperature_reaches_the_policy(world):
-    assert run.Session(run.parse(command(world, temperature=0.5))[0], progress=False).policy.temperature == 0.5
+    assert Session(run.parse(command(world, temperature=0.5))[0], progress=False).policy.temperature == 0.5
 
 
 def test_the_closing_table_shows_gains_in_the_base_policys_scale(world, tmp_path, capsys):
@@ -226,7 +230,7 @@ def test_the_closing_table_shows_gains_in_the_base_policys_scale(world, tmp_path
 
 def test_peft_loads_the_adapter_of_a_run(finished, world):
     peft = pytest.importorskip("peft", reason="parity needs peft (requirements-dev.txt)")
-    session = run.Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
+    session = Session(Config.from_flat(json.loads((finished / "config.json").read_text())), progress=False)
     session.policy.adapter.load(finished / "adapter")
     base = AutoModelForCausalLM.from_pretrained(world / "model")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -261,8 +265,8 @@ def test_another_seed_gives_another_run(finished, world, tmp_path):
 @pytest.mark.parametrize("crash", ["between rounds", "before the checkpoint"])
 def test_a_crashed_run_goes_on_to_the_same_result(finished, world, tmp_path, monkeypatch, capsys, crash):
     owner, name = {
-        "between rounds": (run.Federation, "round"),
-        "before the checkpoint": (run.Session, "save_checkpoint"),
+        "between rounds": (Federation, "round"),
+        "before the checkpoint": (Session, "save"),
     }[crash]
     real, calls = getattr(owner, name), []
 
@@ -282,14 +286,55 @@ def test_a_crashed_run_goes_on_to_the_same_result(finished, world, tmp_path, mon
     assert repr(metrics_without_times(tmp_path / "crashed")) == repr(metrics_without_times(finished))
 
 
+def edited_copy(finished, out, **changes):
+    """A finished run as another version may have left it: settings changed in its file, None takes one out."""
+    shutil.copytree(finished, out)
+    settings = json.loads((out / "config.json").read_text()) | changes
+    (out / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return out
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(finished, tmp_path):
+    out = edited_copy(finished, tmp_path / "old", diagnostics=None, rounds=3)
+    assert run.main(["--resume", str(out)]) == 0
+    assert json.loads((out / "config.json").read_text())["diagnostics"] is False
+    assert len(metrics_without_times(out)) == 3
+
+
+def test_a_setting_that_was_removed_since_is_left_out_with_a_line(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("settings.REMOVED", frozenset({"momentum"}))
+    assert run.main(["--resume", str(edited_copy(finished, tmp_path / "old", momentum=0.9))]) == 0
+    assert "momentum does not exist any more" in capsys.readouterr().out
+
+
+def test_a_setting_that_nobody_knows_is_refused_by_name(finished, tmp_path, capsys):
+    out = edited_copy(finished, tmp_path / "newer", momentum=0.9)
+    assert "momentum" in refused(capsys, ["--resume", str(out)])
+
+
+def test_diagnostics_add_their_columns_and_change_nothing_that_is_trained(finished, world, tmp_path):
+    assert run.main([*command(world, out=tmp_path / "observed"), "--diagnostics"]) == 0
+    assert adapter_of(tmp_path / "observed") == adapter_of(finished)
+    plain, observed = metrics_without_times(finished), metrics_without_times(tmp_path / "observed")
+    assert observed[0].keys() - plain[0].keys() == {"drift", "stationarity"}
+    assert repr([{k: line[k] for k in plain[0]} for line in observed]) == repr(plain)
+    assert len(list((tmp_path / "observed" / "grams").iterdir())) == 2
+
+
+def test_nothing_that_trains_imports_the_evidence():
+    code = "import run, sys; print([name for name in sys.modules if name.split('.')[0] == 'evidence'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(run.__file__).parent)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 @pytest.mark.gpu
 def test_a_run_on_cuda_leaves_the_same_files(finished, world, tmp_path):
     assert run.main(command(world, out=tmp_path / "cuda", device="cuda")) == 0
     assert {p.name for p in (tmp_path / "cuda").iterdir()} == {p.name for p in finished.iterdir()}
 
 
-@pytest.mark.parametrize("method", ["mgda", "linear"])
-def test_the_other_methods_run(world, tmp_path, method):
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.mixes])
+def test_every_method_runs(world, tmp_path, method):
     assert run.main(command(world, out=tmp_path / method, method=method, rounds=1)) == 0
     assert json.loads((tmp_path / method / "summary.json").read_text())["method"] == method
 
@@ -379,7 +424,7 @@ def test_the_hubs_own_client_would_have_been_seen(network):
 def test_profile_prints_where_the_rounds_time_went_and_keeps_it(world, tmp_path, capsys):
     assert run.main([*command(world, out=tmp_path / "run"), "--profile"]) == 0
     profile = json.loads((tmp_path / "run" / "summary.json").read_text())["profile"]
-    assert set(profile["seconds"]) == {"sample", "score", "reference", "update", "aggregate", "monitor", "other"}
+    assert set(profile["seconds"]) == {"sample", "score", "reference", "update", "aggregate", "metrics", "other"}
     assert profile["rounds"] == 2 and profile["peak_gib"] > 0.05
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(profile["seconds"].values()) >= sum(line["seconds"] for line in lines)
@@ -388,7 +433,7 @@ def test_profile_prints_where_the_rounds_time_went_and_keeps_it(world, tmp_path,
 
 
 def test_a_sampler_that_draws_from_another_policy_is_reported(world, tmp_path, monkeypatch, capsys):
-    honest = run.Policy.sample
+    honest = Policy.sample
 
     def shifted(self, prompts, uniforms):
         rollout = honest(self, prompts, uniforms)
@@ -397,20 +442,21 @@ def test_a_sampler_that_draws_from_another_policy_is_reported(world, tmp_path, m
 
     assert run.main(command(world, rounds=1, out=tmp_path / "honest")) == 0
     assert "log-probs at sampling" not in capsys.readouterr().out
-    monkeypatch.setattr(run.Policy, "sample", shifted)
+    monkeypatch.setattr(Policy, "sample", shifted)
     assert run.main(command(world, rounds=1, out=tmp_path / "shifted")) == 0
     assert "differ by up to 0.2 nats" in capsys.readouterr().out
 
 
 def test_a_flag_overrides_its_preset():
-    assert run.parse(["--preset", "tinyllama", "--lr", "0.5"])[0].firm.lr == 0.5
+    assert run.parse(["--preset", "tinyllama", "--lr", "0.5"])[0].client.lr == 0.5
 
 
-def test_help_prints_every_flag(capsys):
+def test_help_prints_every_flag_and_every_method(capsys):
     with pytest.raises(SystemExit) as stop:
         run.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
+    assert all(f"{name}: {method.help.split()[0]}" in " ".join(text.split()) for name, method in METHODS.items())
     assert all(f"--{f.name}" in text for group in SETTINGS.values() for f in fields(group))
 
 

@@ -11,6 +11,8 @@ from test_run import adapter_of, command, metrics_without_times, refused
 
 import run
 from app import plots, report, sweep
+from app.session import Session
+from firm import Federation
 from settings import METHODS
 
 world = test_run.world  # the fixture: a checkpoint, prompts and two objectives, even and short
@@ -31,7 +33,7 @@ def sessions():
 @pytest.fixture(scope="module")
 def swept(world, sessions):
     """The directory of one finished sweep."""
-    real, alive = run.Session.__init__, weakref.WeakSet()
+    real, alive = Session.__init__, weakref.WeakSet()
 
     def counting(session, *args, **kwargs):
         real(session, *args, **kwargs)
@@ -39,7 +41,7 @@ def swept(world, sessions):
         sessions.append(len(alive))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Session, "__init__", counting)
+        patch.setattr(Session, "__init__", counting)
         assert run.main(arguments(world, world / "swept")) == 0
     return world / "swept"
 
@@ -130,17 +132,23 @@ def test_directories_are_named_by_preference_with_as_many_digits_as_it_takes():
     ]
 
 
-def test_every_method_that_takes_no_preference_is_a_method():
-    assert set(sweep.TAKE_NO_PREFERENCE) < METHODS.keys()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sweep_runs_every_method_that_takes_a_preference_at_each_and_refuses_the_others(method):
+    config, _, ps, methods = run.parse(["--sweep", "0.9", "0.1", "--compare", method])
+    if METHODS[method].takes_preference:
+        assert sweep.plan(config, ps, methods) == {method: [[0.1, 0.9], [0.9, 0.1]]}
+    else:
+        with pytest.raises(ValueError, match=f"{method} takes no preference"):
+            sweep.plan(config, ps, methods)
 
 
 def test_methods_that_take_no_preference_run_once_at_the_centre():
     config, _, ps, methods = run.parse(["--sweep", "0.9", "0.1", "--compare", "soups", "fedcmoo", "linear"])
     both = [[0.1, 0.9], [0.9, 0.1]]
     assert list(sweep.plan(config, ps, methods).items()) == [
+        ("soups", both),
         ("fedcmoo", [[0.5, 0.5]]),
         ("linear", both),
-        ("soups", both),
     ]
 
 
@@ -258,7 +266,7 @@ def test_the_same_command_keeps_finished_runs_and_prints_the_same_table(swept, w
 
 def test_a_stopped_sweep_goes_on_to_the_same_result(world, tmp_path, monkeypatch, capsys):
     asked = arguments(world, tmp_path / "stopped", compare=None, method="linear", rounds=2)
-    real, calls = run.Federation.round, []
+    real, calls = Federation.round, []
 
     def stopping(federation):
         calls.append(1)
@@ -266,7 +274,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_result(world, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return real(federation)
 
-    monkeypatch.setattr(run.Federation, "round", stopping)
+    monkeypatch.setattr(Federation, "round", stopping)
     assert run.main(asked) == 130
     monkeypatch.undo()
     assert f"--out {tmp_path / 'stopped'}" in capsys.readouterr().out
