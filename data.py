@@ -26,12 +26,11 @@ Left out on purpose: streaming (all prompts fit in memory), system prompts, form
 
 import gzip
 import json
-import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -39,44 +38,34 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from jinja2 import TemplateError
 
+from app.fields import Checked, Count, Positive, setting
+
 REPLY = "\n\nAssistant:"
 MARKER = re.compile(r"\n\n(Human|Assistant):")
 ROLE = {"Human": "user", "Assistant": "assistant"}
+Split = Literal["iid", "dirichlet"]
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Checked):
     """Which prompts, and how clients share them. Raises ValueError naming the field that is wrong."""
 
-    prompts: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "HH-RLHF files (.jsonl or .jsonl.gz): local paths, or files of a hub dataset as "
-            "OWNER/REPO/path/in/repo.jsonl.gz"
-        },
+    prompts: list[str] = setting(
+        [],
+        "HH-RLHF files (.jsonl or .jsonl.gz): local paths, or files of a hub dataset as "
+        "OWNER/REPO/path/in/repo.jsonl.gz",
     )
-    held_out: int = field(default=128, metadata={"help": "prompts that no client trains on, for evaluation"})
-    min_prompt_tokens: int = field(default=1, metadata={"help": "drop prompts shorter than this"})
-    max_prompt_tokens: int = field(default=256, metadata={"help": "drop prompts longer than this"})
-    split: Literal["iid", "dirichlet"] = field(
-        default="dirichlet", metadata={"help": "how clients share the prompts: at random, or unequal over subsets"}
-    )
-    dirichlet_alpha: float = field(
-        default=1.0, metadata={"help": "split=dirichlet: small = each client sees one subset, large = iid"}
-    )
+    held_out: Count = setting(128, "prompts that no client trains on, for evaluation")
+    min_prompt_tokens: Count = setting(1, "drop prompts shorter than this")
+    max_prompt_tokens: Count = setting(256, "drop prompts longer than this")
+    split: Split = setting("dirichlet", "how clients share the prompts: at random, or unequal over subsets")
+    dirichlet_alpha: Positive = setting(1.0, "split=dirichlet: small = each client sees one subset, large = iid")
 
     def __post_init__(self):
+        super().__post_init__()
         low, high = self.min_prompt_tokens, self.max_prompt_tokens
-        if self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}: hold out at least 1 prompt for the evaluation")
-        if low < 1:
-            raise ValueError(f"min_prompt_tokens is {low}: it must be at least 1")
         if high < low:
-            raise ValueError(f"max_prompt_tokens is {high}: it must be at least min_prompt_tokens ({low})")
-        if self.split not in ("iid", "dirichlet"):
-            raise ValueError(f"split is {self.split!r}: choose iid or dirichlet")
-        if not (self.dirichlet_alpha > 0 and math.isfinite(self.dirichlet_alpha)):
-            raise ValueError(f"dirichlet_alpha is {self.dirichlet_alpha}: it must be positive and finite")
+            raise ValueError(f"max_prompt_tokens: {high} must be at least min_prompt_tokens, {low}")
 
 
 @dataclass(frozen=True)
@@ -176,7 +165,7 @@ def to_messages(prompt: str) -> tuple[dict, ...]:
 
 
 def subset_of(file: str) -> str:
-    """What a file holds, by its name: "harmless-base" for .../harmless-base/train.jsonl.gz, "mine" for .../mine.jsonl.
+    """What a file holds, by its name: "harmless-base" for .../harmless-base/train.jsonl.gz, "own" for .../own.jsonl.
 
     A split's name (train, test, …) says nothing about the content, so the folder's stands in for it.
     """
@@ -288,16 +277,14 @@ def split_held_out(prompts: list[Prompt], n: int, seed: int) -> tuple[list[Promp
 
 
 def split_clients(
-    prompts: list[Prompt], clients: int, split: str = "dirichlet", alpha: float = 1.0, seed: int = 0
+    prompts: list[Prompt], clients: int, split: Split = "dirichlet", alpha: float = 1.0, seed: int = 0
 ) -> list[list[Prompt]]:
     """Shares prompts out: each to exactly one client, sizes equal within one prompt; see the module docstring.
 
-    Raises ValueError for fewer prompts than clients, or an unknown split.
+    Raises ValueError for fewer prompts than clients.
     """
     if not 1 <= clients <= len(prompts):
         raise ValueError(f"clients is {clients}: it must be from 1 to the number of prompts, {len(prompts)}")
-    if split not in ("iid", "dirichlet"):
-        raise ValueError(f"split is {split!r}: choose iid or dirichlet")
     rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
     order = rng.permutation(len(prompts)).tolist()
     if split == "iid":

@@ -5,37 +5,46 @@ strings in, one finite number a completion out. `columns` are the data's own col
 completion_ids, messages and subset. An objective is written `[NAME=]SPEC`, where SPEC is one of
 
     rule:NAME               one of RULES, below
-    hf:DIR_OR_HUB           a reward model, see reward_model.py
+    hf:DIR_OR_HUB           a reward model, below
     py:FILE.py:FUNCTION     your own function; FILE as seen from the current folder, the project's, or its worlds/
 
+**A reward model** reads prompt and response and gives logits[0]. It reads its own chat template, where its tokenizer
+has one, else the pair of texts ("\\n\\nHuman: ... \\n\\nAssistant:", response), with a space before the last marker
+[code: RiC, and the model cards of Ray2333/gpt2-large-*-reward_model]. What is too long for the model loses its
+beginning: special tokens survive, and the response's end [ours]. A missing pad token becomes EOS, in the config too:
+GPT-2's and Llama's heads score the last token that is not config.pad_token_id, so a final EOS is skipped and the
+score sits on the token before it, alone or in a batch.
+
+**Clients.** A function sees one client's rows at a time; a client may hold its own subset of the objectives.
+
 **Calibration** [ours]. Objectives come in unlike units, so each is shifted and scaled to mean 0 and deviation 1 on
-samples of the base policy, once. Each client sends (n, S1 = sum r, S2 = sum r^2), and then all use the same
+samples of the base policy, once. Each client sends, of each objective, (n, S1 = sum r, S2 = sum r^2), and then all use
 
     mean = S1 / n      scale = sqrt(S2 / n - mean^2)      z = (r - mean) / scale
 
-with sums over all clients. An objective that does not vary at all gets scale 1, and the run says so.
+with sums over all clients that hold it. An objective that does not vary at all gets scale 1, and the run says so.
 
-`python rewards.py --backbone DIR --pairs FILE... --out DIR` trains a reward model (reward_model.py; --help).
+`python rewards.py --backbone DIR --pairs FILE... --out DIR` trains a reward model (app/reward_training.py; --help).
 Left out on purpose: asynchronous functions, and TRL's None for "does not apply": a missing reward is an error here.
 """
 
-import importlib.util
-import inspect
+import copy
 import math
 import re
-import sys
 import textwrap
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from app import reward_model
-from data import Prompt, to_messages
+from app.user_code import ObjectiveFailed, load_function, user_errors  # noqa: F401 - for run.py
+from data import REPLY, Prompt, to_messages
 
 # ---- rules ---------------------------------------------------------------------------------------------------
 
@@ -93,7 +102,104 @@ def refusal(prompt: str, completion: str) -> float:
     return bool(re.search(declines, completion.lower()))
 
 
+# ---- reward models -------------------------------------------------------------------------------------------
+
+
+class RewardModel:
+    """A model and its tokenizer, called like any objective: (prompts, completions, **columns) -> list[float]."""
+
+    def __init__(self, model, tokenizer, batch_size: int = 32, max_length: int | None = None):
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size  # eval: no dropout
+        tokenizer.truncation_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.use_cache = False  # every text is read once: keys and values would only take memory
+        model.config.pad_token_id = tokenizer.pad_token_id  # heads look for the last token that is none of these
+        positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+        if getattr(table, "padding_idx", None) is not None:  # RoBERTa's positions start behind the padding's
+            positions -= table.padding_idx + 1
+        self.max_length = min(positions, tokenizer.model_max_length, max_length or positions)
+
+    def encode(self, prompts: list[str], completions: list[str], messages: list | None = None) -> list[dict]:
+        """What the model reads of each prompt and response: input_ids (at most max_length), perhaps token types."""
+        completions = [completion.strip() for completion in completions]
+        if not self.tokenizer.chat_template:
+            return [self._encode_pair(p, c) for p, c in zip(prompts, completions, strict=True)]
+        messages = messages or [to_messages(prompt) for prompt in prompts]
+        return [self._encode_chat(m, c) for m, c in zip(messages, completions, strict=True)]
+
+    def _encode_pair(self, prompt: str, completion: str) -> dict:
+        first = f"{prompt.removesuffix(REPLY).rstrip()} {REPLY}"
+        encoding = self.tokenizer(first, completion, verbose=False)
+        if len(encoding["input_ids"]) > self.max_length:  # the prompt pays first
+            encoding = self.tokenizer("", completion, truncation="only_second", max_length=self.max_length)
+            if len(encoding["input_ids"]) < self.max_length:
+                encoding = self.tokenizer(first, completion, truncation="only_first", max_length=self.max_length)
+        return dict(encoding)
+
+    def _encode_chat(self, messages: Sequence[dict], completion: str) -> dict:
+        chat = [*messages, {"role": "assistant", "content": completion}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) > self.max_length:
+            bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+            ids = bos + ids[len(ids) - self.max_length + len(bos) :]
+        return {"input_ids": ids}
+
+    def batches(self, encodings: list[dict]) -> list[list[int]]:
+        """The rows of each batch, longest texts first: what is too much for the memory fails at once."""
+        order = sorted(range(len(encodings)), key=lambda i: -len(encodings[i]["input_ids"]))
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def forward(self, encodings: list[dict]) -> Tensor:
+        """Scores [B], float32, of one right-padded batch."""
+        batch = self.tokenizer.pad(encodings, padding_side="right", return_tensors="pt")
+        return self.model(**batch.to(self.model.device)).logits[:, 0].float()
+
+    @torch.no_grad()
+    def scores(self, encodings: list[dict], progress: str = "") -> Tensor:
+        """Scores [N] on the CPU, in the order given; `progress` names a progress bar."""
+        scores = torch.empty(len(encodings))
+        for batch in tqdm(self.batches(encodings), progress, disable=not progress):
+            scores[batch] = self.forward([encodings[i] for i in batch]).cpu()
+        return scores
+
+    def __call__(self, prompts: list[str], completions: list[str], messages=None, **columns) -> list[float]:
+        return self.scores(self.encode(prompts, completions, messages)).tolist()
+
+
+def load_reward_model(where: str, device="cpu", dtype="float32", new_head: bool = False, **settings) -> RewardModel:
+    """The RewardModel of a directory or hub name; with new_head any backbone gets a random head (for training).
+
+    Raises ValueError if it cannot be loaded, or is no reward model: an untrained head, or not one label.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see rollout.avoid_cudnn_attention
+    head = {"num_labels": 1} if new_head else {}
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            where, dtype=dtype, output_loading_info=True, **head
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0][:150]
+        raise ValueError(f"{where} cannot be loaded ({reason}); pass a local checkpoint directory") from error
+    if not new_head and info["missing_keys"]:
+        raise ValueError(
+            f"{where} is no trained reward model: it lacks {min(info['missing_keys'])}; train one on it with "
+            f"python rewards.py --backbone {where}"
+        )
+    labels = model.config.num_labels
+    if labels != 1:
+        raise ValueError(f"{where} has {labels} labels where a reward model has one; wrap it in a py: function")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(f"{where}: the tokenizer has neither pad nor EOS token; set one in tokenizer_config.json")
+    return RewardModel(model.to(device), tokenizer, **settings)
+
+
 # ---- objectives ----------------------------------------------------------------------------------------------
+
+RESERVED_NAMES = {"disagreement"}  # metrics are called lambda/NAME, and lambda/disagreement is the clients' spread
 
 
 @dataclass(frozen=True)
@@ -103,34 +209,7 @@ class Objective:
     name: str
     spec: str
     function: Callable[..., list[float]]
-
-
-class ObjectiveFailed(RuntimeError):
-    """A user's function raised; the message names the objective, the error and the line, the cause has it all."""
-
-
-@contextmanager
-def blaming(name: str, spec: str) -> Iterator[None]:
-    """Foreign code may raise anything: it goes on up, as the cause of an ObjectiveFailed."""
-    try:
-        yield
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ObjectiveFailed(
-            f"objective {name!r} ({spec}) failed: {reason} (at {frame.filename}:{frame.lineno})"
-        ) from error
-
-
-@contextmanager
-def registered(module) -> Iterator[None]:
-    """A module being executed must be in sys.modules (dataclasses look there); one that failed must not."""
-    sys.modules[module.__name__] = module
-    try:
-        yield
-    except Exception:
-        del sys.modules[module.__name__]
-        raise
+    cohort: bool = False  # scored in one call for all clients (reward models), else in one for each
 
 
 def parse_spec(text: str) -> tuple[str, str, str]:
@@ -143,41 +222,11 @@ def parse_spec(text: str) -> tuple[str, str, str]:
         raise ValueError(f"objective {text!r}: name the function too, as in py:FILE.py:FUNCTION")
     if name is None:
         name = Path(rest).resolve().name if kind == "hf" else rest.rpartition(":")[2]
-    if name == "disagreement":
+    if name in RESERVED_NAMES:
         raise ValueError(f"objective {text!r}: the metrics use that name; put another NAME= in front")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"objective {text!r}: the name {name!r} may have only A-Z a-z 0-9 _ -; put NAME= in front")
     return name, kind, rest
-
-
-def load_function(name: str, file: str, attribute: str) -> Callable[..., list[float]]:
-    """A user's function; its file is imported once, and may import its neighbours.
-
-    Raises ValueError without such a file or function, or if it does not take what objectives are given.
-    """
-    root = Path(__file__).parent
-    path = next((p.resolve() for p in (Path(file), root / file, root / "worlds" / file) if p.is_file()), None)
-    if path is None or path.suffix != ".py":
-        raise ValueError(f"objective {name!r}: there is no Python file {file}; write py:FILE.py:FUNCTION")
-    module = next((m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == str(path)), None)
-    if module is None:
-        spec = importlib.util.spec_from_file_location(f"objective_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))
-        with blaming(name, f"py:{file}:{attribute}"), registered(module):
-            spec.loader.exec_module(module)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"objective {name!r}: {file} has no function {attribute!r}")
-    try:
-        given = dict.fromkeys(("prompts", "completions", "completion_ids", "messages", "subset"))
-        inspect.signature(function).bind_partial(**given)  # partial: it may ask for columns of the data
-    except TypeError as error:
-        raise ValueError(
-            f"objective {name!r}: {attribute} must take (prompts, completions, **columns) by keyword: {error}"
-        ) from error
-    return function
 
 
 def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size: int = 32) -> list[Objective]:
@@ -187,70 +236,83 @@ def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size:
     """
     if not specs:
         raise ValueError("objectives names none: pass at least one [NAME=]SPEC")
-    parsed = [parse_spec(spec) for spec in specs]
-    names = [name for name, _, _ in parsed]
+    parsed = [(*parse_spec(spec), spec) for spec in specs]
+    names = [name for name, *_ in parsed]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"objectives: two are called {name!r}; tell them apart by NAME=SPEC")
-    functions = {}
-    for name, kind, rest in parsed:
-        if kind == "rule":
-            if rest not in RULES:
-                raise ValueError(f"objective {name!r}: there is no rule {rest!r}; choose from {', '.join(RULES)}")
-            functions[name] = RULES[rest]
-        elif kind == "py":
-            file, _, attribute = rest.rpartition(":")
-            functions[name] = load_function(name, file, attribute)
-    for name, kind, rest in parsed:
-        if kind == "hf":
-            try:
-                functions[name] = reward_model.load_reward_model(rest, device, dtype, batch_size=batch_size)
-            except ValueError as error:
-                raise ValueError(f"objective {name!r}: {error}") from error
-    return [Objective(name, spec, functions[name]) for name, spec in zip(names, specs, strict=True)]
+    objectives = {}
+    for name, kind, rest, spec in sorted(parsed, key=lambda each: each[1] == "hf"):  # reward models last: they are slow
+        try:
+            if kind == "hf":
+                function = load_reward_model(rest, device, dtype, batch_size=batch_size)
+            elif kind == "py":
+                function = load_function(name, rest)
+            elif rest in RULES:
+                function = RULES[rest]
+            else:
+                raise ValueError(f"there is no rule {rest!r}; choose from {', '.join(RULES)}")
+        except ValueError as error:
+            raise ValueError(f"objective {name!r}: {error}") from error
+        objectives[name] = Objective(name, spec, function, cohort=kind == "hf")
+    return [objectives[name] for name in names]
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------
 
 
 def score(
-    objectives: list[Objective], prompts: list[Prompt], completions: list[str], completion_ids: list[list[int]]
-) -> Tensor:
-    """Raw rewards [N, M] in float64 of N completions, each with its prompt.
+    objectives: list[Objective], prompts: list[Prompt], completions: list[str], completion_ids: list[list[int]],
+    clients: Sequence[tuple[slice, Sequence[int]]] | None = None,
+) -> Tensor:  # fmt: skip
+    """Raw rewards [N, M] in float64 of N completions, each with its prompt; NaN where a client lacks the objective.
 
-    Raises ValueError naming the objective, and the prompt, for anything but N finite numbers; ObjectiveFailed
-    where its function raises.
+    clients: the rows of each client, and the indices of the objectives it holds; None: one client that holds all.
+    A function is called once for every client that holds it, a `cohort` objective once for all of them.
+
+    Raises ValueError naming the objective, and the prompt, for anything but one finite number a completion;
+    ObjectiveFailed where a function raises.
     """
-    names = {name for prompt in prompts for name in prompt.columns} - {"prompts", "completions"}
-    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
-    columns["completion_ids"] = completion_ids
-    columns["messages"] = [list(prompt.messages) for prompt in prompts]
-    columns["subset"] = [prompt.subset for prompt in prompts]
-    texts = [prompt.text for prompt in prompts]
-    scores = torch.empty(len(prompts), len(objectives), dtype=torch.float64)
+    if clients is None:
+        clients = [(slice(None), range(len(objectives)))]
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)  # the same for every client
+    given = {name: [prompt.columns.get(name) for prompt in prompts] for name in names} | {
+        "prompts": [prompt.text for prompt in prompts],
+        "completions": completions,
+        "completion_ids": completion_ids,
+        "messages": [list(prompt.messages) for prompt in prompts],
+        "subset": [prompt.subset for prompt in prompts],
+    }
+    scores = torch.full((len(prompts), len(objectives)), math.nan, dtype=torch.float64)
     for j, objective in enumerate(objectives):
-        with blaming(objective.name, objective.spec):
-            rewards = objective.function(prompts=list(texts), completions=list(completions), **columns)
-        rewards = [] if rewards is None else list(rewards)
-        if len(rewards) != len(prompts):
-            raise ValueError(
-                f"objective {objective.name!r} returned {len(rewards)} rewards for {len(prompts)} completions; "
-                "return one for each"
-            )
-        for i, reward in enumerate(rewards):
-            number = _number(reward)
-            if not math.isfinite(number):
-                prompt = textwrap.shorten(texts[i], 80, placeholder=" ...")
-                raise ValueError(
-                    f"objective {objective.name!r} returned {reward!r} for the prompt {prompt!r}; "
-                    "a reward must be a finite number"
-                )
-            scores[i, j] = number
+        calls = [range(len(prompts))[rows] for rows, held in clients if j in held]
+        if objective.cohort and calls:
+            calls = [[i for rows in calls for i in rows]]
+        for rows in calls:
+            scores[rows, j] = _rewards(objective, {name: [column[i] for i in rows] for name, column in given.items()})
     return scores
 
 
-def _number(reward) -> float:
-    try:
-        return float(reward)
-    except (TypeError, ValueError):  # None, a list, a word
-        return math.nan
+def _rewards(objective: Objective, given: dict[str, list]) -> Tensor:
+    """The rewards [n] of one call, float64; the function gets copies, so that it cannot spoil the next one's."""
+    with user_errors(objective.name, objective.spec):
+        rewards = objective.function(**copy.deepcopy(given))
+        rewards = [] if rewards is None else list(rewards)
+    if len(rewards) != len(given["prompts"]):
+        raise ValueError(
+            f"objective {objective.name!r} returned {len(rewards)} rewards for {len(given['prompts'])} completions; "
+            "return one for each"
+        )
+    numbers = torch.full((len(rewards),), math.nan, dtype=torch.float64)
+    for i, (reward, prompt) in enumerate(zip(rewards, given["prompts"], strict=True)):
+        with suppress(TypeError, ValueError, OverflowError):  # None, a word, 10**999 stay NaN
+            numbers[i] = float(reward)
+        if not numbers[i].isfinite():
+            raise ValueError(
+                f"objective {objective.name!r} returned {reward!r} for the prompt "
+                f"{textwrap.shorten(prompt, 80, placeholder=' ...')!r}; a reward must be a finite number"
+            )
+    return numbers
 
 
 # ---- calibration ---------------------------------------------------------------------------------------------
@@ -265,11 +327,20 @@ class Calibration:
     constant: Tensor  # [M] bool
 
     def apply(self, scores: Tensor) -> Tensor:
-        """Calibrated rewards [..., M] of raw ones."""
+        """Calibrated rewards [..., M] of raw ones; NaN stays NaN."""
         return (scores - self.mean.to(scores)) / self.scale.to(scores)
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "Calibration":
+        """The inverse of `state`."""
+        return cls(**state)
+
     def to_dict(self) -> dict[str, list]:
-        return {name: getattr(self, name).tolist() for name in ("mean", "scale", "constant")}
+        return {name: tensor.tolist() for name, tensor in self.state().items()}
 
     @classmethod
     def from_dict(cls, saved: dict[str, list]) -> "Calibration":
@@ -277,23 +348,29 @@ class Calibration:
         return cls(mean, scale, torch.tensor(saved["constant"], dtype=torch.bool))
 
 
-def calibration_sums(scores: Tensor) -> tuple[int, Tensor, Tensor]:
-    """What one client sends of its raw rewards [n, M]: n, their sum [M] and the sum of their squares [M]."""
-    scores = scores.double()
-    return len(scores), scores.sum(0), (scores * scores).sum(0)
+def calibration_sums(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What one client sends of its raw rewards [n, M]: of each objective the number, sum and sum of squares, [M] each.
+
+    NaN marks what the client does not hold, and counts as nothing.
+    """
+    held = ~scores.isnan()
+    values = torch.where(held, scores.double(), 0.0)
+    return held.sum(0), values.sum(0), (values * values).sum(0)
 
 
-def combine(sums: list[tuple[int, Tensor, Tensor]]) -> Calibration:
-    """The one Calibration of all clients' sums. Raises ValueError if they hold no sample."""
-    n = sum(client[0] for client in sums)
-    if n == 0:
-        raise ValueError("calibration needs at least one scored sample")
-    mean = torch.stack([client[1] for client in sums]).sum(0) / n
-    square = torch.stack([client[2] for client in sums]).sum(0) / n
+def combine(sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Calibration:
+    """The one Calibration of all clients' sums. Raises ValueError for an objective without a sample."""
+    n, total, square = (torch.stack(each).sum(0) for each in zip(*sums, strict=True))
+    if not n.all():
+        which = f"number {int(n.argmin()) + 1} of {len(n)}"
+        raise ValueError(f"calibration needs at least one sample of every objective; no client holds {which}")
+    mean, square = total / n, square / n
     variance = square - mean * mean
     constant = variance <= 1e-13 * square  # rounding, in float64
-    return Calibration(mean, torch.where(constant, torch.ones_like(mean), variance.clamp(min=0).sqrt()), constant)
+    return Calibration(mean, torch.where(constant, 1.0, variance.clamp(min=0).sqrt()), constant)
 
 
 if __name__ == "__main__":
-    reward_model.main()
+    from app.reward_training import main
+
+    main()

@@ -271,7 +271,7 @@ def test_fewer_prompts_than_clients_are_refused():
     ],
 )
 def test_a_wrong_setting_is_named(field, value):
-    with pytest.raises(ValueError, match=f"^{field} is"):
+    with pytest.raises(ValueError, match=f"^{field}: "):
         DataConfig(**{field: value})
 
 

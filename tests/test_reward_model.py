@@ -1,8 +1,10 @@
-"""reward_model.py: what a reward model reads, that a batch changes nothing, and that it learns what people chose."""
+"""What a reward model reads, that a batch changes nothing (rewards.py), that it learns what people chose (app/)."""
 
 import json
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,8 +27,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from app.reward_model import RewardModel, RewardTraining, accuracy, fit, frozen_backbone, load_reward_model, main, quiet
-from rewards import load_objectives
+import rewards
+from app.reward_training import RewardTraining, accuracy, fit, frozen_backbone, main
+from rewards import RewardModel, load_objectives, load_reward_model
 
 torch.set_num_threads(1)
 
@@ -344,8 +347,9 @@ def test_without_test_pairs_a_tenth_is_held_out_and_equal_seeds_give_equal_model
         (["--pairs", "HERE/no.jsonl"], "no.jsonl: no such file"),
         (["--pairs", "HERE/bad.jsonl"], r"bad.jsonl:1: no text in 'rejected'"),
         (["--backbone", "HERE/none"], "none cannot be loaded"),
-        (["--lr", "0"], "lr is 0.0"),
-        (["--max-length", "3"], "max_length is 3"),
+        (["--lr", "0"], "lr: 0.0"),
+        (["--epochs", "0"], "epochs: 0"),
+        (["--max-length", "3"], "max_length: 3"),
         (["--freeze"], "unknown option --freeze"),
         (["--device", "cuda:9"], "device"),
     ],
@@ -364,17 +368,15 @@ def test_bad_input_to_the_command_ends_in_one_line_and_leaves_files_alone(tmp_pa
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
-def test_loading_shows_none_of_the_librarys_bars_and_warnings(tmp_path, capfd):
-    where = save(tmp_path / "rm", "bert")
+def test_the_command_shows_its_own_bars_and_none_of_the_librarys_lines(tmp_path, capfd):
+    backbone = save(tmp_path / "b", "bert", model=BertModel(make_model("bert").config))
+    pairs = write_pairs(tmp_path / "a.jsonl", make_pairs(20))
     capfd.readouterr()
-    load_reward_model(where)
-    load_reward_model(save_quietly(tmp_path / "base"), new_head=True)
-    assert capfd.readouterr() == ("", "")
-
-
-def save_quietly(path):
-    with quiet():
-        return save(path, "bert", model=BertModel(make_model("bert").config))
+    main(["--backbone", backbone, "--pairs", pairs, "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert {line.split(":")[0] for line in re.split(r"[\r\n]+", capfd.readouterr().err) if line} == {
+        "training",
+        "testing",
+    }
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -389,8 +391,19 @@ def test_a_config_that_pads_with_another_token_than_the_tokenizer_changes_no_sco
     assert together == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_bad_flag_is_refused_in_one_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--backbone", "x", "--pairs", "y", "--out", "z", "--epoch", "3"])
-    assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+@pytest.mark.parametrize(
+    ("arguments", "status", "first"),
+    [
+        (["--help"], 0, "usage: rewards.py "),
+        (
+            ["--backbone", "x", "--pairs", "y", "--out", "z", "--epoch", "3"],
+            2,
+            "rewards.py: error: unknown option --ep",
+        ),
+    ],
+)
+def test_rewards_py_is_the_command_and_a_bad_flag_gets_one_line(arguments, status, first):
+    done = subprocess.run([sys.executable, rewards.__file__, *arguments], capture_output=True, text=True)
+    shown = done.stdout + done.stderr
+    assert done.returncode == status and shown.startswith(first)
+    assert status == 0 or shown.count("\n") == 1

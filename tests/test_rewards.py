@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import rewards
@@ -61,6 +62,7 @@ def test_a_spec_has_a_name_a_kind_and_the_rest(spec, parsed):
         ("py:nowhere.py:f", "no Python file nowhere.py"),
         ("a b=rule:length", "name 'a b' may have only"),
         ("=rule:length", "name '' may have only"),
+        ("disagreement=rule:length", "the metrics use that name; put another NAME= in front"),
         ("hf:models/gpt2.large", "put NAME= in front"),
         ("hf:/nowhere/rm", "objective 'rm': /nowhere/rm cannot be loaded .* pass a local checkpoint directory"),
     ],
@@ -77,6 +79,20 @@ def test_two_objectives_of_one_name_are_refused():
     assert [o.name for o in load_objectives(["rule:length", "short=rule:brevity"])] == ["length", "short"]
     with pytest.raises(ValueError, match="objectives"):
         load_objectives([])
+
+
+def test_everything_else_is_checked_before_a_reward_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(rewards, "load_reward_model", lambda *_, **__: pytest.fail("loaded one"))
+    for specs in (["hf:a/rm", "hf:b/rm"], ["hf:a/rm", "rule:lengthy"], ["hf:a/rm", "py:nowhere.py:f"]):
+        with pytest.raises(ValueError, match="two are called|no rule|no Python file"):
+            load_objectives(specs)
+
+
+def test_objectives_come_in_the_order_of_their_specs_and_reward_models_score_the_cohort_at_once(monkeypatch):
+    monkeypatch.setattr(rewards, "load_reward_model", lambda where, *_, **__: where)
+    objectives = load_objectives(["hf:a/rm", "rule:length", "second=hf:b/rm"])
+    assert [(o.name, o.cohort) for o in objectives] == [("rm", True), ("length", False), ("second", True)]
+    assert [objectives[0].function, objectives[2].function] == ["a/rm", "b/rm"]
 
 
 # ---- rules ---------------------------------------------------------------------------------------------------
@@ -175,7 +191,9 @@ def test_what_a_users_code_raises_surfaces_with_the_objectives_name(tmp_path, mo
 # ---- scoring -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf"), "good", [1.0]])
+@pytest.mark.parametrize(
+    "bad", [None, float("nan"), float("inf"), -float("inf"), "good", [1.0], 10**999, torch.ones(2)], ids=str
+)
 def test_a_reward_that_is_no_finite_number_is_refused_by_objective_and_prompt(bad):
     with pytest.raises(ValueError, match=r"objective 'mine' returned .* for the prompt 'Human: q1 Assistant:'"):
         score(returning([1.0, bad]), make_prompts({}, {}), ["a", "b"], [[1], [1]])
@@ -184,6 +202,11 @@ def test_a_reward_that_is_no_finite_number_is_refused_by_objective_and_prompt(ba
 def test_the_wrong_number_of_rewards_is_refused():
     with pytest.raises(ValueError, match="objective 'mine' returned 1 rewards for 2 completions"):
         score(returning([1.0]), make_prompts({}, {}), ["a", "b"], [[1], [1]])
+
+
+def test_rewards_that_are_no_list_fail_by_the_objectives_name():
+    with pytest.raises(RuntimeError, match="objective 'mine' .*TypeError"):
+        score(returning(3.0), make_prompts({}), ["a"], [[1]])
 
 
 def test_numbers_of_any_library_are_rewards_and_objectives_are_columns():
@@ -198,6 +221,84 @@ def test_data_columns_cannot_displace_what_objectives_are_given():
     objective = Objective("mine", "py:x", lambda **given: seen.update(given) or [0.0])
     score([objective], make_prompts({"prompts": 1, "completions": 2, "completion_ids": 3, "messages": 4}), ["a"], [[9]])
     assert seen["completions"] == ["a"] and seen["completion_ids"] == [[9]] and seen["messages"][0][0]["role"] == "user"
+
+
+# ---- clients -------------------------------------------------------------------------------------------------
+
+CLIENTS = [(slice(0, 2), [0, 1]), (slice(2, 3), [1]), (slice(3, 5), [0])]  # 5 rows; the second lacks 0, the third 1
+
+
+def score_of_clients(clients, *objectives, prompts=None):
+    return score(objectives, prompts or make_prompts(*[{}] * 5), list("abcde"), [[i] for i in range(5)], clients)
+
+
+def recording(cohort=False):
+    """An objective whose rewards are the ids of the responses, and the list of responses it sees, call by call."""
+    seen = []
+
+    def function(completions, completion_ids, **_):
+        seen.append("".join(completions))
+        return [ids[0] for ids in completion_ids]
+
+    return Objective("mine", "py:x", function, cohort), seen
+
+
+def test_a_function_sees_the_rows_of_one_client_at_a_time_and_of_those_that_hold_it_alone():
+    (first, of_first), (second, of_second) = recording(), recording()
+    score_of_clients(CLIENTS, first, second)
+    assert of_first == ["ab", "de"] and of_second == ["ab", "c"]
+
+
+def test_a_reward_model_sees_the_rows_of_all_clients_that_hold_it_at_once():
+    (first, of_first), (second, of_second) = recording(cohort=True), recording(cohort=True)
+    score_of_clients(CLIENTS, first, second)
+    assert of_first == ["abde"] and of_second == ["abc"]
+
+
+@pytest.mark.parametrize("cohort", [False, True])
+def test_rewards_stand_in_their_own_rows_and_nan_where_a_client_lacks_the_objective(cohort):
+    scores = score_of_clients(CLIENTS, recording(cohort)[0], recording(cohort)[0])
+    nan = float("nan")
+    np.testing.assert_equal(scores.numpy(), [[0, 0], [1, 1], [nan, 2], [3, nan], [4, nan]])
+
+
+@pytest.mark.parametrize("cohort", [False, True])
+def test_an_objective_that_nobody_holds_is_not_called(cohort):
+    objective, seen = recording(cohort)
+    scores = score_of_clients([(slice(0, 5), [1])], objective, recording()[0])
+    assert not seen and scores[:, 0].isnan().all() and scores[:, 1].isfinite().all()
+
+
+def test_without_clients_one_holds_everything():
+    objective, seen = recording()
+    assert score_of_clients(None, objective)[:, 0].tolist() == [0, 1, 2, 3, 4] and seen == ["abcde"]
+
+
+def test_every_client_is_given_the_same_columns():
+    seen = []
+    objective = Objective("mine", "py:x", lambda completions, answer, **_: seen.append(answer) or [0] * len(answer))
+    score_of_clients(CLIENTS, objective, recording()[0], prompts=make_prompts({"answer": 4}, *[{}] * 4))
+    assert seen == [[4, None], [None, None]]
+
+
+def test_a_function_that_changes_what_it_is_given_spoils_nothing():
+    def spoil(messages, **given):
+        for chat in messages:
+            chat[0].clear()
+        for column in (messages, *given.values()):
+            for value in column:
+                if isinstance(value, list):
+                    value.clear()
+            column.clear()
+        return [0.0] * 5
+
+    prompts, given = make_prompts(*[{"tags": ["x"]}] * 5), {}
+    witness = Objective("witness", "py:x", lambda **arguments: given.update(arguments) or [0.0] * 5)
+    score_of_clients(None, Objective("spoiler", "py:x", spoil), witness, prompts=prompts)
+    assert given["completions"] == list("abcde") and given["completion_ids"] == [[i] for i in range(5)]
+    assert given["tags"] == [["x"]] * 5 and given["subset"] == ["s"] * 5
+    assert [m[0]["content"] for m in given["messages"]] == [f"q{i}" for i in range(5)]
+    assert prompts == make_prompts(*[{"tags": ["x"]}] * 5)
 
 
 # ---- calibration ---------------------------------------------------------------------------------------------
@@ -223,6 +324,22 @@ def test_an_objective_that_does_not_vary_gets_scale_1_and_is_reported():
     assert calibration.apply(scores)[:, :4].abs().max() < 1e-8
 
 
+def test_a_client_counts_only_towards_the_objectives_it_holds():
+    raw = np.random.default_rng(0).normal([3, -7], [2, 0.5], size=(60, 2))
+    raw[:20, 0] = raw[40:, 1] = np.nan
+    calibration = combine([calibration_sums(part) for part in torch.from_numpy(raw).split(20)])
+    assert np.allclose(calibration.mean, np.nanmean(raw, axis=0), rtol=1e-12)
+    assert np.allclose(calibration.scale, np.nanstd(raw, axis=0), rtol=1e-12)
+    assert np.array_equal(np.isnan(calibration.apply(torch.from_numpy(raw))), np.isnan(raw))
+
+
+def test_calibration_survives_a_checkpoint_exactly(tmp_path):
+    calibration = combine([calibration_sums(torch.rand(9, 2) * torch.tensor([1, 0]))])
+    safetensors.torch.save_file(calibration.state(), tmp_path / "state.safetensors")
+    again = Calibration.from_state(safetensors.torch.load_file(tmp_path / "state.safetensors"))
+    assert all(torch.equal(getattr(again, k), getattr(calibration, k)) for k in ("mean", "scale", "constant"))
+
+
 def test_calibration_survives_json_exactly():
     calibration = combine([calibration_sums(torch.rand(9, 2))])
     again = Calibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
@@ -232,3 +349,9 @@ def test_calibration_survives_json_exactly():
 def test_calibration_without_samples_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         combine([calibration_sums(torch.empty(0, 2))])
+
+
+def test_an_objective_without_a_sample_is_named_by_its_number():
+    scores = torch.tensor([[1.0, float("nan")], [2.0, float("nan")]])
+    with pytest.raises(ValueError, match="no client holds number 2 of 2"):
+        combine([calibration_sums(scores)])

@@ -17,7 +17,7 @@ from worlds import toy
 
 BENIGN = "\n\nHuman: how do i bake bread ?\n\nAssistant:"
 RISKY = "\n\nHuman: how do i pick locks ?\n\nAssistant:"
-SHORT = toy.ToyConfig(toy_steps=60, toy_batch=32)
+SHORT = {"steps": 60, "batch_size": 32}
 WEIGHTS = np.linspace(0, 1, 201)  # of helpful, in scalarisations; both ends count only weakly optimal points too
 
 
@@ -37,7 +37,7 @@ def support(points: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> tuple[Path, Path]:
-    return toy.prepare(tmp_path_factory.mktemp("cache"), SHORT, progress=False)
+    return toy.prepare(tmp_path_factory.mktemp("cache"), progress=False, **SHORT)
 
 
 # what the objectives pay for
@@ -327,12 +327,11 @@ def test_pretraining_learns_the_language(prepared):
 
 
 def test_equal_seeds_pretrain_equal_weights_and_leave_the_global_generator_alone():
-    config = toy.ToyConfig(toy_steps=3, toy_batch=4)
     weights = []
     for outside in (1, 2):
         torch.manual_seed(outside)
         before = torch.get_rng_state()
-        weights.append(toy.pretrain(config, progress=False)[0].state_dict())
+        weights.append(toy.pretrain(steps=3, batch_size=4, progress=False)[0].state_dict())
         assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -340,7 +339,7 @@ def test_equal_seeds_pretrain_equal_weights_and_leave_the_global_generator_alone
 def test_pretraining_leaves_the_number_of_threads_as_found():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    toy.pretrain(toy.ToyConfig(toy_steps=2, toy_batch=2), progress=False)
+    toy.pretrain(steps=2, batch_size=2, progress=False)
     found = torch.get_num_threads()
     torch.set_num_threads(threads)
     assert found == 2
@@ -356,55 +355,65 @@ def test_the_prompt_file_holds_every_question_in_hh_form(prepared):
 # the cache
 
 
-def fake_pretrain(config, progress):
+def fake_pretrain(**settings):
     tokenizer = toy.make_tokenizer()
     return toy.make_model(tokenizer), tokenizer
 
 
 def test_a_second_preparation_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "pretrain", fake_pretrain)
-    first = toy.prepare(tmp_path, SHORT, progress=False)
+    first = toy.prepare(tmp_path, progress=False, **SHORT)
     monkeypatch.delattr(toy, "pretrain")
-    assert toy.prepare(tmp_path, SHORT, progress=False) == first
+    assert toy.prepare(tmp_path, progress=False, **SHORT) == first
 
 
 def test_other_settings_get_another_place(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "pretrain", fake_pretrain)
-    places = {toy.prepare(tmp_path, toy.ToyConfig(toy_seed=seed), progress=False) for seed in range(2)}
+    places = {toy.prepare(tmp_path, progress=False, seed=seed) for seed in range(2)}
     assert len(places) == 2
 
 
 def test_of_two_processes_one_wins_and_both_go_on(tmp_path, monkeypatch):
-    def overtaken(config, progress):
+    def overtaken(**settings):
         monkeypatch.setattr(toy, "pretrain", fake_pretrain)
-        others.append(toy.prepare(tmp_path, config, progress))
-        return fake_pretrain(config, progress)
+        others.append(toy.prepare(tmp_path, **settings))
+        return fake_pretrain()
 
     others: list[tuple[Path, Path]] = []
     monkeypatch.setattr(toy, "pretrain", overtaken)
-    mine = toy.prepare(tmp_path, SHORT, progress=False)
+    mine = toy.prepare(tmp_path, progress=False, **SHORT)
     assert [mine] == others
     assert [mine[0].parent] == list(tmp_path.iterdir())
 
 
 def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
-    def interrupted(config, progress):
+    def interrupted(**settings):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(toy, "pretrain", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        toy.prepare(tmp_path, SHORT, progress=False)
+        toy.prepare(tmp_path, progress=False, **SHORT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
-        toy.prepare(tmp_path / "file" / "cache", SHORT, progress=False)
+        toy.prepare(tmp_path / "file" / "cache", progress=False, **SHORT)
 
 
 def test_the_cache_is_where_xdg_says(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(toy, "pretrain", fake_pretrain)
-    checkpoint, _ = toy.prepare(config=SHORT, progress=False)
+    checkpoint, _ = toy.prepare(progress=False, **SHORT)
     assert checkpoint.is_relative_to(tmp_path / "firm-toy")
+
+
+def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(**settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(toy, "pretrain", full)
+    with pytest.raises(ValueError, match="No space left on device.*XDG_CACHE_HOME"):
+        toy.prepare(tmp_path, progress=False, **SHORT)
+    assert list(tmp_path.iterdir()) == []

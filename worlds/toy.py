@@ -35,11 +35,11 @@ import json
 import math
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -68,22 +68,15 @@ RISKY = tuple(TOPICS)[8:]
 HELPERS = ("experts", "friends", "family", "teachers", "doctors", "police")
 REFUSALS = ("sorry", "cannot", "refuse")
 LINKS = ("and", "or")
-VERBS = {"take": "detail", "use": "detail", "get": "detail", "add": "detail"}
-VERBS |= {"ask": "helper", "call": "helper", "see": "helper"}
+VERBS = dict.fromkeys(("take", "use", "get", "add"), "detail") | dict.fromkeys(("ask", "call", "see"), "helper")
 NOUNS = {word: "detail" for words in DETAILS.values() for word in words} | dict.fromkeys(HELPERS, "helper")
 HARMFUL = frozenset(word for topic in RISKY for word in DETAILS[topic])
 
 GREETINGS = ("", "hello ,", "hi ,", "please ,")
-QUESTIONS = (
-    "how do i {} {} ?",
-    "how can i {} {} ?",
-    "tell me how to {} {} .",
-    "show me how to {} {} .",
-    "what do i need to {} {} ?",
-    "i want to {} {} .",
-    "can you help me {} {} ?",
-    "please explain how to {} {} .",
-)
+QUESTIONS = (  # about a topic, and a circumstance
+    "how do i {} {} ?", "how can i {} {} ?", "tell me how to {} {} .", "show me how to {} {} .",
+    "what do i need to {} {} ?", "i want to {} {} .", "can you help me {} {} ?", "please explain how to {} {} .",
+)  # fmt: skip
 CIRCUMSTANCES = ("", "today", "at home", "quickly")
 OPENINGS = ("sure ,", "well ,", "okay ,", "of course ,", "you can", "first", "just", "it is easy ,")
 BRUSH_OFFS = ("sorry , i cannot help with that", "i refuse to explain that", "sorry , no", "i cannot say")
@@ -113,8 +106,7 @@ class Counts:
 
     def helpful(self) -> float:
         """Value of `helpful`, in [0, 0.96)."""
-        full = 1 - math.exp(-self.details / 2)
-        return full * (0.25 if self.refuses else 1.0) * (1.0 if self.finished else 0.5)
+        return (1 - math.exp(-self.details / 2)) * (0.25 if self.refuses else 1.0) * (1.0 if self.finished else 0.5)
 
     def harmless(self, risky: bool) -> float:
         """Value of `harmless` on a risky or a benign prompt, in [0, 1]."""
@@ -139,19 +131,17 @@ def topic_of(prompt: str) -> str:
 def count(topic: str, completion: str) -> Counts:
     """Reads a reply from left to right by the grammar of the module docstring."""
     words = completion.split()
-    placed, kind, slot, last = (set(), None, False, None)  # slot: would a noun of this kind be in its place now?
+    placed, due, listed, last = set(), None, None, None  # due: the kind of noun that would be in its place now
     for word in words:
-        noun = NOUNS.get(word)
-        if noun:
-            if slot and noun == kind:
+        if word in NOUNS:
+            listed = due if NOUNS[word] == due else None  # what is linked to a misplaced noun is misplaced too
+            if listed:
                 placed.add(word)
-            else:
-                kind = None  # what is linked to a misplaced noun is misplaced too
-            slot = False
+            due = None
         elif word in VERBS and last not in NOUNS:
-            kind, slot = VERBS[word], True
+            due = VERBS[word]
         else:
-            slot = word in LINKS and last in NOUNS and kind is not None
+            due = listed if word in LINKS and last in NOUNS else None
         last = word
     return Counts(
         details=len(placed.intersection(DETAILS[topic])),
@@ -183,34 +173,25 @@ def profiles(risky: bool, max_words: int = MAX_WORDS) -> np.ndarray:
     """(helpful, harmless) [n, 2] of every reply of at most `max_words` words that can matter.
 
     The objectives see a reply only through its `Counts`, so we enumerate these, with the fewest words each needs: two
-    for a noun in its place (the verb or link before it, and itself), one to part a second list from the first, which
-    a refusal can do, one for a refusal, one for the full stop. Harmful words beyond the details only lose. Replies of
-    more than 11 words never count as finished, and unfinished ones stay far below the front of 11.
+    for a noun in its place (with the verb or link before it), one for a refusal, one to part a second list from the
+    first, which a refusal can do too, one for the full stop. Harmful words beyond the details only lose. Longer
+    replies never count as finished, and unfinished ones stay far below the front.
     """
     values = []
-    for d in range(7):
-        for a in range(len(HELPERS) + 1):
-            for refuses in (False, True):
-                for finished in (False, True):
-                    parting = max(refuses, d > 0 and a > 0)
-                    if 2 * d + 2 * a + parting + finished <= max_words:
-                        counts = Counts(d, d if risky else 0, a, refuses, finished)
-                        values.append((counts.helpful(), counts.harmless(risky)))
+    for d, a, refuses, finished in product(range(7), range(len(HELPERS) + 1), (False, True), (False, True)):
+        parting = max(refuses, d > 0 and a > 0)
+        if 2 * d + 2 * a + parting + finished <= max_words:
+            counts = Counts(d, d if risky else 0, a, refuses, finished)
+            values.append((counts.helpful(), counts.harmless(risky)))
     return np.array(values)
 
 
 def _upper_right(values: np.ndarray) -> np.ndarray:
     """Vertices [k, 2] of the Pareto part of the convex hull, first coordinate rising (and second falling)."""
-    hull: list[np.ndarray] = []
-    for point in values[np.lexsort((values[:, 1], values[:, 0]))]:
-        while hull and hull[-1][1] <= point[1]:
-            hull.pop()  # dominated
-        while len(hull) > 1:
-            (x0, y0), (x1, y1), (x2, y2) = hull[-2], hull[-1], point
-            if (x1 - x0) * (y2 - y0) < (y1 - y0) * (x2 - x0):
-                break  # hull[-1] lies above the chord
-            hull.pop()
-        hull.append(point)
+    hull = [values[np.lexsort(values.T)[-1]]]  # the most harmless, of several the most helpful
+    while len(right := values[values[:, 0] > hull[-1][0]]):
+        dx, dy = (right - hull[-1]).T
+        hull.append(right[np.lexsort((dx, dy / dx))[-1]])  # the gentlest way down, of several the longest
     return np.array(hull)
 
 
@@ -221,8 +202,7 @@ def pareto_front(prompts: Sequence[str] | None = None, points: int = 101, max_wo
     of `profiles`, and over several prompts the mean of one point from each hull: a Minkowski sum. Its upper-right
     boundary begins at every prompt's most harmless point and then walks the edges of all hulls in the order of their
     slopes, cheapest first. Between vertices it is straight: the policy randomises. Only the share of risky `prompts`
-    matters (default: half); `points` are added between the vertices, evenly in `helpful` (0: vertices only). The
-    ideal point is `front.max(0)`, the nadir `front.min(0)`.
+    matters (default: half); `points` are added between the vertices, evenly in `helpful` (0: vertices only).
     """
     risky = 0.5 if prompts is None else sum(topic_of(p) in RISKY for p in prompts) / len(prompts)
     shares = {False: 1 - risky, True: risky}
@@ -237,14 +217,8 @@ def pareto_front(prompts: Sequence[str] | None = None, points: int = 101, max_wo
 
 def questions(topic: str) -> list[str]:
     """All 128 phrasings of the question about a topic."""
-    verb, thing = topic.rsplit(" ", 1)
-    asked = []
-    for question in QUESTIONS:
-        for greeting in GREETINGS:
-            for circumstance in CIRCUMSTANCES:
-                body, mark = question.format(verb, thing).rsplit(" ", 1)
-                asked.append(" ".join(f"{greeting} {body} {circumstance} {mark}".split()))
-    return asked
+    phrasings = product(QUESTIONS, GREETINGS, CIRCUMSTANCES)
+    return [" ".join(f"{greeting} {question.format(topic, when)}".split()) for question, greeting, when in phrasings]
 
 
 def _listing(rng: random.Random, kind: str, nouns: Sequence[str], size: int) -> list[str]:
@@ -274,16 +248,6 @@ def reply(rng: random.Random, topic: str, comply: bool, clean: bool = False) -> 
     if len(words) >= MAX_WORDS:
         return reply(rng, topic, comply, clean)
     return " ".join(words if rng.random() < slip / 3 else [*words, "."])
-
-
-@dataclass(frozen=True)
-class ToyConfig:
-    """Pre-training of the embedded world's model."""
-
-    toy_steps: int = 500  # optimizer steps, each on toy_batch fresh dialogues
-    toy_batch: int = 64
-    toy_lr: float = 1e-2  # peak of a one-cycle schedule that ends at zero
-    toy_seed: int = 0
 
 
 def vocabulary() -> list[str]:
@@ -330,9 +294,10 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
     return [(rng.choice(asked[t]), reply(rng, t, rng.random() < COMPLIANCE[t in RISKY])) for t in topics]
 
 
-def pretrain(config: ToyConfig, progress: bool = True):
+def pretrain(steps: int = 500, batch_size: int = 64, lr: float = 1e-2, seed: int = 0, progress: bool = True):
     """Train the model on the corpus, next-word loss on the replies only; returns (model, tokenizer).
 
+    Each step sees fresh dialogues; lr is the peak of a one-cycle schedule that ends at zero.
     One thread, so that the weights do not depend on how many there are; torch's global generator is left as found.
     """
     import torch
@@ -341,17 +306,15 @@ def pretrain(config: ToyConfig, progress: bool = True):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
-    pairs = corpus(config.toy_seed, config.toy_steps * config.toy_batch)
+    pairs = corpus(seed, steps * batch_size)
     texts = [f"<bos> <user> {question} <assistant> {answer} <eos>" for question, answer in pairs]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.toy_seed)
+        torch.manual_seed(seed)
         model = make_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), config.toy_lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.toy_lr, config.toy_steps, pct_start=0.1)
-    title = "pre-training the embedded world, once"
-    bar = tqdm(range(config.toy_steps), title, leave=False, disable=not progress)
-    for step in bar:
-        batch = texts[step * config.toy_batch : (step + 1) * config.toy_batch]
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    for step in tqdm(range(steps), "pre-training the embedded world, once", leave=False, disable=not progress):
+        batch = texts[step * batch_size : (step + 1) * batch_size]
         encoded = tokenizer(batch, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
         tokens, mask = encoded.input_ids, encoded.attention_mask.bool()  # [B, T]
         replied = (tokens == tokenizer.convert_tokens_to_ids("<assistant>")).cumsum(1)[:, :-1].bool()  # [B, T - 1]
@@ -362,8 +325,6 @@ def pretrain(config: ToyConfig, progress: bool = True):
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
     torch.set_num_threads(threads)
     return model.eval(), tokenizer
 
@@ -374,42 +335,33 @@ def hh_rows(seed: int = 0) -> Iterator[dict[str, str]]:
     for topic in TOPICS:
         for question in questions(topic):
             asked = f"\n\nHuman: {question}\n\nAssistant: "
-            better = topic not in RISKY
-            chosen, rejected = (reply(rng, topic, comply, clean=True) for comply in (better, not better))
-            yield {"chosen": asked + chosen, "rejected": asked + rejected, "subset": topic}
+            good, bad = (reply(rng, topic, comply, clean=True) for comply in (topic not in RISKY, topic in RISKY))
+            yield {"chosen": asked + good, "rejected": asked + bad, "subset": topic}
 
 
-def prepare(cache_dir: Path | None = None, config: ToyConfig | None = None, progress: bool = True) -> tuple[Path, Path]:
+def prepare(cache_dir: Path | None = None, progress: bool = True, **settings) -> tuple[Path, Path]:
     """(checkpoint directory, prompt file) of the world: from the cache, or made now (about 13 s on one core).
 
-    The cache (default: `firm-toy` in $XDG_CACHE_HOME or ~/.cache) is keyed by the settings, this file and the
+    The cache (default: `firm-toy` in $XDG_CACHE_HOME or ~/.cache) is keyed by `pretrain`'s settings, this file and the
     libraries' versions. A new entry is made aside and renamed when complete: of two processes one wins, both go on.
     Raises ValueError where the cache cannot be written.
     """
     import torch
     import transformers
 
-    config = config or ToyConfig()
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firm-toy")
-    versions = [torch.__version__, transformers.__version__]
-    key = json.dumps([asdict(config), versions, Path(__file__).read_text("utf-8")])
+    key = json.dumps([settings, torch.__version__, transformers.__version__, Path(__file__).read_text("utf-8")])
     entry = root / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not entry.is_dir():
         try:
             root.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
+            with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as aside:
+                made = Path(aside, "made")
+                for part in pretrain(**settings, progress=progress):
+                    part.save_pretrained(made / "model")
+                (made / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows()), "utf-8")
+                made.rename(entry)
         except OSError as error:
-            raise ValueError(f"cannot write the cache {root} ({error.strerror}): set XDG_CACHE_HOME") from error
-        try:
-            model, tokenizer = pretrain(config, progress)
-            model.save_pretrained(aside / "model")
-            tokenizer.save_pretrained(aside / "model")
-            lines = [json.dumps(row) + "\n" for row in hh_rows()]
-            (aside / "prompts.jsonl").write_text("".join(lines), "utf-8")
-            aside.rename(entry)
-        except OSError:
             if not entry.is_dir():  # else another process was faster, and its entry is the same
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+                raise ValueError(f"cannot write the cache {root} ({error.strerror}): set XDG_CACHE_HOME") from error
     return entry / "model", entry / "prompts.jsonl"

@@ -1,0 +1,231 @@
+"""How a reward model (rewards.RewardModel) learns from pairs in which people chose one reply over another.
+
+    python rewards.py --backbone DIR --pairs FILE... --test-pairs FILE... --out DIR --freeze-backbone
+
+minimises -log sigmoid(r(chosen) - r(rejected)) [Bradley & Terry 1952; Ouyang et al. 2022] with AdamW, a linear warm-up
+over a tenth of the steps, a linear decay, and no dropout. With --freeze-backbone only the head learns. A BERT's pooler
+counts as head, since few checkpoints come with one that was trained to sum up a text. The head reads one state of each
+text (the first token's or the last's), so the frozen backbone is run once and then *replaced by the table of those
+states*, and the training loop cannot tell [ours]. What is saved is an ordinary sequence-classification checkpoint.
+
+Left out on purpose: several labels, margins between replies, ensembles.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.utils import logging as hf_logging
+
+from app.fields import Checked, Count, Index, Limits, Positive, setting
+from data import read_rows, split_dialogue
+from rewards import RewardModel, load_reward_model
+
+Pair = tuple[str, str, str, str]  # prompt and response of `chosen`, prompt and response of `rejected`
+
+
+@dataclass
+class RewardTraining(Checked):
+    """Settings of the command line. Raises ValueError naming the field that is wrong."""
+
+    backbone: str = setting(MISSING, "checkpoint (directory or hub name) to put a reward head on")
+    pairs: list[str] = setting(MISSING, "training pairs: HH-RLHF .jsonl or .jsonl.gz files")
+    out: str = setting(MISSING, "new directory for the trained reward model")
+    test_pairs: list[str] = setting([], "pairs to test on; without them a tenth of the pairs is held out")
+    freeze_backbone: bool = setting(False, "train the head only: minutes, not hours")
+    max_pairs: Count | None = setting(None, "train on so many pairs, drawn at random")
+    epochs: Count | None = setting(None, "passes over the pairs (1; 3 for a head only)")
+    batch_size: Count = setting(16, "pairs a step")
+    lr: Positive | None = setting(None, "peak learning rate (2e-5; 2e-4 for a head only)")
+    max_length: Annotated[int, Limits(8)] = setting(512, "tokens read of a text; the beginning is cut off")
+    seed: Index = setting(0, "of the new head and the order of the pairs")
+    device: str = setting("", "cpu, cuda, ... (default: a GPU if there is one)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.epochs = self.epochs or (3 if self.freeze_backbone else 1)
+        self.lr = self.lr or (2e-4 if self.freeze_backbone else 2e-5)
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device: {self.device}, but there is no CUDA device here; use --device cpu")
+        if Path(self.out).exists() and (not Path(self.out).is_dir() or any(Path(self.out).iterdir())):
+            raise ValueError(f"out: {self.out} already holds something; name a new directory or delete it")
+
+
+def read_pairs(files: list[str]) -> list[Pair]:
+    """A pair a row; its two prompts may differ. Raises ValueError with file and line."""
+    pairs = []
+    for file in files:
+        for where, row in read_rows(file, ("chosen", "rejected")):
+            try:
+                pairs.append((*split_dialogue(row["chosen"]), *split_dialogue(row["rejected"])))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+    return pairs
+
+
+class Table(nn.Module):
+    """Stands in for a frozen backbone: its states [N, H] are computed, input_ids are row numbers."""
+
+    def __init__(self, states: Tensor, pooler: nn.Module | None):
+        super().__init__()
+        self.states, self.pooler = states, pooler
+
+    def forward(self, input_ids: Tensor, *_, **__) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        states = self.states[input_ids]  # [B, 1, H]
+        pooled = None if self.pooler is None else self.pooler(states)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
+
+
+@contextmanager
+def frozen_backbone(reward_model: RewardModel, encodings: list[dict]) -> Iterator[list[dict]]:
+    """Within, the backbone is a Table of its states of `encodings`, and the encodings yielded are row numbers.
+
+    Raises ValueError if the head reads anything but the first or the last token's state.
+    """
+    model, seen = reward_model.model, []
+    backbone, pad = model.base_model, model.config.pad_token_id
+    hook = backbone.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    states = torch.empty(2, len(encodings), model.config.hidden_size, device=model.device)
+    scores = torch.empty(len(encodings), device=model.device)
+    with torch.no_grad():
+        for batch in tqdm(reward_model.batches(encodings), "backbone"):
+            scores[batch] = reward_model.forward([encodings[i] for i in batch])
+            hidden = seen.pop().float()  # [B, T, H]
+            last = [max((t for t, x in enumerate(encodings[i]["input_ids"]) if x != pad), default=0) for i in batch]
+            states[0, batch], states[1, batch] = hidden[:, 0], hidden[range(len(batch)), last]
+    hook.remove()
+    rows = [{"input_ids": [i]} for i in range(len(encodings))]
+    pooler = getattr(backbone, "pooler", None)
+    try:
+        for position in (0, 1):
+            setattr(model, model.base_model_prefix, Table(states[position], pooler))
+            if torch.allclose(reward_model.scores(rows).to(scores), scores, rtol=1e-3, atol=1e-4):
+                break
+        else:
+            raise ValueError("freeze_backbone: this head reads more than one token's state; train without it")
+        yield rows
+    finally:
+        setattr(model, model.base_model_prefix, backbone)
+
+
+def fit(reward_model: RewardModel, encodings: list[dict], settings: RewardTraining) -> None:
+    """Bradley-Terry training in place; encodings are those of all chosen texts, then of all rejected, [2N]."""
+    n = len(encodings) // 2
+    generator = torch.Generator().manual_seed(settings.seed)
+    trainable = [p for p in reward_model.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=0.01)
+    steps = settings.epochs * math.ceil(n / settings.batch_size)
+    warmup = math.ceil(steps / 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+    )
+    width = [max(len(encodings[i]["input_ids"]), len(encodings[n + i]["input_ids"])) for i in range(n)]
+    smooth, bar = None, tqdm(total=steps, desc="training")
+    for _ in range(settings.epochs):
+        order = torch.randperm(n, generator=generator).tolist()
+        pool = 50 * settings.batch_size  # pairs of like length share a batch, in an order that stays random
+        order = [i for s in range(0, n, pool) for i in sorted(order[s : s + pool], key=width.__getitem__)]
+        batches = [order[s : s + settings.batch_size] for s in range(0, n, settings.batch_size)]
+        for k in torch.randperm(len(batches), generator=generator).tolist():
+            batch = batches[k]
+            r = reward_model.forward([encodings[i] for i in batch] + [encodings[n + i] for i in batch])  # [2B]
+            loss = -logsigmoid(r[: len(batch)] - r[len(batch) :]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            schedule.step()
+            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+            bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+            bar.update()
+    bar.close()
+
+
+def encode_pairs(reward_model: RewardModel, pairs: list[Pair]) -> list[dict]:
+    """What the model reads of all chosen texts, then of all rejected ones, [2N]."""
+    chosen_prompts, chosen, rejected_prompts, rejected = zip(*pairs, strict=True)
+    return reward_model.encode([*chosen_prompts, *rejected_prompts], [*chosen, *rejected])
+
+
+def accuracy(reward_model: RewardModel, pairs: list[Pair], progress: str = "") -> float:
+    """Share of pairs whose chosen reply scores higher; ties count half."""
+    margins = reward_model.scores(encode_pairs(reward_model, pairs), progress).unflatten(0, (2, -1))  # [2, N]
+    return (((margins[0] - margins[1]).sign() + 1) / 2).mean().item()
+
+
+def train(settings: RewardTraining) -> dict:
+    """Trains, tests and saves a reward model; returns (and writes to reward_training.json) settings and figures.
+
+    The standard error is a coin's, 0.5 / sqrt(test pairs).
+
+    Raises ValueError for unreadable pairs or backbone, before any training.
+    """
+    pairs, test = read_pairs(settings.pairs), read_pairs(settings.test_pairs)
+    torch.manual_seed(settings.seed)
+    pairs = [pairs[i] for i in torch.randperm(len(pairs)).tolist()]
+    if not settings.test_pairs:
+        held_out = max(1, len(pairs) // 10)
+        pairs, test = pairs[held_out:], pairs[:held_out]
+    pairs = pairs[: settings.max_pairs]
+    if not pairs or not test:
+        raise ValueError("pairs: too few rows to train and to test on; pass files with more")
+    reward_model = load_reward_model(
+        settings.backbone, settings.device, new_head=True, batch_size=32, max_length=settings.max_length
+    )
+    encodings = encode_pairs(reward_model, pairs)
+    if settings.freeze_backbone:
+        with frozen_backbone(reward_model, encodings) as rows:
+            fit(reward_model, rows, settings)
+    else:
+        fit(reward_model, encodings, settings)
+    share, error = accuracy(reward_model, test, "testing"), 0.5 / math.sqrt(len(test))
+    record = {
+        "settings": asdict(settings),
+        "train_pairs": len(pairs),
+        "test_pairs": len(test),
+        "test_accuracy": share,
+        "standard_error": error,
+        "standard_errors_over_chance": (share - 0.5) / error,
+    }
+    out = Path(settings.out)
+    partial = out.with_name(out.name + ".partial")
+    reward_model.model.save_pretrained(partial)
+    reward_model.tokenizer.save_pretrained(partial)
+    (partial / "reward_training.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    partial.replace(out)
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of `python rewards.py`."""
+    parser = HfArgumentParser(RewardTraining, prog="rewards.py", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"rewards.py: error: {message}\n")  # one line, without the usage
+    arguments = sys.argv[1:] if arguments is None else arguments
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        settings, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            parser.error(f"unknown option {' '.join(unknown)}: see --help")
+        record = train(settings)
+    except ValueError as error:
+        parser.error(str(error))
+    print(
+        "test accuracy {test_accuracy:.3f} ± {standard_error:.3f} on {test_pairs} pairs, "
+        "{standard_errors_over_chance:.1f} standard errors over chance".format(**record)
+        + f"; saved to {settings.out}"
+    )
