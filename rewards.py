@@ -330,20 +330,13 @@ class Calibration:
         """Calibrated rewards [..., M] of raw ones; NaN stays NaN."""
         return (scores - self.mean.to(scores)) / self.scale.to(scores)
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> "Calibration":
-        """The inverse of `state`."""
-        return cls(**state)
-
     def to_dict(self) -> dict[str, list]:
-        return {name: tensor.tolist() for name, tensor in self.state().items()}
+        """As JSON values, which a checkpoint keeps."""
+        return {name: tensor.tolist() for name, tensor in vars(self).items()}
 
     @classmethod
     def from_dict(cls, saved: dict[str, list]) -> "Calibration":
+        """The inverse of `to_dict`."""
         mean, scale = (torch.tensor(saved[name], dtype=torch.float64) for name in ("mean", "scale"))
         return cls(mean, scale, torch.tensor(saved["constant"], dtype=torch.bool))
 

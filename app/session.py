@@ -71,7 +71,7 @@ class Session:
     def score(self, prompts: Sequence[Prompt], rollout: Rollout, holdings: list | None = None) -> Tensor:
         """Raw rewards [N, M] of a rollout; holdings as in `rewards.score`."""
         texts, ids = self.policy.texts(rollout)
-        return rewards.score(self.objectives, prompts, texts, ids)
+        return rewards.score(self.objectives, prompts, texts, ids, holdings)
 
     def evaluate(self, label: str) -> Evaluation:
         """Answer every held-out prompt `eval_samples` times, from the same uniforms whenever it is called."""

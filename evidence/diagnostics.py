@@ -1,13 +1,13 @@
-"""What `--diagnostics` adds to a round's line of metrics, from half-batch gradients at θ_t; no client sends them. [ours]
+"""What `--diagnostics` adds to a round's metrics, from half-batch gradients at θ_t that no client sends. [ours]
 
     drift          how much of the federation's direction is disagreement in λ alone
     stationarity   ‖Jᵀλ‖² of the whole federation, estimated on independent halves
     grams/         the inner products behind both, and those of every step, so that λ can be solved again
 
-Both weigh clients by the prompts they hold, a rejected one by 0. Of morlhf, which has one loss only, the stationarity is
-that of Σ_j p_j R_j and no Pareto stationarity. The price: where a batch is one micro-batch, twice the backward passes in
-the first epoch, and the gradients at θ_t of all clients held until the round ends. What is trained stays bit for bit
-the same.
+Both weigh clients by the prompts they hold, a rejected one by 0. Of morlhf, which has one loss only, stationarity is
+that of Σ_j p_j R_j and no Pareto stationarity. The price: where a batch is one micro-batch, twice the backward passes
+in the first epoch, and all clients' gradients at θ_t held until the round ends. What is trained stays bit for bit the
+same.
 """
 
 from collections.abc import Sequence

@@ -197,7 +197,7 @@ def kl_parts(policy, batch):
     """Of every response: log π_θ − log π_ref of the drawn tokens, and the expected KL at its positions."""
     logp, hidden = policy.logprobs_in_pieces(batch, 7)
     with policy.adapter.disabled():
-        logp_ref, _, hidden_ref = policy.logprobs_in_pieces(batch, 7)
+        logp_ref, hidden_ref = policy.logprobs_in_pieces(batch, 7)
     return ((logp - logp_ref) * batch.mask).sum(1).double(), policy.expected_kl(hidden, hidden_ref, batch.mask)
 
 
