@@ -33,9 +33,8 @@ from tqdm import tqdm
 
 import rewards
 from app import metrics, plots, report, sweep
-from app.files import reserve_directory, write_tensors, write_text
-from app.report import Evaluation, to_json
-from app.session import Session
+from app.files import read_lines, reserve_directory, to_json, write_tensors, write_text
+from app.session import Evaluation, Session
 from app.stopwatch import Stopwatch
 from settings import Config, parse
 from worlds import toy
@@ -109,7 +108,7 @@ def begin(session: Session, out: Path, resume: bool) -> Evaluation:
 def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> list[dict[str, Any]]:
     """The rounds that are left, each with its line in metrics.jsonl and its checkpoint. Returns the lines of all."""
     federation, rounds = session.federation, session.config.firm.rounds
-    lines = report.read_lines(out / "metrics.jsonl")
+    lines = read_lines(out / "metrics.jsonl")
     observe = observer(out) if session.config.firm.diagnostics else lambda record: {}
     bar = tqdm(
         total=rounds, initial=federation.rounds_done, desc=title or "round", disable=not session.progress,
@@ -147,8 +146,8 @@ def draw(session: Session, before: Evaluation, after: Evaluation, lines: list[di
     if session.config.front_is_known:
         points = {}
         for label, answers in (("base model", before), (session.config.run.method, after)):
-            pairs = [report.clustered(answers.scores[..., j]) for j in range(2)]
-            points[label] = tuple(np.array(pairs).T)
+            figures = [report.clustered(answers.scores[..., j]) for j in range(2)]
+            points[label] = tuple(np.array([f[key] for f in figures]) for key in ("mean", "standard_error"))
         plots.front(toy.pareto_front([p.text for p in session.held_out]), points, session.names, out / "front.png")
 
 

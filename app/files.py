@@ -1,9 +1,12 @@
 """Files that are whole or not there: written under a temporary name beside their own, then renamed. [ours]"""
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -35,6 +38,29 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomically(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+
+
+def to_json(values: Any, **settings: Any) -> str:
+    """JSON with null where a figure does not exist (one objective has no cosine): NaN is not JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), **settings)
+
+
+def read_json(text: str) -> dict[str, Any]:
+    """The inverse of `to_json`, for one object: NaN for null."""
+    return json.loads(text, object_hook=lambda found: {k: math.nan if v is None else v for k, v in found.items()})
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that `to_json` made, one from each line."""
+    return [read_json(line) for line in file.read_text("utf-8").splitlines()]
 
 
 def reserve_directory(wanted: str | None, name: str) -> Path:

@@ -7,6 +7,7 @@ prompts that no client trains on.
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -22,13 +23,21 @@ import data
 import mgda
 import rewards
 from app import checkpoint
-from app.report import Evaluation
 from app.stopwatch import phase
 from data import Prompt
 from firm import Federation
 from rollout import Policy, Rollout, context_of, load_model
 from settings import Config
 from worlds import toy
+
+
+@dataclass
+class Evaluation:
+    """What a policy answered to n held-out prompts, S times each."""
+
+    scores: Tensor  # [n, S, M] raw, float64
+    kl: Tensor  # [n, S] nats per response
+    texts: list[str]  # each prompt's first answer
 
 
 class Session:

@@ -36,7 +36,7 @@ import baselines
 import mgda
 import rewards
 from app import plots, report
-from app.files import reserve_directory, write_text
+from app.files import read_json, read_lines, reserve_directory, to_json, write_text
 from app.session import Session
 from settings import METHODS, Config
 from worlds import toy
@@ -213,7 +213,7 @@ def soups(
     for home in homes:
         session.policy.adapter.load(home / "adapter")
         thetas.append(session.policy.adapter.vector())
-        metrics += report.read_lines(home / "metrics.jsonl")
+        metrics += read_lines(home / "metrics.jsonl")
     for p in missing:
         started = time.perf_counter()
         session.policy.adapter.assign(baselines.interpolate(torch.stack(thetas), p))
@@ -221,14 +221,14 @@ def soups(
         summary = report.summarise(session, before, after, metrics, time.perf_counter() - started)
         (out / label(p)).mkdir(exist_ok=True)
         summary |= {"method": "soups", "preference": p}
-        write_text(out / label(p) / "summary.json", report.to_json(summary, indent=2) + "\n")
+        write_text(out / label(p) / "summary.json", to_json(summary, indent=2) + "\n")
 
 
 def figures(config: Config, method: str, p: Sequence[float], names: Sequence[str], run: Path) -> dict:
     """What one point's files say; lists are by objective, in raw units. `mean_lambda` is None for soups."""
-    summary = json.loads((run / "summary.json").read_text("utf-8"), object_hook=report.nan_for_null)
+    summary = read_json((run / "summary.json").read_text("utf-8"))
     of = lambda stage, key: [summary["objectives"][name][stage][key] for name in names]  # noqa: E731
-    rounds = [] if METHODS[method].mixes else report.read_lines(run / "metrics.jsonl")
+    rounds = [] if METHODS[method].mixes else read_lines(run / "metrics.jsonl")
     base, mean = of("before", "mean"), of("after", "mean")
     return {
         "method": method,
@@ -251,11 +251,11 @@ def conclude(config: Config, points: dict[str, list[list[float]]], names: Sequen
     rows = [row for group in groups.values() for row in group]
     base, front = np.array(rows[0]["base"]["mean"]), None
     if config.front_is_known:
-        samples = report.read_lines(next(out.glob("*/*/samples.jsonl")))
+        samples = read_lines(next(out.glob("*/*/samples.jsonl")))
         front = toy.pareto_front([sample["prompt"] for sample in samples])
     volumes, meaning = hypervolumes(groups, base, front)
     saved = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
-    write_text(out / "sweep.json", report.to_json(saved, indent=2) + "\n")
+    write_text(out / "sweep.json", to_json(saved, indent=2) + "\n")
     print(report.comparison(rows, names, config.data.held_out, config.run.eval_samples))
     if volumes:
         print("hypervolume: " + ", ".join(f"{name} {volume:.3f}" for name, volume in volumes.items()) + meaning)
