@@ -151,7 +151,7 @@ def comparison(rows: Sequence[dict[str, Any]], names: Sequence[str], n: int, S: 
     return "\n".join(
         [
             "",
-            f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, KL in nats per response",
+            f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, KL nats per response",
             *aligned(lines),
             *notes,
             f"MB up: by one client in the whole run{mixed}",
