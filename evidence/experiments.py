@@ -29,7 +29,7 @@ from worlds import toy
 PREFERENCES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # p₁, of helpful
 GRID = {"lr": (1.5e-3, 3e-3, 6e-3), "server_lr": (1.0, 2.0), "kl_coef": (0.003, 0.01)}
 TUNING_SEEDS = (101, 102)
-METHODS = ("firm", "mgda", "linear", "morlhf", "fsmgda", "fedcmoo", "soups")
+METHODS = ("firm", "mgda", "linear", "morlhf", "fsmgda", "fedcmoo", "soups")  # one more would change the common setting
 VARIANTS = {"firm": {"method": "firm"}, "firm β=1": {"method": "firm", "beta": 1.0}}
 VARIANTS |= {method: {"method": method} for method in METHODS[1:]}
 VARIANTS["soups"]["preferences"] = [0.5]  # p₁ of what is evaluated

@@ -68,11 +68,11 @@ class Lab:
         done = read_rows(path)
         missing = {key(job): job for job in jobs if key(job) not in done}
         if missing:
-            self.run(name, list(missing.values()), path)
+            self.run_jobs(name, list(missing.values()), path)
             done = read_rows(path)
         return [row for job in jobs for row in done[key(job)]]
 
-    def run(self, name: str, jobs: list[dict], path: Path) -> None:
+    def run_jobs(self, name: str, jobs: list[dict], path: Path) -> None:
         """Run the jobs on the workers, and add the rows of each to the file as it finishes."""
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
         pool, failed = ProcessPoolExecutor(self.workers, spawn), []

@@ -17,7 +17,9 @@ RESULTS = Path(experiments.__file__).parents[1] / "results"
 def test_every_table_is_that_of_the_rows_and_no_run_is_missing(name, tmp_path, monkeypatch, capsys):
     for rows in RESULTS.glob("*.csv"):
         shutil.copy(rows, tmp_path)
-    monkeypatch.setattr(lab.Lab, "run", lambda self, name, jobs, path: pytest.fail(f"{name}: {len(jobs)} runs missing"))
+    monkeypatch.setattr(
+        lab.Lab, "run_jobs", lambda self, name, jobs, path: pytest.fail(f"{name}: {len(jobs)} runs missing")
+    )
     for picture in ("panels", "pareto"):
         monkeypatch.setattr(plots, picture, lambda *_, **__: None)
     experiments.EXPERIMENTS[name](lab.Lab(tmp_path, quick=False, workers=1))
