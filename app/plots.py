@@ -1,6 +1,7 @@
-"""The pictures. The only room that imports matplotlib; every function takes numbers and writes one PNG. [ours]
+"""The pictures. The only module that imports matplotlib; every function takes numbers and writes one PNG. [ours]
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; every line also has its own marker.
+A method has one colour and one marker in every picture, whatever else is drawn (`style`). Colours stay apart for
+colour-blind readers: those of methods begin with Okabe and Ito's, all others are Tol's "muted".
 """
 
 import os
@@ -13,10 +14,38 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: no window, no display needed
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = "osD^vP*"
+from settings import METHODS
+
+METHOD_NAMES = list(dict.fromkeys([*METHODS, "soups"]))
+METHOD_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#661100", "#01665E", "#332288"]
+METHOD_COLOURS += ["#EECC66"]
+COLOURS = ["#882255", "#44AA99", "#332288", "#CC6677", "#117733", "#88CCEE", "#999933", "#AA4499", "#DDCC77", "#222222"]
+MARKERS = "osD^vP*Xph"
+BLACK = {"color": "black"}  # the exact front, and the base model
+BASE = BLACK | {"marker": "x", "markersize": 9, "markeredgewidth": 2, "linestyle": "", "label": "base model"}
+
+
+def style(label: str, position: int) -> dict:
+    """Colour, marker and line of one label, as matplotlib's keyword arguments.
+
+    A label that is a method's name has that method's style, whatever its position among the labels of a picture. A
+    variant of a method, `firm β=1`, has its colour, darker or not, and its marker, hollow or half hollow, on a broken
+    line, by position. Any other label (an objective, a setting) has a colour and a marker by position.
+    """
+    name, _, variant = label.partition(" ")
+    known = name in METHOD_NAMES
+    turn, i = divmod(METHOD_NAMES.index(name) if known else position, 10)  # beyond ten: other pairs of the same
+    colour, marker = (METHOD_COLOURS if known else COLOURS)[i], MARKERS[(i + turn) % 10]
+    found = {"color": colour, "marker": marker, "markersize": 8 if marker == "*" else 5, "label": label}
+    if not (known and variant):
+        return found | {"linestyle": "-"}
+    if position % 2:
+        found["color"] = tuple(0.5 * channel for channel in to_rgb(colour))
+    found["fillstyle"] = ("none", "left", "bottom", "right", "top")[position % 5]
+    return found | {"linestyle": ("--", ":", "-.")[position % 3], "markerfacecoloralt": "white"}
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -30,7 +59,7 @@ def tidy(ax: plt.Axes, x: str, y: str, title: str) -> None:
     """Axis labels, a light grid, no box."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    ax.set_title(title, fontsize=11)
+    ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -45,10 +74,9 @@ def by_round(
     rounds = [m["round"] + 1 for m in metrics]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for j, name in enumerate(names):
-        style = {"color": COLOURS[j % 7], "marker": MARKERS[j % 7], "markersize": 4}
-        axes[0].plot(rounds, [m[f"{prefix}/{name}"] for m in metrics], label=name, **style)
+        axes[0].plot(rounds, [m[f"{prefix}/{name}"] for m in metrics], **style(name, j))
     axes[0].legend(frameon=False)
-    axes[1].plot(rounds, [m[other] for m in metrics], color=COLOURS[6], marker=".")
+    axes[1].plot(rounds, [m[other] for m in metrics], marker=".", **BLACK)
     for ax, y, title in zip(axes, titles[::2], titles[1::2], strict=True):
         tidy(ax, "round", y, title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -81,10 +109,10 @@ def front(
     joined by an arrow from the first to the last.
     """
     figure, ax = plt.subplots(figsize=(5.2, 4.2))
-    ax.plot(*exact.T, color=COLOURS[6], label="exact Pareto front")
+    ax.plot(*exact.T, label="exact Pareto front", **BLACK)
     for j, (label, (mean, error)) in enumerate(points.items()):
-        style = {"color": COLOURS[j % 7], "marker": MARKERS[j % 7], "capsize": 2}
-        ax.errorbar(*mean, xerr=error[0], yerr=error[1], linestyle="", label=label, **style)
+        drawn = BASE if label == BASE["label"] else style(label, j) | {"linestyle": "", "capsize": 2}
+        ax.errorbar(*mean, xerr=error[0], yerr=error[1], elinewidth=1, **drawn)
     means = [mean for mean, _ in points.values()]
     if len(means) > 1:
         ax.annotate(
@@ -106,7 +134,6 @@ class Panel:
     y: str
     title: str
     lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]
-    log_x: bool = False
     ticks: Sequence[str] | None = None
     diagonal: bool = False
 
@@ -115,34 +142,27 @@ def panels(contents: Sequence[Panel], path: Path, columns: int = 3, legend: bool
     """Lines with error bars, side by side; one legend under them all for labels of several panels."""
     columns = 2 if len(contents) == 4 else min(columns, len(contents))
     rows = -(-len(contents) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat[len(contents) :]:
         ax.set_visible(False)
     labels = list(dict.fromkeys(label for panel in contents for label in panel.lines))
+    handles = {}
     for ax, panel in zip(axes.flat, contents, strict=False):
         if panel.diagonal:
             ax.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
         for label, (x, y, half) in panel.lines.items():
-            j = labels.index(label)
-            style = {"color": COLOURS[j % 7], "marker": MARKERS[j % 7], "markersize": 5, "capsize": 3, "label": label}
-            ax.errorbar(x, y, yerr=half, linestyle="-" if len(x) > 1 else "", **style)
-        if panel.log_x and not panel.ticks:
-            ax.set_xscale("log")
-            values = sorted({value for x, _, _ in panel.lines.values() for value in x})
-            ax.set_xticks(values, [f"{value:g}" for value in values])
-            ax.minorticks_off()
+            drawn = style(label, labels.index(label)) | ({} if len(x) > 1 else {"linestyle": ""})
+            handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, **drawn)
         if panel.ticks:
-            long = sum(map(len, panel.ticks)) > 30
+            long = sum(map(len, panel.ticks)) > 26
             ax.set_xticks(
                 range(len(panel.ticks)), panel.ticks, rotation=40 if long else 0, ha="right" if long else "center"
             )
             ax.set_xlim(-0.4, len(panel.ticks) - 0.6)
         tidy(ax, panel.x, panel.y, panel.title)
     if legend and len(labels) > 1:
-        handles = dict(sum((list(zip(*ax.get_legend_handles_labels()[::-1], strict=True)) for ax in axes.flat), []))
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncol=min(len(labels), 5), frameon=False
-        )
+        ncol = min(len(labels), 2 * columns)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=ncol, frameon=False)
     save(figure, path)
 
 
@@ -158,23 +178,21 @@ def pareto(
     M = len(names)
     figure, axes = plt.subplots(1, M, figsize=(4.8 * M, 4.2), layout="constrained", squeeze=False)
     *trades, last = axes[0]
-    colours = [*COLOURS[:6], "#999999"]  # black is the base model's and the front's
     for j, ax in enumerate(trades, start=1):
         if exact is not None and M == 2:
-            ax.plot(*exact.T, color="black", label="exact Pareto front")
-        ax.plot(base[0], base[j], "x", color="black", markersize=9, markeredgewidth=2, label="base model", linestyle="")
+            ax.plot(*exact.T, label="exact Pareto front", **BLACK)
+        ax.plot(base[0], base[j], **BASE)
         tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", "Held-out prompts; bars are one standard error")
-    last.plot(0, 0, "x", color="black", markersize=9, markeredgewidth=2, label="base model", linestyle="")
+    last.plot(0, 0, **BASE)
     last.axhline(0, color="0.8", linewidth=1, zorder=0)
     tidy(last, "KL to the base model (nats per response)", gain, "What the worst-served objective gains")
     for i, (label, group) in enumerate(groups.items()):
-        style = {"color": colours[i % 7], "marker": MARKERS[i % 7], "linewidth": 1, "label": label}
-        style["markersize"] = 8 if style["marker"] == "*" else 5
-        style["linestyle"] = "-" if M == 2 and len(group["kl"]) > 1 else ""
+        drawn = style(label, i) | {"linewidth": 1}
+        line = {} if M == 2 and len(group["kl"]) > 1 else {"linestyle": ""}
         for j, ax in enumerate(trades, start=1):
             (x, y), (dx, dy) = (group[key][:, [0, j]].T for key in ("mean", "error"))
-            ax.errorbar(x, y, xerr=dx, yerr=dy, elinewidth=0.8, capsize=2, **style)
-        last.plot(group["kl"], group["gain"], **style | {"linestyle": ""})  # a line would only zigzag
+            ax.errorbar(x, y, xerr=dx, yerr=dy, elinewidth=0.8, capsize=2, **drawn | line)
+        last.plot(group["kl"], group["gain"], **drawn | {"linestyle": ""})  # a line would only zigzag
     handles, labels = axes[0, 0].get_legend_handles_labels()
     columns = len(labels) if len(labels) < 7 else -(-len(labels) // 2)
     figure.legend(handles, labels, loc="outside lower center", ncol=columns, frameon=False)

@@ -1,4 +1,4 @@
-"""Many runs, their figures, their statistics: what the experiments are made with. [ours]
+"""Many runs, and what is computed of each: what the experiments are made with. [ours]
 
 A job is a dict of settings that differ from the preset `tiny`; `Lab.rows` turns jobs into rows of results/NAME.csv,
 each an ordinary run through `run.train`, on worker processes of one thread each. A finished run is a row at once, and a
@@ -6,12 +6,12 @@ row that is there is not run again.
 
 Progress is measured against the exact Pareto front of the held-out prompts: a gain is normalised by what the ideal
 point would gain, gain_j / (ideal_j − base_j), and of a sweep `sweep.normalised_hypervolume` counts.
-Differences are paired by seed: equal seeds mean equal splits, prompts and uniforms.
 """
 
 import csv
 import io
 import json
+import math
 import multiprocessing
 import tempfile
 from collections.abc import Sequence
@@ -22,29 +22,23 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from scipy import stats
 from tqdm import tqdm
 
 import mgda
 import run
-from app import plots, report, sweep
+from app import report, sweep
 from evidence import diagnostics
 from settings import PRESETS, Config
 from worlds import toy
 
-ROUND_FIGURES = [
-    *("lambda_helpful", "lambda_harmless", "disagreement", "drift", "movement", "dispersion", "averaging_residual"),
-    *("cosine", "stationarity", "roughness_helpful", "roughness_harmless", "net_roughness_helpful"),
-    *("net_roughness_harmless", "training_seconds"),
-]
-BASE = PRESETS["tiny"] | {"preset": "tiny"}
+BASE = PRESETS["tiny"] | {"preset": "tiny"}  # what a job's settings change
 NAMES = ("helpful", "harmless")
 BETAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
-GRAM_FIGURES = [
-    *(f"{figure}@{beta:g}" for beta in BETAS for figure in ("disagreement", "drift", "twin_disagreement")),
-    *("gap", "gap_max", "gap_small", "trace_first", "trace_last", "half_cosine", "error_batch", "error_cross"),
-    *("error_constant", "lambda1_batch", "lambda1_cross", "lambda1_reference"),
-]
+LOGGED = {  # columns of a row, and the names under which metrics.jsonl has them for every round
+    "lambda_helpful": "lambda/helpful", "lambda_harmless": "lambda/harmless", "disagreement": "lambda/disagreement",
+    "drift": "lambda/drift", "movement": "lambda/movement", "dispersion": "adapter/dispersion", "cosine": "cosine",
+    "stationarity": "stationarity",
+}  # fmt: skip
 
 
 @dataclass
@@ -54,42 +48,46 @@ class Lab:
     results: Path
     quick: bool
     workers: int
-    most_seeds: int = 100
 
     def seeds(self, n: int) -> tuple[int, ...]:
-        """The reporting seeds 0, 1, …, as many as allowed; two in miniature."""
-        return tuple(range(min(2 if self.quick else n, self.most_seeds)))
+        """The reporting seeds 0, 1, …, n − 1; two in miniature."""
+        return tuple(range(2 if self.quick else n))
 
     def some(self, values: Sequence) -> Sequence:
         """All values, or the two ends of them in miniature."""
         return (values[0], values[-1]) if self.quick and len(values) > 2 else values
 
     def rows(self, name: str, jobs: Sequence[dict]) -> list[dict]:
-        """One row per job (per preference for soups), in the order of the jobs; what is missing is run now."""
+        """One row per job (per preference for soups), in the order of the jobs; what is missing is run now.
+
+        Raises RuntimeError where runs fail, after all others are done and kept.
+        """
         path = self.results / f"{name}.csv"
-        small = {"rounds": 2, "held_out": 32, "eval_samples": 2} if self.quick else {}
-        jobs = [job | {k: v for k, v in small.items() if k not in job or k == "rounds"} for job in jobs]
+        small = {"held_out": 32, "eval_samples": 2} if self.quick else {}
+        jobs = [small | job | ({"rounds": 2} if self.quick else {}) for job in jobs]
         done = read_rows(path)
-        missing = list({key(job): job for job in jobs if key(job) not in done}.values())
+        missing = {key(job): job for job in jobs if key(job) not in done}
         if missing:
-            spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
-            failed = []
-            pool = ProcessPoolExecutor(self.workers, spawn)
-            try:
-                futures = {pool.submit(run_job, job): job for job in missing}
-                for future in tqdm(as_completed(futures), name, total=len(missing), unit="run"):
-                    settings = key(futures[future])
-                    if error := future.exception():
-                        failed.append((settings, error))
-                    else:
-                        append_rows(path, [{"settings": settings} | row for row in future.result()])
-            finally:
-                pool.shutdown(cancel_futures=True)  # a stop waits for the runs under way, not for those in the queue
-            if failed:  # only now: the other runs are kept
-                settings, error = failed[0]
-                raise RuntimeError(f"{name}: {len(failed)} runs failed, first {settings}: {error}") from error
+            self.run_jobs(name, list(missing.values()), path)
             done = read_rows(path)
         return [row for job in jobs for row in done[key(job)]]
+
+    def run_jobs(self, name: str, jobs: list[dict], path: Path) -> None:
+        """Run the jobs on the workers, and add the rows of each to the file as it finishes."""
+        spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
+        pool, failed = ProcessPoolExecutor(self.workers, spawn), []
+        try:
+            futures = {pool.submit(run_job, job): key(job) for job in jobs}
+            for future in tqdm(as_completed(futures), name, total=len(jobs), unit="run"):
+                if error := future.exception():
+                    failed.append((futures[future], error))
+                else:
+                    append_rows(path, [{"settings": futures[future]} | row for row in future.result()])
+        finally:
+            pool.shutdown(cancel_futures=True)  # a stop waits for the runs under way, not for those in the queue
+        if failed:
+            settings, error = failed[0]
+            raise RuntimeError(f"{name}: {len(failed)} runs failed, first {settings}: {error}") from error
 
     def groups(self, name: str, jobs: dict[tuple, list[dict]]) -> dict[tuple, list[dict]]:
         """The same for named groups of jobs."""
@@ -105,13 +103,14 @@ def key(job: dict) -> str:
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Add rows at the end, under the header that the first ones made; the file is written whole or not at all.
 
-    Raises ValueError for a column that the header lacks.
+    A figure that a row lacks is NaN: soups have no rounds of their own. Raises ValueError for a column that the header
+    lacks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text("utf-8") if path.exists() else ""
     text = io.StringIO()
     header = next(csv.reader([before.split("\n")[0]])) if before else list(rows[0])
-    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer = csv.DictWriter(text, header, restval="nan", lineterminator="\n")
     if not before:
         writer.writeheader()
     writer.writerows(rows)
@@ -132,6 +131,11 @@ def read_rows(path: Path) -> dict[str, list[dict]]:
 # ---- one job --------------------------------------------------------------------------------------------------
 
 
+def session(job: dict) -> run.Session:
+    """What `run.train` would train with, for a look at it."""
+    return run.Session(Config.from_flat(BASE | job), progress=False)
+
+
 def run_job(job: dict) -> list[dict]:
     """Train, measure, clean up. Runs in a worker process; soups give one row per preference, all others one."""
     Path("runs").mkdir(exist_ok=True)
@@ -140,11 +144,12 @@ def run_job(job: dict) -> list[dict]:
             return soups(job, Path(scratch))
         out = Path(scratch) / "run"
         summary = run.train(Config.from_flat(BASE | job | {"out": str(out)}), progress=False)
-        metrics, grams = read_run(out)
-        row = progress_figures(job, summary, read_prompts(out)) | round_figures(job, metrics, summary)
-        row |= byte_figures(metrics)
-        own = job["method"] in ("firm", "mgda", "linear")  # their clients have the Gram of all objectives
-        return [row | (gram_figures(job, grams) if own else dict.fromkeys(GRAM_FIGURES, float("nan")))]
+        metrics = read_lines(out / "metrics.jsonl")
+        row = progress_figures(job, summary, out) | round_figures(job, metrics, summary) | byte_figures(metrics)
+        if job["method"] in ("firm", "mgda", "linear"):  # their clients have the Gram of all objectives
+            grams = [safetensors.torch.load_file(file) for file in sorted((out / "grams").glob("*.safetensors"))]
+            row |= gram_figures(job, grams)
+        return [row]
 
 
 def soups(job: dict, scratch: Path) -> list[dict]:
@@ -154,50 +159,43 @@ def soups(job: dict, scratch: Path) -> list[dict]:
     ps = [[p, round(1.0 - p, 12)] for p in job["preferences"]]
     sweep.soups(config, ps, NAMES, scratch, quiet, lambda config: run.Session(config, progress=False))
     homes = [scratch / f"specialist-{name}" for name in NAMES]
-    metrics = [line for home in homes for line in read_run(home)[0]]
+    sent = byte_figures([line for home in homes for line in read_lines(home / "metrics.jsonl")])
     rows = []
     for p in ps:
         summary = json.loads((scratch / sweep.label(p) / "summary.json").read_text("utf-8"))
-        row = progress_figures(job | {"preference": p}, summary, read_prompts(homes[0]))
-        unknown = dict.fromkeys([*ROUND_FIGURES, *GRAM_FIGURES], float("nan"))
-        rows.append(row | unknown | byte_figures(metrics))
+        rows.append(progress_figures(job | {"preference": p}, summary, homes[0]) | sent)
     return rows
 
 
-def read_run(out: Path) -> tuple[list[dict], list[dict]]:
-    """metrics.jsonl (null is NaN), and the Grams of every round."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-    metrics = [{k: float("nan") if v is None else v for k, v in line.items()} for line in lines]
-    return metrics, [safetensors.torch.load_file(file) for file in sorted((out / "grams").glob("*.safetensors"))]
+def read_lines(file: Path) -> list[dict]:
+    """A JSON object from each line; null is NaN."""
+    nan = lambda found: {k: math.nan if v is None else v for k, v in found.items()}  # noqa: E731
+    return [json.loads(line, object_hook=nan) for line in file.read_text("utf-8").splitlines()]
 
 
-def read_prompts(out: Path) -> list[str]:
-    """The held-out prompts, as the objectives saw them."""
-    return [json.loads(line)["prompt"] for line in (out / "samples.jsonl").read_text("utf-8").splitlines()]
+# ---- its figures ----------------------------------------------------------------------------------------------
 
 
-def progress_figures(job: dict, summary: dict, prompts: list[str]) -> dict:
-    """Held-out means in raw units, gains, and gains normalised by what the ideal point would gain."""
-    front = toy.pareto_front(prompts, points=0)
+def progress_figures(job: dict, summary: dict, out: Path) -> dict:
+    """Held-out means in raw units, gains, and gains normalised by what the ideal point would gain. out: the run's."""
+    prompts = [sample["prompt"] for sample in read_lines(out / "samples.jsonl")]
+    ideal = toy.pareto_front(prompts, points=0).max(0)  # [2]
     p = (job.get("preference") or [1 / len(summary["objectives"])])[0]
     row = {"method": job["method"], "seed": job["seed"], "p": p, "held_out": len(prompts)}
     row["risky"] = sum(toy.topic_of(prompt) in toy.RISKY for prompt in prompts)
-    gains = []
     for j, name in enumerate(NAMES):
-        o = summary["objectives"][name]
-        gains.append(o["gain"]["mean"] / (front[:, j].max() - o["before"]["mean"]))
-        row |= {f"base_{name}": o["before"]["mean"], name: o["after"]["mean"], f"gain_{name}": o["gain"]["mean"]}
-        row |= {f"error_{name}": o["after"]["standard_error"], f"normalised_{name}": gains[-1]}
-    return row | {"worst_gain": min(gains), "kl": summary["kl"]["mean"]}
+        before, after, gain = (summary["objectives"][name][stage] for stage in ("before", "after", "gain"))
+        row |= {f"base_{name}": before["mean"], name: after["mean"], f"gain_{name}": gain["mean"]}
+        row[f"error_{name}"] = after["standard_error"]
+        row[f"normalised_{name}"] = gain["mean"] / (ideal[j] - before["mean"])
+    row["worst_gain"] = min(row[f"normalised_{name}"] for name in NAMES)
+    return row | {"kl": summary["kl"]["mean"]}
 
 
 def byte_figures(metrics: list[dict]) -> dict:
     """Bytes per client and round, by part."""
-    row = {}
-    for way in ("upload", "download"):
-        for part in ("payload", "header", "scalars"):
-            row[f"{way}_{part}"] = float(np.mean([m[f"{way}/{part}"] for m in metrics]))
-    return row
+    parts = [(way, part) for way in ("upload", "download") for part in ("payload", "header", "scalars")]
+    return {f"{way}_{part}": float(np.mean([m[f"{way}/{part}"] for m in metrics])) for way, part in parts}
 
 
 def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
@@ -208,19 +206,17 @@ def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
     alone would make, √max(roughness² − mean(s² / N), 0), s the deviation of the round's rewards.
     """
     later = metrics[1:] or metrics  # the first round has no movement, and starts from an adapter of zero
-    mean = lambda name, rows=metrics: float(np.mean([m[name] for m in rows]))  # noqa: E731
-    row = {f"lambda_{name}": mean(f"lambda/{name}") for name in NAMES}
-    row |= {"disagreement": mean("lambda/disagreement"), "drift": mean("lambda/drift")}
-    row |= {"movement": mean("lambda/movement", later), "dispersion": mean("adapter/dispersion")}
+    rounds = {"movement": later, "stationarity": metrics[len(metrics) // 2 :]}
+    row = {name: float(np.mean([m[log] for m in rounds.get(name, metrics)])) for name, log in LOGGED.items()}
     residuals = [m["adapter/averaging_residual"] / m["adapter/norm"] for m in later]
-    row |= {"averaging_residual": float(np.mean(residuals)), "cosine": mean("cosine")}
-    row["stationarity"] = mean("stationarity", metrics[len(metrics) // 2 :])
+    row["averaging_residual"] = float(np.mean(residuals))
     for name in NAMES:
-        o = summary["objectives"][name]
-        scale, N = o["calibration"]["scale"], job.get("clients", 8) * job.get("batch_size", 16)
+        scale = summary["objectives"][name]["calibration"]["scale"]
+        rough = diagnostics.roughness([m[f"reward/{name}"] for m in metrics])
+        N = job.get("clients", 8) * job.get("batch_size", 16)
         floor = float(np.mean([m[f"reward_sd/{name}"] ** 2 for m in metrics])) / N
-        row[f"roughness_{name}"] = o["roughness"] / scale
-        row[f"net_roughness_{name}"] = max(o["roughness"] ** 2 - floor, 0.0) ** 0.5 / scale
+        row[f"roughness_{name}"] = rough / scale
+        row[f"net_roughness_{name}"] = max(rough**2 - floor, 0.0) ** 0.5 / scale
     return row | {"training_seconds": sum(m["seconds"] for m in metrics)}
 
 
@@ -228,19 +224,17 @@ def gram_figures(job: dict, grams: list[dict]) -> dict:
     """λ solved again on the Grams that the run kept: under every β, and from half-batches."""
     row, p = {}, job.get("preference")
     for beta in BETAS:
-        solved = [resolve(g, beta, p) for g in grams]
-        row[f"disagreement@{beta:g}"] = float(np.mean([disagreement for disagreement, _, _ in solved]))
-        row[f"drift@{beta:g}"] = float(np.nanmean([drift for _, drift, _ in solved]))
-        row[f"twin_disagreement@{beta:g}"] = float(np.mean([twin for _, _, twin in solved]))
-    steps = torch.cat([g["steps"].flatten(0, 2) for g in grams])  # [n, M, M]
-    traces = steps.diagonal(dim1=1, dim2=2).sum(1)
-    gaps = (steps[:, 0, 0] - 2 * steps[:, 0, -1] + steps[:, -1, -1]) / traces  # ‖g₁ − g_M‖² / tr G
+        solved = np.nanmean([resolve(g, beta, p) for g in grams], 0).tolist()
+        for name, value in zip(("disagreement", "drift", "twin_disagreement"), solved, strict=True):
+            row[f"{name}@{beta:g}"] = value
+    steps = [g["steps"].flatten(0, 2) for g in grams]  # [C · runs · K, M, M] of every round
+    traces = [G.diagonal(dim1=1, dim2=2).sum(1) for G in steps]
+    G = torch.cat(steps)
+    gaps = (G[:, 0, 0] - 2 * G[:, 0, -1] + G[:, -1, -1]) / torch.cat(traces)  # ‖g₁ − g_M‖² / tr G
     row |= {"gap": float(gaps.mean()), "gap_max": float(gaps.max()), "gap_small": float((gaps <= 1e-6).double().mean())}
     quarter = max(len(grams) // 4, 1)
-    for label, part in (("first", grams[:quarter]), ("last", grams[-quarter:])):
-        row[f"trace_{label}"] = float(
-            torch.cat([g["steps"].diagonal(dim1=-2, dim2=-1).sum(-1).flatten() for g in part]).mean()
-        )
+    for label, part in (("first", traces[:quarter]), ("last", traces[-quarter:])):
+        row[f"trace_{label}"] = float(torch.cat(part).mean())
     noise = [noise_figures(g, job.get("beta", 0.01), p) for g in grams]
     return row | {k: float(np.nanmean([n[k] for n in noise])) for k in noise[0]}
 
@@ -248,9 +242,8 @@ def gram_figures(job: dict, grams: list[dict]) -> dict:
 def resolve(g: dict, beta: float, preference: list[float] | None) -> tuple[float, float, float]:
     """Disagreement (mean over steps), drift at θ_t, and disagreement in λ₁ − λ_M, with λ solved under `beta`."""
     steps = g["steps"][:, 0]  # [C, K, M, M]
-    lam = torch.stack(
-        [torch.stack([mgda.solve(mgda.normalise(G), beta, preference) for G in client]) for client in steps]
-    )  # [C, K, M]
+    solve = lambda G: mgda.solve(mgda.normalise(G), beta, preference)  # noqa: E731
+    lam = torch.stack([torch.stack([solve(G) for G in client]) for client in steps])  # [C, K, M]
     disagreement = float(np.mean([diagnostics.disagreement(step) for step in lam.unbind(1)]))
     difference = lam[..., 0] - lam[..., -1]  # [C, K]
     twin = float((difference - difference.mean(0)).abs().mean())
@@ -266,188 +259,55 @@ def noise_figures(g: dict, beta: float, preference: list[float] | None = None) -
     half-batch gradients of one objective on one client.
     """
     start, w = g["start"], g["weights"]  # [C, 2, M, C, 2, M]
-    C = len(w)
-    batch, cross, constant, cosines, values = [], [], [], [], []
-    centre = mgda.preference_vector(preference, start.shape[2])
-    for c in range(C):
-        rest = w.clone()
-        rest[c] = 0.0
+    M = start.shape[2]
+    estimates, cosines = [], []
+    for c in range(len(w)):
+        others = w.clone()
+        others[c] = 0.0
         own = start[c, :, :, c]  # [2, M, 2, M]
         cosines.append((own[0, :, 1].diagonal() / (own[0, :, 0].diagonal() * own[1, :, 1].diagonal()).sqrt()).mean())
-        if C == 1 or not rest.any():
-            continue
-        reference = solve_cross(diagnostics.federated_gram(start, rest), beta, preference)
-        from_batch = mgda.solve(mgda.normalise(own.sum((0, 2))), beta, preference)
-        from_halves = solve_cross(own, beta, preference)
-        constant.append(float((centre - reference).norm()))
-        batch.append(float((from_batch - reference).norm()))
-        cross.append(float((from_halves - reference).norm()))
-        values.append([float(from_batch[0]), float(from_halves[0]), float(reference[0])])
-    batch_1, cross_1, reference_1 = np.mean(values, 0) if values else (np.nan,) * 3
+        if others.any():
+            reference = solve_cross(diagnostics.federated_gram(start, others), beta, preference)
+            batch = mgda.solve(mgda.normalise(own.sum((0, 2))), beta, preference)
+            constant = mgda.preference_vector(preference, M)
+            estimates.append(torch.stack([batch, solve_cross(own, beta, preference), constant, reference]))
+    lam = torch.stack(estimates) if estimates else torch.full((1, 4, M), math.nan)  # [C, 4, M]
+    batch, cross, constant = (lam[:, :3] - lam[:, 3:]).norm(dim=2).mean(0).tolist()
+    batch_1, cross_1, _, reference_1 = lam[:, :, 0].mean(0).tolist()
     return {
         "half_cosine": float(torch.stack(cosines).mean()),
-        "error_batch": float(np.mean(batch or [np.nan])),
-        "error_cross": float(np.mean(cross or [np.nan])),
-        "error_constant": float(np.mean(constant or [np.nan])),
-        "lambda1_batch": batch_1,
-        "lambda1_cross": cross_1,
-        "lambda1_reference": reference_1,
+        **{"error_batch": batch, "error_cross": cross, "error_constant": constant},
+        **{"lambda1_batch": batch_1, "lambda1_cross": cross_1, "lambda1_reference": reference_1},
     }
 
 
 def solve_cross(halves: torch.Tensor, beta: float, preference: list[float] | None = None) -> torch.Tensor:
     """λ [M] from the inner products of two half-batches [2, M, 2, M], as mgda.cross_gram would have it."""
-    both = halves[0, :, 1]
-    return mgda.solve(mgda.normalise(mgda.positive_part(2.0 * (both + both.T))), beta, preference)
-
-
-# ---- statistics and tables ------------------------------------------------------------------------------------
-
-
-def column(rows: list[dict], figure: str) -> list[float]:
-    """One figure of every row."""
-    return [row[figure] for row in rows]
-
-
-def of(rows: list[dict], **wanted) -> list[dict]:
-    """The rows whose columns have these values."""
-    return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and the half-width of its 95 % interval (Student's t); NaN for a single value."""
-    x = np.asarray(values, float)
-    if len(x) < 2:
-        return float(x.mean()), float("nan")
-    return float(x.mean()), float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
-
-
-def paired(a: list[dict], b: list[dict], figure: str) -> tuple[float, float, float]:
-    """Mean of a − b paired by seed, half-width of its 95 % interval, p-value of the paired t-test."""
-    theirs = {row["seed"]: row[figure] for row in b}
-    d = np.array([row[figure] - theirs[row["seed"]] for row in a])
-    if len(d) < 2 or np.ptp(d) == 0.0:
-        return float(d.mean()), float("nan"), float("nan")  # nothing to test
-    return *interval(d), float(stats.ttest_1samp(d, 0.0).pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment; a NaN stays NaN, and still counts as a test."""
-    order, adjusted, running = np.argsort(p_values), [float("nan")] * len(p_values), 0.0
-    for step, i in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - step) * p_values[i]))
-        adjusted[i] = running if p_values[i] == p_values[i] else float("nan")
-    return adjusted
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation."""
-    return float(stats.spearmanr(x, y).statistic)
+    cross = halves[0, :, 1]
+    return mgda.solve(mgda.normalise(mgda.positive_part(2.0 * (cross + cross.T))), beta, preference)
 
 
 def front_of(row: dict) -> np.ndarray:
-    """The exact front of this row's held-out prompts: only the share of risky ones matters to it."""
+    """The exact front of this row's held-out prompts: only the share of risky ones matters to it. [K, 2]"""
     risky, benign = (next(t for t in toy.TOPICS if (t in toy.RISKY) == wanted) for wanted in (True, False))
     return toy.pareto_front([risky] * int(row["risky"]) + [benign] * int(row["held_out"] - row["risky"]))
 
 
 def sweep_volume(rows: list[dict]) -> float:
     """Normalised hypervolume of one seed's sweep."""
-    points = np.array([[row[name] for name in NAMES] for row in rows])
-    base = np.array([rows[0][f"base_{name}"] for name in NAMES])
-    return sweep.normalised_hypervolume(points, base, front_of(rows[0]))
+    points, base = (np.array([[row[f"{kind}{name}"] for name in NAMES] for row in rows]) for kind in ("", "base_"))
+    return sweep.normalised_hypervolume(points, base[0], front_of(rows[0]))
 
 
-# ---- tables and pictures --------------------------------------------------------------------------------------
-
-LABELS = {
-    "normalised_helpful": "normalised gain in helpful",
-    "normalised_harmless": "normalised gain in harmless",
-    "net_roughness_helpful": "roughness of helpful, net of sampling",
-    "net_roughness_harmless": "roughness of harmless, net of sampling",
-    "gap_small": "share of steps with a gap ≤ 1e-6",
-    "error_constant": "‖λ − reference‖, λ = p",
-
-    "helpful": "helpful, held out (raw units)", "harmless": "harmless, held out (raw units)",
-    "worst_gain": "worst normalised gain", "kl": "KL (nats per response)", "disagreement": "disagreement ‖λ_c − λ̄‖",
-    "drift": "drift / step", "movement": "movement of λ̄ per round", "dispersion": "dispersion ‖θ_c − θ̄‖",
-    "averaging_residual": "averaging residual / ‖mean(ΔW)‖", "same_disagreement": "disagreement / at β = 0, same Grams",
-    "same_drift": "drift / at β = 0, same Grams", "twin_disagreement": "disagreement in λ₁ − λ₃",
-    "same_twin_disagreement": "disagreement in λ₁ − λ₃ / at β = 0, same Grams", "upload_payload": "payload up (bytes)",
-    "trace_first": "tr G, first quarter of the rounds", "trace_last": "tr G, last quarter",
-    "half_cosine": "cosine of two half-batches", "error_batch": "‖λ − reference‖, one batch",
-    "error_cross": "‖λ − reference‖, two halves", "lambda1_batch": "λ₁, one batch", "lambda1_cross": "λ₁, two halves",
-    "lambda1_reference": "λ₁, reference", "roughness_helpful": "roughness of helpful",
-    "roughness_harmless": "roughness of harmless", "stationarity": "stationarity ‖Jᵀλ‖²",
-}  # fmt: skip
-
-
-def number(value: float) -> str:
-    """Three significant digits below 0.1, three decimals below 100, else an integer."""
-    return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def cell(rows: list[dict], figure: str) -> str:
-    """mean ± half the 95 % interval over the seeds."""
-    mean, half = interval(column(rows, figure))
-    return number(mean) if np.isnan(half) or half == 0 else f"{number(mean)} ± {number(half)}"
-
-
-def against(groups: dict[str, list[dict]], ours: str, figure: str) -> dict[str, tuple[str, str]]:
-    """For every group: the paired difference ours − it with its 95 % interval, and the p-value after Holm.
-
-    Holm's family is the baselines: other settings of our own method (labels like `firm β=1`) are not tested.
-    """
-    tests = {label: paired(groups[ours], rows, figure) for label, rows in groups.items() if label != ours}
-    family = [label for label in tests if label.split()[0] != ours.split()[0]]
-    corrected = dict(zip(family, holm([tests[label][2] for label in family]), strict=True))
-    return {ours: ("", "")} | {
-        label: (f"{number(d)} ± {number(half)}", f"{corrected[label]:.2g}" if label in corrected else "")
-        for label, (d, half, _) in tests.items()
+def mean_points(rows: list[dict], preferences: Sequence[float]) -> dict[str, np.ndarray]:
+    """Means over the seeds by preference: mean and its standard error [n, 2], kl, the worst gain, λ of helpful [n]."""
+    groups = [[row for row in rows if row["p"] == p] for p in preferences]
+    points = np.array([[[row[name] for row in group] for name in NAMES] for group in groups])  # [n, 2, seeds]
+    by_p = lambda figure: np.array([np.mean([row[figure] for row in group]) for group in groups])  # noqa: E731
+    return {
+        "mean": points.mean(2),
+        "error": points.std(2) / max(points.shape[2] - 1, 1) ** 0.5,
+        "kl": by_p("kl"),
+        "gain": by_p("worst_gain"),
+        "lambda": by_p("lambda_helpful"),
     }
-
-
-def show(lab: Lab, name: str, head: Sequence[str], lines: Sequence[Sequence], note: str = "") -> None:
-    """Print a table in Markdown, and keep it as NAME.md."""
-    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines))
-    text += f"\n\n{note}\n" if note else "\n"
-    (lab.results / f"{name}.md").write_text(text, "utf-8")
-    print(f"\n{name}\n{text}")
-
-
-def table(
-    lab: Lab, name: str, keys: Sequence[str], groups: dict[tuple, list[dict]], figures: Sequence[str], note: str = ""
-) -> None:
-    """One line per group: what it is, then a cell per figure."""
-    head = [*keys, *(LABELS.get(figure, figure) for figure in figures)]
-    lines = [[*key, *(cell(rows, figure) for figure in figures)] for key, rows in groups.items()]
-    seeds = len(next(iter(groups.values())))
-    show(lab, name, head, lines, f"{seeds} seeds; ± is half a 95 % interval. {note}".strip())
-
-
-def curves(
-    lab: Lab, name: str, label: str, groups: dict[str, list[dict]], x: str, figures: Sequence[str], log_x: bool = False,
-    ticks: Sequence[str] | None = None,
-) -> None:  # fmt: skip
-    """One panel per figure, one line per group, mean and 95 % interval against the column x."""
-    panels = []
-    for figure in figures:
-        lines = {}
-        for group, rows in groups.items():
-            xs = list(dict.fromkeys(column(rows, x)))
-            cells = [interval(column(of(rows, **{x: value}), figure)) for value in xs]
-            lines[group] = (range(len(xs)) if ticks else xs, *map(list, zip(*cells, strict=True)))
-        panels.append(plots.Panel(label, "", LABELS.get(figure, figure), lines, log_x=log_x, ticks=ticks))
-    plots.panels(panels, lab.results / f"{name}.png")
-
-
-def bars(lab: Lab, name: str, groups: dict[str, list[dict]], figures: Sequence[str]) -> None:
-    """One panel per figure, one point with its 95 % interval per group."""
-    panels = []
-    for figure in figures:
-        cells = [interval(column(rows, figure)) for rows in groups.values()]
-        lines = {
-            label: ([i], [mean], [half]) for i, (label, (mean, half)) in enumerate(zip(groups, cells, strict=True))
-        }
-        panels.append(plots.Panel("", "", LABELS.get(figure, figure), lines, ticks=list(groups)))
-    plots.panels(panels, lab.results / f"{name}.png", legend=False)

@@ -23,13 +23,6 @@ def test_new_rows_replace_their_own_and_leave_another_devices(tmp_path):
     assert kept == {("x", "cpu"): 2.0, ("y", "cpu"): 1.0, ("x", "cuda"): 3.0}
 
 
-def test_what_was_measured_is_not_replaced_by_what_was_not(tmp_path):
-    out = tmp_path / "bench.json"
-    keep([row("x", value=2.0)], out)
-    keep([row("x", value=None)], out)
-    assert json.loads(out.read_text())[0]["value"] == 2.0
-
-
 def test_the_ratio_is_their_time_over_ours_and_its_interval_holds_it(monkeypatch):
     measured = Bench(SHAPES["tiny"], "cpu", "float32", pairs=40)
     rng = np.random.default_rng(0)
@@ -73,10 +66,8 @@ def test_the_command_leaves_rows_of_the_agreed_form(tmp_path, monkeypatch, capsy
     threads = torch.get_num_threads()
     bench.main()
     torch.set_num_threads(threads)
-    listed = json.loads(out.read_text())
-    rows = [r for r in listed if r["device"] == "cpu"]
+    rows = json.loads(out.read_text())
     assert len(rows) == 4
-    assert {r["value"] for r in listed if r["device"] == "cuda"} == {None}  # waiting for a GPU, not estimated
     for r in rows:
         assert {"name", "device", "dtype", "value", "unit", "ratio", "pairs"} <= r.keys()
         assert r["value"] > 0 and r["ratio"] > 0 and r["pairs"] == 2

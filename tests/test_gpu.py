@@ -277,7 +277,7 @@ def test_switching_clients_copies_no_adapter_through_the_cpu():
 
 def test_a_preset_runs_whole_from_local_checkpoints(tmp_path, gpu):
     small = bench.Bench(bench.SHAPES["tiny"], "cpu", "float32", 2)
-    flags = ["--preset", "tinyllama-12gb", *bench.stand_ins(small, tmp_path), "--clients", "2", "--rounds", "2",
+    flags = ["--preset", "tinyllama-12gb", *small.stand_ins(tmp_path), "--clients", "2", "--rounds", "2",
              "--batch_size", "4", "--held_out", "3", "--lr", "5e-3", "--gradient_checkpointing", "True"]  # fmt: skip
     runs = []
     for device in ("cpu", gpu):

@@ -1,20 +1,21 @@
-"""The experiments' machinery: rows, figures, statistics. The experiments themselves are run by `experiments.py`."""
+"""The experiments' machinery: many runs, the rows that they leave, the figures of a row."""
 
+import csv
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from test_firm import federation
 
-stats = pytest.importorskip("scipy.stats", reason="the experiments need SciPy, see requirements-dev.txt")
+from evidence import diagnostics, lab
+from firm import LINEAR
+from worlds import toy
 
-import torch  # noqa: E402
-from test_firm import federation  # noqa: E402
-
-from evidence import experiments, lab  # noqa: E402
-from firm import LINEAR  # noqa: E402
-from worlds import toy  # noqa: E402
+RESULTS = Path(lab.__file__).parents[1] / "results"
 
 
 @pytest.fixture
@@ -94,32 +95,6 @@ def test_a_figure_that_older_rows_lack_is_refused(tmp_path):
         lab.append_rows(tmp_path / "x.csv", [{"settings": "{}", "method": "firm", "kl": 1.0, "new": 2.0}])
 
 
-def test_holm_by_hand():
-    # 0.01 · 3, then 0.03 · 2 = 0.06, then max(0.06, 0.04 · 1)
-    assert lab.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-
-
-def test_holm_never_exceeds_one_and_keeps_nan():
-    adjusted = lab.holm([0.9, float("nan"), 0.8])
-    assert adjusted[0] == 1.0 and np.isnan(adjusted[1]) and adjusted[2] == 1.0
-
-
-def test_a_paired_difference_is_scipys_paired_t_test():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 10))
-    rows = [[{"seed": s, "v": v} for s, v in enumerate(values)] for values in (x, y)]
-    mean, half, p = lab.paired(rows[0], rows[1][::-1], "v")  # paired by seed, whatever the order
-    test = stats.ttest_rel(x, y)
-    low, high = test.confidence_interval(0.95)
-    assert (mean, p) == pytest.approx(((x - y).mean(), test.pvalue))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-
-
-def test_a_difference_that_never_varies_is_not_tested():
-    rows = [[{"seed": s, "v": v} for s in range(3)] for v in (1.0, 0.0)]
-    assert lab.paired(*rows, "v")[0] == 1.0 and np.isnan(lab.paired(*rows, "v")[2])
-
-
 @pytest.mark.parametrize("risky", [0, 3, 8])
 def test_the_front_of_a_row_is_that_of_its_prompts(risky):
     topics = {wanted: [t for t in toy.TOPICS if (t in toy.RISKY) == wanted] for wanted in (True, False)}
@@ -137,19 +112,15 @@ def round_of_firm():
 def test_solving_again_under_the_same_beta_gives_the_logged_figure(round_of_firm, figure):
     metrics, grams = round_of_firm
     row = lab.gram_figures({"beta": 0.01, "preference": [0.3, 0.7]}, [grams])
-    assert row[f"{figure}@0.01"] == pytest.approx(metrics[f"lambda/{figure}"], rel=1e-9)
+    assert row[f"{figure}@0.01"] == pytest.approx(metrics[lab.LOGGED[figure]], rel=1e-9)
 
 
 def test_the_kept_grams_of_fixed_weights_show_what_other_weights_would_have_done():
     trained = federation(method=LINEAR)
     metrics = trained.round()
     row = lab.gram_figures({}, [trained.grams])
-    assert metrics["lambda/disagreement"] == pytest.approx(0.0, abs=1e-12)
+    assert metrics[lab.LOGGED["disagreement"]] == pytest.approx(0.0, abs=1e-12)
     assert row["disagreement@0"] > row["disagreement@1"] > row["disagreement@10"] > 0.0
-
-
-def test_every_row_has_every_figure_of_the_grams(round_of_firm):
-    assert set(lab.gram_figures({}, [round_of_firm[1]])) == set(lab.GRAM_FIGURES)
 
 
 def test_equal_clients_without_noise_have_no_error_in_lambda():
@@ -180,59 +151,19 @@ def test_noise_biases_lambda_from_one_batch_towards_inverse_variance_and_not_fro
     assert np.mean(batch) > 0.8 and abs(np.mean(cross) - 0.5) < 0.1
 
 
-def test_every_method_gets_the_same_tuning_budget():
-    jobs = experiments.tuning_jobs(lab.Lab(None, quick=False, workers=1))
-    budgets = {m: sum(job["method"] == m for job in jobs) for m in experiments.METHODS}
-    assert len(set(budgets.values())) == 1 and not {job["seed"] for job in jobs} & set(range(10))
-
-
-def test_the_best_setting_is_that_of_the_best_mean_over_seeds():
-    common = {"server_lr": 1.0, "kl_coef": 0.01}
-    scores = {1e-3: (0.1, 0.5), 3e-3: (0.35, 0.4), 6e-3: (0.6, 0.0)}
-    rows = [common | {"lr": lr, "seed": s, "worst_gain": v} for lr, pair in scores.items() for s, v in enumerate(pair)]
-    assert experiments.ranking(rows)[0][1]["lr"] == 3e-3
-
-
-def test_an_unknown_experiment_is_refused_by_name(capsys):
-    with pytest.raises(SystemExit):
-        experiments.main(["parteo"])
-    assert "parteo" in capsys.readouterr().err
-
-
-def test_the_common_setting_is_best_on_average_over_the_methods(bench, monkeypatch):
-    made, _ = bench
-    scores = {("firm", 1e-3): 0.9, ("mgda", 1e-3): 0.0, ("firm", 3e-3): 0.5, ("mgda", 3e-3): 0.5}
-    rows = [
-        {"method": m, "seed": 101, "lr": lr, "server_lr": 1.0, "kl_coef": 0.01, "worst_gain": v}
-        for (m, lr), v in scores.items()
-    ]
-    monkeypatch.setattr(lab.Lab, "rows", lambda *_: rows)
-    assert experiments.common(made)["lr"] == 3e-3 and experiments.tuned(made, "firm")["lr"] == 1e-3
-
-
-def test_holms_family_leaves_out_other_settings_of_our_own_method():
-    rng = np.random.default_rng(0)
-    groups = {
-        label: [{"seed": s, "v": v} for s, v in enumerate(rng.normal(shift, 1.0, 10))]
-        for label, shift in (("firm", 0.0), ("firm β=1", 1.0), ("mgda", 1.0), ("linear", 0.5))
-    }
-    test = lab.against(groups, "firm", "v")
-    p = [lab.paired(groups["firm"], groups[label], "v")[2] for label in ("mgda", "linear")]
-    assert test["firm β=1"][1] == "" and test["firm"] == ("", "")
-    assert [test[label][1] for label in ("mgda", "linear")] == [f"{q:.2g}" for q in lab.holm(p)]
-
-
 def rounds_of(rewards, spread):
     """metrics.jsonl lines with these mean rewards, and a summary."""
-    names = ("lambda/helpful", "lambda/harmless", "lambda/disagreement", "lambda/drift", "lambda/movement", "seconds",
-             "adapter/dispersion", "adapter/averaging_residual", "adapter/norm", "cosine", "stationarity")  # fmt: skip
-    lines = [
-        dict.fromkeys(names, 1.0) | {f"reward/{n}": float(r) for n in lab.NAMES}
-        | {f"reward_sd/{n}": spread for n in lab.NAMES}
-        for r in rewards
-    ]  # fmt: skip
-    rough = lab.diagnostics.roughness(rewards)
-    return lines, {"objectives": {n: {"roughness": rough, "calibration": {"scale": 0.5}} for n in lab.NAMES}}
+    names = (*lab.LOGGED.values(), "seconds", "adapter/averaging_residual", "adapter/norm")
+    figures = {f"reward_sd/{name}": spread for name in lab.NAMES}
+    lines = [dict.fromkeys(names, 1.0) | figures | {f"reward/{n}": float(r) for n in lab.NAMES} for r in rewards]
+    return lines, {"objectives": {name: {"calibration": {"scale": 0.5}} for name in lab.NAMES}}
+
+
+def test_roughness_is_that_of_the_logged_rewards_in_deviations_of_the_base_policy():
+    rewards = [0.0, 1.0, 0.5, 2.0]
+    row = lab.round_figures({}, *rounds_of(rewards, 0.0))
+    assert row["roughness_helpful"] == pytest.approx(diagnostics.roughness(rewards) / 0.5)
+    assert row["net_roughness_helpful"] == pytest.approx(row["roughness_helpful"])  # nothing of it is sampling noise
 
 
 def test_the_noise_of_sampling_alone_leaves_no_net_roughness():
@@ -245,18 +176,33 @@ def test_the_noise_of_sampling_alone_leaves_no_net_roughness():
     assert net[0] == 0.0 and net[1] < 0.1 and net[2] == pytest.approx(0.5 / 0.5, rel=0.1)
 
 
-def test_every_row_has_every_figure_of_the_rounds():
-    assert set(lab.round_figures({}, *rounds_of([0.0, 1.0, 0.0], 1.0))) == set(lab.ROUND_FIGURES)
-
-
-def test_a_table_has_a_line_per_group(tmp_path, capsys):
-    rows = {("a", 1): [{"kl": 1.0}, {"kl": 3.0}], ("b", 2): [{"kl": 2.0}, {"kl": 2.0}]}
-    lab.table(lab.Lab(tmp_path, False, 1), "x", ["name", "n"], rows, ["kl"])
-    lines = (tmp_path / "x.md").read_text().splitlines()
-    assert lines[0] == "| name | n | KL (nats per response) |" and lines[3] == "| b | 2 | 2.000 |"
-    half = stats.t.ppf(0.975, 1) * np.sqrt(2) / np.sqrt(2)
-    assert lines[2] == f"| a | 1 | 2.000 ± {half:.3f} |"
-
-
 def test_a_jobs_key_does_not_depend_on_the_order_of_its_settings():
     assert lab.key({"a": 1, "b": [0.1]}) == lab.key(json.loads('{"b": [0.1], "a": 1}'))
+
+
+def test_what_is_logged_every_round_is_found_under_its_name(round_of_firm):
+    names = {name.replace("helpful", "even").replace("harmless", "low") for name in lab.LOGGED.values()}
+    assert names <= round_of_firm[0].keys()
+
+
+def test_a_figure_that_a_row_lacks_is_nan(tmp_path):
+    lab.append_rows(tmp_path / "x.csv", [{"settings": '{"seed": 0}', "method": "firm", "kl": 1.0, "gap": 2.0}])
+    lab.append_rows(tmp_path / "x.csv", [{"settings": '{"seed": 1}', "method": "soups", "kl": 3.0}])
+    assert np.isnan(lab.read_rows(tmp_path / "x.csv")['{"seed": 1}'][0]["gap"])
+
+
+def test_a_new_row_has_the_columns_of_those_that_are_there(round_of_firm, tmp_path):
+    metrics, grams = round_of_firm
+    metrics = {name.replace("even", "helpful").replace("low", "harmless"): value for name, value in metrics.items()}
+    objectives = {
+        name: {k: {"mean": 0.5, "standard_error": 0.1} for k in ("before", "after", "gain")}
+        | {"calibration": {"scale": 1.0}}
+        for name in lab.NAMES
+    }
+    summary = {"objectives": objectives, "kl": {"mean": 0.0}}
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": next(iter(toy.TOPICS))}) + "\n")
+    job = {"method": "firm", "seed": 0}
+    row = lab.progress_figures(job, summary, tmp_path) | lab.round_figures(job, [metrics], summary)
+    row |= lab.byte_figures([metrics]) | lab.gram_figures(job, [grams])
+    with open(RESULTS / "beta.csv", encoding="utf-8", newline="") as file:
+        assert {"settings", *row} == set(next(csv.reader(file)))

@@ -1,0 +1,59 @@
+"""The experiments: one budget for every method, one common setting, and tables that are those of the rows."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy.stats", reason="the experiments need SciPy, see requirements-dev.txt")
+
+from app import plots  # noqa: E402
+from evidence import experiments, lab  # noqa: E402
+
+RESULTS = Path(experiments.__file__).parents[1] / "results"
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_every_table_is_that_of_the_rows_and_no_run_is_missing(name, tmp_path, monkeypatch, capsys):
+    for rows in RESULTS.glob("*.csv"):
+        shutil.copy(rows, tmp_path)
+    monkeypatch.setattr(
+        lab.Lab, "run_jobs", lambda self, name, jobs, path: pytest.fail(f"{name}: {len(jobs)} runs missing")
+    )
+    for picture in ("panels", "pareto"):
+        monkeypatch.setattr(plots, picture, lambda *_, **__: None)
+    experiments.EXPERIMENTS[name](lab.Lab(tmp_path, quick=False, workers=1))
+    tables = list(tmp_path.glob("*.md"))
+    assert tables
+    for table in tables:
+        assert table.read_text("utf-8") == (RESULTS / table.name).read_text("utf-8")
+
+
+def test_every_method_gets_the_same_tuning_budget():
+    jobs = experiments.tuning_jobs(lab.Lab(None, quick=False, workers=1))
+    budgets = {m: sum(job["method"] == m for job in jobs) for m in experiments.METHODS}
+    assert len(set(budgets.values())) == 1 and not {job["seed"] for job in jobs} & set(range(10))
+
+
+def test_the_best_setting_is_that_of_the_best_mean_over_seeds():
+    common = {"server_lr": 1.0, "kl_coef": 0.01}
+    scores = {1e-3: (0.1, 0.5), 3e-3: (0.35, 0.4), 6e-3: (0.6, 0.0)}
+    rows = [common | {"lr": lr, "seed": s, "worst_gain": v} for lr, pair in scores.items() for s, v in enumerate(pair)]
+    assert experiments.ranking(rows)[0][1]["lr"] == 3e-3
+
+
+def test_an_unknown_experiment_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        experiments.main(["parteo"])
+    assert "parteo" in capsys.readouterr().err
+
+
+def test_the_common_setting_is_best_on_average_over_the_methods(monkeypatch):
+    made = lab.Lab(None, quick=False, workers=1)
+    scores = {("firm", 1e-3): 0.9, ("mgda", 1e-3): 0.0, ("firm", 3e-3): 0.5, ("mgda", 3e-3): 0.5}
+    rows = [
+        {"method": m, "seed": 101, "lr": lr, "server_lr": 1.0, "kl_coef": 0.01, "worst_gain": v}
+        for (m, lr), v in scores.items()
+    ]
+    monkeypatch.setattr(lab.Lab, "rows", lambda *_: rows)
+    assert experiments.best_setting(made)["lr"] == 3e-3 and experiments.best_setting(made, "firm")["lr"] == 1e-3
