@@ -4,7 +4,6 @@ A method has one colour and one marker in every picture, whatever else is drawn 
 colour-blind readers: those of methods begin with Okabe and Ito's, all others are Tol's "muted".
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
+from app.files import atomically
 from settings import METHODS
 
-METHOD_NAMES = list(dict.fromkeys([*METHODS, "soups"]))
+METHOD_NAMES = list(METHODS)
 METHOD_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#661100", "#01665E", "#332288"]
 METHOD_COLOURS += ["#EECC66"]
 COLOURS = ["#882255", "#44AA99", "#332288", "#CC6677", "#117733", "#88CCEE", "#999933", "#AA4499", "#DDCC77", "#222222"]
@@ -50,9 +50,9 @@ def style(label: str, position: int) -> dict:
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Write the PNG whole or not at all, and close the figure."""
-    figure.savefig(f"{path}.tmp", format="png", dpi=150, bbox_inches="tight")
+    with atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
-    os.replace(f"{path}.tmp", path)
 
 
 def tidy(ax: plt.Axes, x: str, y: str, title: str) -> None:

@@ -29,8 +29,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import run
-from app.report import write
+from app.files import write_text
+from app.session import quiet_libraries
 from evidence.comparisons import BATCH, CLIENTS, PARTS
 from lora import LoRAConfig
 from rollout import Policy, RolloutConfig
@@ -189,7 +189,7 @@ def keep(rows: list[dict], out: Path) -> None:
     kept = {key(row): row for row in (json.loads(out.read_text("utf-8")) if out.is_file() else [])}
     kept |= {key(row): row for row in rows}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, json.dumps(sorted(kept.values(), key=key), indent=1) + "\n")
+    write_text(out, json.dumps(sorted(kept.values(), key=key), indent=1) + "\n")
 
 
 def main() -> int:
@@ -209,7 +209,7 @@ def main() -> int:
     if options.pairs < 2:
         parser.error("pairs: ask for at least 2")
     torch.set_num_threads(options.threads)
-    run.quiet_libraries()
+    quiet_libraries()
     hardware = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "CPU"
     print(f"{hardware}, torch {torch.__version__}, {options.dtype}, {options.threads} CPU thread(s)")
     failed = False

@@ -32,10 +32,13 @@ import firm
 import mgda
 import ppo
 import run
+from app.session import quiet_libraries
+from clients import ClientConfig
 from data import Prompt
-from firm import Federation, FIRMConfig
+from firm import Federation, FIRMConfig, TrainingConfig
 from lora import LoRALinear
 from ppo import PPOConfig
+from rewards import Calibration
 from sampler import Decoder, pad_left
 from settings import parse
 
@@ -65,14 +68,19 @@ def federation(
     prompts = [Prompt("", (), "", tuple(ids), "all", {}) for ids in bench.prompts(clients * BATCH)]
     shares = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
 
-    def score(prompts: list[Prompt], rollout) -> Tensor:
+    def score(prompts: list[Prompt], rollout, holdings: list) -> Tensor:
         return torch.stack([(rollout.responses % (j + 2) == 0).double().mean(1) for j in range(M)], 1)
 
-    return Federation(
-        bench.policy(rank), shares, [f"r{j}" for j in range(M)], score, lambda raw: (raw - 0.5) / 0.1,
-        FIRMConfig(clients=clients, batch_size=BATCH), PPOConfig(micro_batch_size=bench.shape.micro_batch_size),
-        L or bench.shape.L, method,
+    config = TrainingConfig(
+        FIRMConfig(clients=clients, batch_size=BATCH), ClientConfig(),
+        PPOConfig(micro_batch_size=bench.shape.micro_batch_size),
     )  # fmt: skip
+    policy = bench.policy(rank)
+    policy.max_new_tokens = L or bench.shape.L
+    built = Federation(policy, shares, [f"r{j}" for j in range(M)], score, method, config)
+    mean, scale = torch.full((M,), 0.5).double(), torch.full((M,), 0.1).double()
+    built.calibration = Calibration(mean, scale, torch.zeros(M, dtype=torch.bool))
+    return built
 
 
 def a_lora_layer(bench: Bench) -> None:
@@ -141,14 +149,15 @@ def d_jacobian(bench: Bench) -> None:
     policy = bench.policy()
     rollout = policy.sample(bench.prompts(BATCH), uniforms(BATCH, bench.shape.L))
     config = PPOConfig(micro_batch_size=bench.shape.micro_batch_size)
-    logp, _, _ = policy.logprobs_in_pieces(rollout, config.micro_batch_size)
 
     def gradients(M: int, times: int = 1) -> Callable[[], None]:
-        advantages = torch.randn(*logp.shape, M, device=policy.device)
+        batch = ppo.prepare(policy, rollout, torch.randn(BATCH, M), 0.1, config)
+        learner = ppo.PPO(policy.hidden_size, config, policy.device, M)
+        advantages = learner.advantages(batch).whitened
 
         def repeat() -> None:
             for _ in range(times):
-                ppo.policy_gradients(policy, rollout, logp, advantages, config)
+                ppo.policy_gradients(policy, batch, advantages, learner)
 
         return repeat
 
@@ -256,7 +265,7 @@ def f_round(bench: Bench) -> None:
 
     with tempfile.TemporaryDirectory() as out, quiet_trainers():
         trainers = grpo_trainers(bench, out)
-    run.quiet_libraries()
+    quiet_libraries()
     for trainer in trainers:
         trainer.training_step = timed(trainer.training_step)
 

@@ -24,14 +24,15 @@ from scipy.stats import spearmanr
 from app import plots, sweep
 from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, session, sweep_volume
 from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
+from settings import METHODS
 from worlds import toy
 
 PREFERENCES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # p₁, of helpful
 GRID = {"lr": (1.5e-3, 3e-3, 6e-3), "server_lr": (1.0, 2.0), "kl_coef": (0.003, 0.01)}
 TUNING_SEEDS = (101, 102)
-METHODS = ("firm", "mgda", "linear", "morlhf", "fsmgda", "fedcmoo", "soups")  # one more would change the common setting
+COMMON = {"lr": 3e-3, "server_lr": 2.0, "kl_coef": 0.003}  # the best of `tuning`, on average over its first 7 methods
 VARIANTS = {"firm": {"method": "firm"}, "firm β=1": {"method": "firm", "beta": 1.0}}
-VARIANTS |= {method: {"method": method} for method in METHODS[1:]}
+VARIANTS |= {method: {"method": method} for method in METHODS if method != "firm"}
 VARIANTS["soups"]["preferences"] = [0.5]  # p₁ of what is evaluated
 ROUNDS = 16  # [paper]
 
@@ -69,12 +70,9 @@ def ranking(rows: list[dict]) -> list[tuple[float, dict]]:
     return sorted(scored, key=lambda pair: -pair[0])
 
 
-def best_setting(lab: Lab, method: str | None = None) -> dict:
-    """The best of one method's grid, or without one the setting that is best on average over the methods: what all run
-    at where only the method shall differ. Runs the tuning first where that is missing.
-    """
-    rows = lab.rows("tuning", tuning_jobs(lab))
-    return ranking(where(rows, method=method) if method else rows)[0][1]
+def best_setting(lab: Lab, method: str) -> dict:
+    """The best of one method's grid. Runs the tuning first where that is missing."""
+    return ranking(where(lab.rows("tuning", tuning_jobs(lab)), method=method))[0][1]
 
 
 # ---- FIRM and the baselines -----------------------------------------------------------------------------------
@@ -82,7 +80,7 @@ def best_setting(lab: Lab, method: str | None = None) -> dict:
 
 def at_common_setting(lab: Lab, name: str, n_seeds: int, variants: dict[tuple, dict]) -> dict[tuple, list[dict]]:
     """Rows of FIRM at the common setting with each variant's changes (of the method, perhaps), on n seeds."""
-    firm = {"method": "firm"} | best_setting(lab)
+    firm = {"method": "firm"} | COMMON
     jobs = {label: [firm | {"seed": s} | changes for s in lab.seeds(n_seeds)] for label, changes in variants.items()}
     return lab.groups(name, jobs)
 
@@ -132,7 +130,7 @@ def agreement(lab: Lab) -> None:
     variants = {label: {"rounds": ROUNDS} | changes for label, changes in VARIANTS.items()}
     variants["soups"]["rounds"] = ROUNDS // 2
     groups = at_common_setting(lab, "agreement", 10, variants)
-    at = ", ".join(f"{name} {value:g}" for name, value in best_setting(lab).items())
+    at = ", ".join(f"{name} {value:g}" for name, value in COMMON.items())
     at = f"{len(groups['firm'])} seeds, paired, all at {at}"
     show(lab.results, "common", VERSUS, versus_firm("common setting", groups), f"{at}; equal rollouts.")
     del groups["soups"]  # has no rounds of its own
@@ -169,7 +167,7 @@ def preference_sweeps(lab: Lab, name: str, rounds: int, seeds: Sequence[int], la
 
     All at the common setting: FIRM at a large β is nearly `linear`, and at other rates would differ by the rates.
     """
-    preferences, setting = lab.some(PREFERENCES), {"rounds": rounds} | best_setting(lab)
+    preferences, setting = lab.some(PREFERENCES), {"rounds": rounds} | COMMON
 
     def jobs(label: str, seed: int) -> list[dict]:
         method, _, beta = label.partition(" β=")
@@ -312,7 +310,7 @@ def noise(lab: Lab) -> None:
 def optimizer(lab: Lab) -> None:
     """The client's optimizer: Adam fresh every round, Adam kept, SGD; each with a rate from a grid of its own."""
     grids = {"adam": GRID["lr"], "adam-keep": GRID["lr"], "sgd": (0.3, 1.0, 3.0)}
-    seeds, firm = TUNING_SEEDS, {"method": "firm"} | best_setting(lab)
+    seeds, firm = TUNING_SEEDS, {"method": "firm"} | COMMON
     if lab.quick:
         seeds, grids = seeds[:1], {name: grid[1:2] for name, grid in grids.items()}
     trials = [firm | {"optimizer": name, "lr": lr, "seed": s}

@@ -26,17 +26,20 @@ from tqdm import tqdm
 
 import mgda
 import run
-from app import report, sweep
+from app import sweep
+from app.files import read_json, read_lines, write_text
+from app.metrics import disagreement
+from app.session import Session
 from evidence import diagnostics
 from settings import PRESETS, Config
 from worlds import toy
 
-BASE = PRESETS["tiny"] | {"preset": "tiny"}  # what a job's settings change
+BASE = PRESETS["tiny"] | {"preset": "tiny", "diagnostics": True}  # what a job's settings change
 NAMES = ("helpful", "harmless")
 BETAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
 LOGGED = {  # columns of a row, and the names under which metrics.jsonl has them for every round
     "lambda_helpful": "lambda/helpful", "lambda_harmless": "lambda/harmless", "disagreement": "lambda/disagreement",
-    "drift": "lambda/drift", "movement": "lambda/movement", "dispersion": "adapter/dispersion", "cosine": "cosine",
+    "drift": "drift", "dispersion": "adapter/dispersion", "cosine": "cosine",
     "stationarity": "stationarity",
 }  # fmt: skip
 
@@ -114,7 +117,7 @@ def append_rows(path: Path, rows: list[dict]) -> None:
     if not before:
         writer.writeheader()
     writer.writerows(rows)
-    report.write(path, before + text.getvalue())
+    write_text(path, before + text.getvalue())
 
 
 def read_rows(path: Path) -> dict[str, list[dict]]:
@@ -131,9 +134,9 @@ def read_rows(path: Path) -> dict[str, list[dict]]:
 # ---- one job --------------------------------------------------------------------------------------------------
 
 
-def session(job: dict) -> run.Session:
+def session(job: dict) -> Session:
     """What `run.train` would train with, for a look at it."""
-    return run.Session(Config.from_flat(BASE | job), progress=False)
+    return Session(Config.from_flat(BASE | job), progress=False)
 
 
 def run_job(job: dict) -> list[dict]:
@@ -157,20 +160,14 @@ def soups(job: dict, scratch: Path) -> list[dict]:
     quiet = lambda config, resume, title: run.train(config, resume, progress=False)  # noqa: E731
     config = Config.from_flat(BASE | {k: v for k, v in job.items() if k != "preferences"})
     ps = [[p, round(1.0 - p, 12)] for p in job["preferences"]]
-    sweep.soups(config, ps, NAMES, scratch, quiet, lambda config: run.Session(config, progress=False))
+    sweep.soups(config, ps, NAMES, scratch, quiet)
     homes = [scratch / f"specialist-{name}" for name in NAMES]
     sent = byte_figures([line for home in homes for line in read_lines(home / "metrics.jsonl")])
     rows = []
     for p in ps:
-        summary = json.loads((scratch / sweep.label(p) / "summary.json").read_text("utf-8"))
+        summary = read_json((scratch / sweep.label(p) / "summary.json").read_text("utf-8"))
         rows.append(progress_figures(job | {"preference": p}, summary, homes[0]) | sent)
     return rows
-
-
-def read_lines(file: Path) -> list[dict]:
-    """A JSON object from each line; null is NaN."""
-    nan = lambda found: {k: math.nan if v is None else v for k, v in found.items()}  # noqa: E731
-    return [json.loads(line, object_hook=nan) for line in file.read_text("utf-8").splitlines()]
 
 
 # ---- its figures ----------------------------------------------------------------------------------------------
@@ -199,15 +196,17 @@ def byte_figures(metrics: list[dict]) -> dict:
 
 
 def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
-    """Means over the rounds of what is logged every round.
+    """Means over the rounds of what is logged every round. Movement is ‖λ̄_t − λ̄_{t−1}‖, λ̄ [M] the logged weights.
 
     The averaging residual is relative to ‖mean(ΔW)‖, stationarity is that of the second half of the rounds. Roughness
     is in deviations of the base policy's rewards; `net_roughness` is without what sampling the round's N responses
     alone would make, √max(roughness² − mean(s² / N), 0), s the deviation of the round's rewards.
     """
-    later = metrics[1:] or metrics  # the first round has no movement, and starts from an adapter of zero
-    rounds = {"movement": later, "stationarity": metrics[len(metrics) // 2 :]}
+    later = metrics[1:] or metrics  # the first round starts from an adapter of zero
+    rounds = {"stationarity": metrics[len(metrics) // 2 :]}
     row = {name: float(np.mean([m[log] for m in rounds.get(name, metrics)])) for name, log in LOGGED.items()}
+    weights = np.array([[m[f"lambda/{name}"] for name in summary["objectives"]] for m in metrics])  # [T, M]
+    row["movement"] = float(np.linalg.norm(np.diff(weights, axis=0), axis=1).mean()) if len(metrics) > 1 else math.nan
     residuals = [m["adapter/averaging_residual"] / m["adapter/norm"] for m in later]
     row["averaging_residual"] = float(np.mean(residuals))
     for name in NAMES:
@@ -244,10 +243,10 @@ def resolve(g: dict, beta: float, preference: list[float] | None) -> tuple[float
     steps = g["steps"][:, 0]  # [C, K, M, M]
     solve = lambda G: mgda.solve(mgda.normalise(G), beta, preference)  # noqa: E731
     lam = torch.stack([torch.stack([solve(G) for G in client]) for client in steps])  # [C, K, M]
-    disagreement = float(np.mean([diagnostics.disagreement(step) for step in lam.unbind(1)]))
+    apart = float(np.mean([disagreement(step) for step in lam.unbind(1)]))
     difference = lam[..., 0] - lam[..., -1]  # [C, K]
     twin = float((difference - difference.mean(0)).abs().mean())
-    return disagreement, diagnostics.drift(g["start"].sum((1, 4)), lam[:, 0], g["weights"]), twin
+    return apart, diagnostics.drift(g["start"].sum((1, 4)), lam[:, 0], g["weights"]), twin
 
 
 def noise_figures(g: dict, beta: float, preference: list[float] | None = None) -> dict:

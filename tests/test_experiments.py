@@ -48,7 +48,12 @@ def test_an_unknown_experiment_is_refused_by_name(capsys):
     assert "parteo" in capsys.readouterr().err
 
 
-def test_the_common_setting_is_best_on_average_over_the_methods(monkeypatch):
+def test_the_common_setting_is_the_best_on_average_of_the_tuning_that_is_kept():
+    rows = [row for found in lab.read_rows(RESULTS / "tuning.csv").values() for row in found]
+    assert experiments.ranking(rows)[0][1] == experiments.COMMON
+
+
+def test_a_method_is_tuned_by_its_own_rows(monkeypatch):
     made = lab.Lab(None, quick=False, workers=1)
     scores = {("firm", 1e-3): 0.9, ("mgda", 1e-3): 0.0, ("firm", 3e-3): 0.5, ("mgda", 3e-3): 0.5}
     rows = [
@@ -56,4 +61,4 @@ def test_the_common_setting_is_best_on_average_over_the_methods(monkeypatch):
         for (m, lr), v in scores.items()
     ]
     monkeypatch.setattr(lab.Lab, "rows", lambda *_: rows)
-    assert experiments.best_setting(made)["lr"] == 3e-3 and experiments.best_setting(made, "firm")["lr"] == 1e-3
+    assert [experiments.best_setting(made, m)["lr"] for m in ("firm", "mgda")] == [1e-3, 3e-3]

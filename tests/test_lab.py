@@ -166,6 +166,13 @@ def test_roughness_is_that_of_the_logged_rewards_in_deviations_of_the_base_polic
     assert row["net_roughness_helpful"] == pytest.approx(row["roughness_helpful"])  # nothing of it is sampling noise
 
 
+def test_movement_is_the_mean_distance_between_the_lambdas_of_two_rounds():
+    lines, summary = rounds_of([0.0, 1.0, 2.0], 0.0)
+    for line, first in zip(lines, (0.5, 0.8, 0.7), strict=True):
+        line |= {"lambda/helpful": first, "lambda/harmless": 1.0 - first}
+    assert lab.round_figures({}, lines, summary)["movement"] == pytest.approx((0.3 + 0.1) / 2 * np.sqrt(2))
+
+
 def test_the_noise_of_sampling_alone_leaves_no_net_roughness():
     rng = np.random.default_rng(0)
     spread = 2.0  # of the rewards of a round's 4 · 25 responses, whose mean then has deviation 0.2
