@@ -264,6 +264,20 @@ def test_the_same_command_keeps_finished_runs_and_prints_the_same_table(swept, w
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "copy").rglob("*/*/*")}
 
 
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_setting_that_a_sweep_did_not_know_yet_counts_as_its_default_there(swept, world, tmp_path, capsys, asked):
+    shutil.copytree(swept, tmp_path / "old")
+    saved = json.loads((tmp_path / "old" / "sweep.json").read_text())
+    del saved["settings"]["diagnostics"]
+    (tmp_path / "old" / "sweep.json").write_text(json.dumps(saved))
+    if asked:
+        message = refused(capsys, arguments(world, tmp_path / "old", diagnostics=True))
+        assert "diagnostics False, not True" in message
+    else:
+        assert run.main(arguments(world, tmp_path / "old")) == 0
+        assert "finished before" in capsys.readouterr().out
+
+
 def test_a_stopped_sweep_goes_on_to_the_same_result(world, tmp_path, monkeypatch, capsys):
     asked = arguments(world, tmp_path / "stopped", compare=None, method="linear", rounds=2)
     real, calls = Federation.round, []
