@@ -91,6 +91,12 @@ def test_every_relative_link_points_to_a_file(page):
     assert not broken
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_of_code_that_a_page_names_is_there(page):
+    named = set(re.findall(r"`([\w/]+\.py)", page.read_text("utf-8")))
+    assert not [name for name in named - {"mine.py"} if not (ROOT / name).is_file()]
+
+
 @pytest.mark.parametrize("words", COMMANDS)
 def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
