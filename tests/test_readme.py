@@ -1,0 +1,156 @@
+"""What README.md and the pages of docs/ and results/ say is so: methods, modules, links, commands, figures."""
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import re
+import runpy
+import shlex
+import statistics
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import run
+from app import session, sweep
+from settings import METHODS, parse
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
+
+
+def table(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the one Markdown table whose first heading is this, without its heading."""
+    lines = page.read_text("utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |")) + 2
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `python …` on a page, in a block or in a line of text."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    return [shlex.split(found) for found in re.findall(r"\bpython ((?:\w+\.py|-m )[^\n`#&]*)", text)]
+
+
+COMMANDS = [pytest.param(words, id=f"{page.stem} {shlex.join(words)}") for page in PAGES for words in commands(page)]
+
+
+@cache
+def flags_of(program: str) -> set[str]:
+    """What `python PROGRAM --help` or `python -m PROGRAM --help` says there is."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            if program.endswith(".py"):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            else:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+    assert not stop.value.code
+    return set(re.findall(r"--[\w-]+", out.getvalue()))
+
+
+def flags_in(words: list[str]) -> set[str]:
+    return {word for word in words if word.startswith("--")}
+
+
+def test_the_readme_has_at_most_150_lines():
+    assert len(README.read_text("utf-8").splitlines()) <= 150
+
+
+def test_the_readmes_table_of_methods_is_the_registry():
+    rows = {row[0].strip("`"): (row[1], row[4]) for row in table(README, "method")}
+    assert rows == {name: (m.help, "yes" if m.takes_preference else "no") for name, m in METHODS.items()}
+
+
+def test_the_readme_says_of_every_method_whether_and_when_the_server_picks_lambda():
+    for name, _, who, *_ in table(README, "method"):
+        method = METHODS[name.strip("`")]
+        assert who.startswith("the server") == (method.server_weights is not None)
+        assert method.picked is None or f"{method.picked} the local runs" in who
+
+
+def test_the_readme_names_every_module_and_every_folder_of_code():
+    listing = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout, so that the project's files cannot be told from the user's")
+    present = {re.sub(r"/.*", "/", name) for name in listing.stdout.split()}
+    assert set(re.findall(r"`([^`]+)`", " ".join(row[0] for row in table(README, "module")))) == present
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_points_to_a_file(page):
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8"))]
+    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_of_code_that_a_page_names_is_there(page):
+    named = set(re.findall(r"`([\w/]+\.py)", page.read_text("utf-8")))
+    assert not [name for name in named - {"mine.py"} if not (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_is_one_that_its_program_takes(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = words
+    if program == "run.py":
+        saved = Path("runs/firm-tiny")  # as --resume wants it
+        (saved / "checkpoint").mkdir(parents=True)
+        (saved / "checkpoint" / "state.safetensors").touch()
+        (saved / "config.json").write_text(json.dumps(parse([])[0].flat()))
+        config, _, preferences, methods = parse(arguments)  # ends the program on bad usage
+        if preferences or methods:
+            sweep.plan(config, preferences, methods)
+        elif not config.data.prompts:  # whose files would have to be there
+            session.check(config)
+        return
+    if program == "-m":
+        program, *arguments = arguments
+        assert importlib.util.find_spec(program)
+    if program.startswith("evidence."):
+        pytest.importorskip("scipy", reason="the evidence needs requirements-dev.txt")
+    if program.startswith("evidence.") or program.endswith(".py"):
+        if "--flags" in arguments:  # of run.py, for the bench
+            cut = arguments.index("--flags") + 1
+            parse(["--preset", "tinyllama", *arguments[cut:]])
+            arguments = arguments[:cut]
+        assert flags_in(arguments) <= flags_of(program)
+
+
+def test_the_experiments_that_the_pages_name_exist():
+    experiments = pytest.importorskip("evidence.experiments", reason="needs requirements-dev.txt")
+    named = {words[2] for page in PAGES for words in commands(page) if words[1:2] == ["evidence.experiments"]}
+    assert named - {"NAME"} <= {"all", *experiments.EXPERIMENTS}
+
+
+def test_the_readmes_lines_for_peft_answer_a_prompt(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft", reason="needs requirements-dev.txt")
+    monkeypatch.chdir(tmp_path)
+    short = ["--rounds", "1", "--held_out", "4", "--eval_samples", "1", "--out", "runs/firm-tiny"]
+    assert run.main(short) == 0
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)[1], {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_figures_of_the_common_setting_are_the_csvs_rounded():
+    with open(ROOT / "results" / "agreement.csv", encoding="utf-8") as file:
+        rows = [row | {"beta": float(json.loads(row["settings"]).get("beta", 0.01))} for row in csv.DictReader(file)]
+    for label, _, *cells in table(ROOT / "results" / "README.md", "method"):
+        method, _, beta = label.partition(" β=")
+        columns = ["helpful", "harmless", "worst_gain", "kl"]
+        if label == "base model":
+            method, columns, cells = "firm", ["base_helpful", "base_harmless"], cells[:2]
+        of_method = [row for row in rows if row["method"] == method and row["beta"] == float(beta or 0.01)]
+        for column, cell in zip(columns, cells, strict=True):
+            written = cell.split(" ±")[0]
+            digits = len(written.partition(".")[2])
+            assert f"{statistics.mean(float(row[column]) for row in of_method):.{digits}f}" == written
