@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS, make_model, make_tokenizer
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import close_session, get_session
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
 
 import clients
@@ -401,6 +401,8 @@ def network(monkeypatch):
         asked.append(host)
         raise OSError("no network in this test")
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # else nobody would ask
+    close_session()  # the hub's client may have been made offline
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     monkeypatch.setattr("socket.socket.connect", lambda self, address: refuse(address))
     return asked
