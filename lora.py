@@ -19,10 +19,10 @@ Left out on purpose: dropout on x (it would make ratios differ from 1 at lr = 0)
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from reprlib import repr as shortened
 
@@ -99,21 +99,20 @@ class LoRALinear(nn.Module):
 
         Over float32 weights A and B themselves. Over 16-bit weights the products run in 16 bits too, as in any
         mixed-precision training: rounded copies then, at fixed addresses, which a CUDA graph can read, and the
-        gradient is taken in them. They are made anew when A or B has changed since, not in every pass; what is
-        averaged, the sum of the gradients and the optimizer stay float32. Changes are seen by the count that torch
-        keeps of them: writing into `.data` and fused optimizers escape it. [ours]
+        gradient is taken in them; averages, sums of gradients and the optimizer stay float32. They are made anew when
+        A or B has changed, by torch's own count of changes, which writing into `.data` and fused optimizers escape.
+        [ours]
         """
-        base = self.base.weight
-        if base.dtype == torch.float32:
-            return self.A, self.B
-        now = tuple((id(factor), factor._version, factor.device, base.dtype) for factor in (self.A, self.B))
+        weight, factors = self.base.weight, (self.A, self.B)
+        if weight.dtype == torch.float32:
+            return factors
+        now = tuple((id(x), x._version, x.device, weight.dtype) for x in factors)
         if now != self.rounded_at:
-            if self.rounded is None or self.rounded[0].dtype != base.dtype or self.rounded[0].device != base.device:
-                empty = partial(torch.empty_like, dtype=base.dtype, requires_grad=True)
-                self.rounded = empty(self.A), empty(self.B)
+            if self.rounded is None or self.rounded[0].dtype != weight.dtype or self.rounded[0].device != weight.device:
+                self.rounded = tuple(torch.empty_like(x, dtype=weight.dtype, requires_grad=True) for x in factors)
             with torch.no_grad():
-                self.rounded[0].copy_(self.A)
-                self.rounded[1].copy_(self.B)
+                for copy, factor in zip(self.rounded, factors, strict=True):
+                    copy.copy_(factor)
             self.rounded_at = now
         return self.rounded
 
@@ -128,22 +127,16 @@ class LoRALinear(nn.Module):
         add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_  # without a graph, into y itself
         return add(y.view(-1, y.shape[-1]), z.view(-1, z.shape[-1]), B.T, alpha=self.scale).view_as(y)
 
-    def delta(self) -> Tensor:
-        """scale · B A in the shape in which the base stores its weight, float32."""
-        delta = self.scale * (self.B @ self.A)  # [out, in]
-        return delta.T if self.transposed else delta
-
 
 class Adapter:
     """Every LoRALinear of one model, and θ, the flat vector of their parameters in a fixed order.
 
     Made by `inject`. `layers` maps the base layer's name to its LoRALinear; `parameters` is the list
-    [A₀, B₀, A₁, B₁, …]; `size` is d.
+    [A₀, B₀, A₁, B₁, …]; `size` is d; `tied` says that a base layer's weight is used elsewhere in the model, too.
     """
 
-    def __init__(self, layers: dict[str, LoRALinear], config: LoRAConfig) -> None:
-        self.layers = layers
-        self.config = config
+    def __init__(self, layers: dict[str, LoRALinear], config: LoRAConfig, tied: bool) -> None:
+        self.layers, self.config, self.tied = layers, config, tied
         self.parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
         self.size = sum(p.numel() for p in self.parameters)
 
@@ -193,16 +186,16 @@ class Adapter:
     def merged(self) -> Iterator[None]:
         """Inside, W + scale · BA stands in W's place and the adapter costs no time; W comes back bit for bit.
 
-        Holds a second copy of every adapted weight meanwhile. In bfloat16 the sum is rounded, which can swallow much of
-        a small adapter: bench before use.
+        Holds a second copy of every adapted weight meanwhile. Wrong for `tied` weights, and in 16 bits the sum is
+        rounded, which can swallow much of a small adapter.
         """
         saved = {}
         try:
             with torch.no_grad():
                 for name, layer in self.layers.items():
-                    saved[name] = layer.base.weight.detach().clone()
-                    merged = layer.base.weight.float() + layer.delta()
-                    layer.base.weight.copy_(merged.to(layer.base.weight.dtype))
+                    weight, delta = layer.base.weight, layer.scale * (layer.B @ layer.A)  # [out, in]
+                    saved[name] = weight.clone()
+                    weight.copy_(weight.float() + (delta.T if layer.transposed else delta))
             with self.disabled():
                 yield
         finally:
@@ -217,7 +210,8 @@ class Adapter:
         Merged into float32 weights, which is exact to rounding. Over 16-bit weights merging would lose it: there the
         rounded factors are brought up to date, before a CUDA graph reads them without a line of Python. [ours]
         """
-        if self.enabled and all(layer.base.weight.dtype == torch.float32 for layer in self.layers.values()):
+        exact = all(layer.base.weight.dtype == torch.float32 for layer in self.layers.values())
+        if self.enabled and exact and not self.tied:
             with self.merged():
                 yield
         else:
@@ -328,4 +322,5 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> Adapter:
             parent, _, child = name.rpartition(".")
             layers[name] = LoRALinear(linear[name], config.lora_rank, config.scale, generator)
             setattr(model.get_submodule(parent), child, layers[name])
-    return Adapter(layers, config)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return Adapter(layers, config, tied=any(uses[id(layer.base.weight)] > 1 for layer in layers.values()))
