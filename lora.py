@@ -8,46 +8,61 @@ r"""LoRA by hand (Hu et al. 2021): train two thin matrices beside every frozen o
              \          /
           y = W x + scale · B A x
 
-Switching the adapter off *is* the reference policy π_ref, so no second model is ever held. All that a client
-uploads is the flat vector θ of every A and B, d numbers. [paper: LoRA rank 16. ours: alpha, targets, init]
+Switching the adapter off *is* the reference policy π_ref: there is no reference model. All that a client uploads is the
+flat vector θ of every A and B, d numbers. [paper: LoRA rank 16. ours: alpha, targets, init]
+
+The base weights stay bit for bit what was loaded. Merging never subtracts: it holds a second copy of every adapted
+weight for as long as it lasts, which is while responses are sampled from float32 weights, and restores that copy.
 
 Left out on purpose: dropout on x (it would make ratios differ from 1 at lr = 0), biases, other adapters (DoRA, IA³).
-The base weights stay bit for bit what was loaded: merging copies them aside and restores the copy, it never subtracts.
 """
 
 import json
 import math
-import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is stored [in, out]
 
+from app.fields import Checked, Count, Positive, setting
+from app.files import write_tensors, write_text
+
+# PEFT's settings that do not change W x + scale · B A x. Which layers are adapted, the tensors' names say; A and B
+# may have been started in any way that left W alone; every setting that is not listed here must be off.
+NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r",
+    "revision", "target_modules", "use_rslora",
+}  # fmt: skip
+ALLOWED = {
+    "peft_type": ["LORA"],
+    "task_type": ["CAUSAL_LM", None],
+    "bias": ["none"],
+    "init_lora_weights": [True, False, "gaussian", "orthogonal", "mica"],
+}
+
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(Checked):
     """Which layers get an adapter, and how large."""
 
-    lora_rank: int = field(default=16, metadata={"help": "rank r of every adapter [paper: 16]"})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scale alpha / r; 2r where not given"}
+    lora_rank: Count = setting(16, "rank r of every adapter [paper: 16]")
+    lora_alpha: Positive | None = setting(None, "numerator of the scale alpha / r; 2r where not given")
+    lora_targets: list[str] = setting(
+        ["all-linear"], "module names to adapt, e.g. q_proj v_proj; all-linear is every one but the output head"
     )
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "module names to adapt, e.g. q_proj v_proj; all-linear is every one but the output head"},
-    )
-    rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r) instead of alpha / r"})
+    rslora: bool = setting(False, "scale by alpha / sqrt(r) instead of alpha / r")
 
     def __post_init__(self) -> None:
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank: {self.lora_rank} must be at least 1")
-        if self.lora_alpha is not None and not 0.0 < self.lora_alpha < math.inf:
-            raise ValueError(f"lora_alpha: {self.lora_alpha} must be a positive number")
+        super().__post_init__()
         if not self.lora_targets:
             raise ValueError("lora_targets: name at least one module, or all-linear")
 
@@ -84,22 +99,20 @@ class LoRALinear(nn.Module):
 
         Over float32 weights A and B themselves. Over 16-bit weights the products run in 16 bits too, as in any
         mixed-precision training: rounded copies then, at fixed addresses, which a CUDA graph can read, and the
-        gradient is taken in them. They are made anew when A or B has changed since, not in every pass; what is
-        averaged, the sum of the gradients and the optimizer stay float32. Changes are seen by the count that torch
-        keeps of them: writing into `.data` and fused optimizers escape it. [ours]
+        gradient is taken in them; averages, sums of gradients and the optimizer stay float32. They are made anew when
+        A or B has changed, by torch's own count of changes, which writing into `.data` and fused optimizers escape.
+        [ours]
         """
-        base = self.base.weight
-        if base.dtype == torch.float32:
-            return self.A, self.B
-        now = tuple((id(half), half._version, half.device, base.dtype) for half in (self.A, self.B))
+        weight, factors = self.base.weight, (self.A, self.B)
+        if weight.dtype == torch.float32:
+            return factors
+        now = tuple((id(x), x._version, x.device, weight.dtype) for x in factors)
         if now != self.rounded_at:
+            if self.rounded is None or self.rounded[0].dtype != weight.dtype or self.rounded[0].device != weight.device:
+                self.rounded = tuple(torch.empty_like(x, dtype=weight.dtype, requires_grad=True) for x in factors)
             with torch.no_grad():
-                if self.rounded is None or self.rounded[0].dtype != base.dtype or self.rounded[0].device != base.device:
-                    self.rounded = tuple(
-                        torch.empty_like(half, dtype=base.dtype).requires_grad_() for half in (self.A, self.B)
-                    )
-                for copy, half in zip(self.rounded, (self.A, self.B), strict=True):
-                    copy.copy_(half)
+                for copy, factor in zip(self.rounded, factors, strict=True):
+                    copy.copy_(factor)
             self.rounded_at = now
         return self.rounded
 
@@ -114,22 +127,16 @@ class LoRALinear(nn.Module):
         add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_  # without a graph, into y itself
         return add(y.view(-1, y.shape[-1]), z.view(-1, z.shape[-1]), B.T, alpha=self.scale).view_as(y)
 
-    def delta(self) -> Tensor:
-        """scale · B A in the shape in which the base stores its weight, float32."""
-        delta = self.scale * (self.B @ self.A)  # [out, in]
-        return delta.T if self.transposed else delta
-
 
 class Adapter:
     """Every LoRALinear of one model, and θ, the flat vector of their parameters in a fixed order.
 
     Made by `inject`. `layers` maps the base layer's name to its LoRALinear; `parameters` is the list
-    [A₀, B₀, A₁, B₁, …]; `size` is d.
+    [A₀, B₀, A₁, B₁, …]; `size` is d; `tied` says that a base layer's weight is used elsewhere in the model, too.
     """
 
-    def __init__(self, layers: dict[str, LoRALinear], config: LoRAConfig) -> None:
-        self.layers = layers
-        self.config = config
+    def __init__(self, layers: dict[str, LoRALinear], config: LoRAConfig, tied: bool) -> None:
+        self.layers, self.config, self.tied = layers, config, tied
         self.parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
         self.size = sum(p.numel() for p in self.parameters)
 
@@ -139,7 +146,7 @@ class Adapter:
         Over 16-bit weights their rounded copies, whose gradients are 16-bit: sum them up in float32. A `backward()` of
         one's own leaves its gradients there too, and none in `parameters`.
         """
-        return [half for layer in self.layers.values() for half in layer.factors()]
+        return [factor for layer in self.layers.values() for factor in layer.factors()]
 
     def vector(self) -> Tensor:
         """A copy of θ [d], float32."""
@@ -166,28 +173,29 @@ class Adapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model exactly: this is π_ref."""
-        before = [layer.enabled for layer in self.layers.values()]
+        before = self.enabled
         try:
             for layer in self.layers.values():
                 layer.enabled = False
             yield
         finally:
-            for layer, enabled in zip(self.layers.values(), before, strict=True):
-                layer.enabled = enabled
+            for layer in self.layers.values():
+                layer.enabled = before
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Inside, W + scale · BA stands in W's place and the adapter costs nothing; W comes back bit for bit.
+        """Inside, W + scale · BA stands in W's place and the adapter costs no time; W comes back bit for bit.
 
-        In bfloat16 the sum is rounded, which can swallow much of a small adapter: bench before use.
+        Holds a second copy of every adapted weight meanwhile. Wrong for `tied` weights, and in 16 bits the sum is
+        rounded, which can swallow much of a small adapter.
         """
         saved = {}
         try:
             with torch.no_grad():
                 for name, layer in self.layers.items():
-                    saved[name] = layer.base.weight.detach().clone()
-                    merged = layer.base.weight.float() + layer.delta()
-                    layer.base.weight.copy_(merged.to(layer.base.weight.dtype))
+                    weight, delta = layer.base.weight, layer.scale * (layer.B @ layer.A)  # [out, in]
+                    saved[name] = weight.clone()
+                    weight.copy_(weight.float() + (delta.T if layer.transposed else delta))
             with self.disabled():
                 yield
         finally:
@@ -202,21 +210,26 @@ class Adapter:
         Merged into float32 weights, which is exact to rounding. Over 16-bit weights merging would lose it: there the
         rounded factors are brought up to date, before a CUDA graph reads them without a line of Python. [ours]
         """
-        if self.enabled and all(layer.base.weight.dtype == torch.float32 for layer in self.layers.values()):
+        exact = all(layer.base.weight.dtype == torch.float32 for layer in self.layers.values())
+        if self.enabled and exact and not self.tied:
             with self.merged():
                 yield
         else:
             self.leaves()
             yield
 
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """A and B of every layer, by the names that PEFT gives them."""
+        return {
+            f"base_model.model.{name}.lora_{factor}.weight": getattr(layer, factor)
+            for name, layer in self.layers.items()
+            for factor in "AB"
+        }
+
     def save(self, directory: str | Path, base_model: str) -> None:
         """Write PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`, each whole or not at all."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, layer in self.layers.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B.detach().cpu().contiguous()
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -230,45 +243,57 @@ class Adapter:
             "bias": "none",
             "inference_mode": True,
         }
-        weights = directory / "adapter_model.safetensors"
-        safetensors.torch.save_file(tensors, f"{weights}.tmp", metadata={"format": "pt"})
-        os.replace(f"{weights}.tmp", weights)
-        settings = directory / "adapter_config.json"
-        Path(f"{settings}.tmp").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        os.replace(f"{settings}.tmp", settings)
+        write_tensors(directory / "adapter_model.safetensors", self.tensors())
+        write_text(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
     def load(self, directory: str | Path) -> None:
         """Read an adapter in PEFT's format, ours or PEFT's own, into this one.
 
-        Raises ValueError where a file is missing, where rank, scale or adapted layers differ from this adapter's, or
-        where it needs what is left out here.
+        Raises ValueError where a file is missing or damaged, where rank, scale or adapted layers differ from this
+        adapter's, or where it needs what is left out here.
         """
-        directory = Path(directory)
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (directory / file).is_file():
-                raise ValueError(f"adapter: {directory / file} is missing; name a directory in PEFT's format")
-        saved = json.loads((directory / "adapter_config.json").read_text("utf-8"))
-        for key in ("rank_pattern", "alpha_pattern", "use_dora"):
-            if saved.get(key):
-                raise ValueError(f"adapter: {directory} uses {key}, which this LoRA has not; export it without")
-        root = math.sqrt(saved["r"]) if saved.get("use_rslora") else saved["r"]
-        if saved["r"] != self.config.lora_rank or not math.isclose(saved["lora_alpha"] / root, self.config.scale):
+        config, weights = (Path(directory) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+        for file in (config, weights):
+            if not file.is_file():
+                raise ValueError(f"adapter: {file} is missing; name a directory in PEFT's format")
+        rank, scale = rank_and_scale(config)
+        if rank != self.config.lora_rank or not math.isclose(scale, self.config.scale):
             raise ValueError(
-                f"adapter: {directory} has rank {saved['r']} and scale {saved['lora_alpha'] / root:g}, "
-                f"this model rank {self.config.lora_rank} and scale {self.config.scale:g}; set lora_rank and lora_alpha"
+                f"adapter: {directory} has rank {rank} and scale {scale:g}, this model rank {self.config.lora_rank} "
+                f"and scale {self.config.scale:g}; set lora_rank and lora_alpha"
             )
-        tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
-        wanted = {
-            f"base_model.model.{name}.lora_{half}.weight": getattr(layer, half)
-            for name, layer in self.layers.items()
-            for half in "AB"
-        }
-        if tensors.keys() != wanted.keys():
-            odd = sorted(tensors.keys() ^ wanted.keys())
-            raise ValueError(f"adapter: {directory} adapts other layers (first: {odd[0]}); set lora_targets alike")
+        try:
+            saved = safetensors.torch.load_file(weights)
+        except SafetensorError as error:
+            raise ValueError(f"adapter: {weights} is damaged ({error}); save it anew") from error
+        theirs, ours = ({name: x.shape for name, x in tensors.items()} for tensors in (saved, self.tensors()))
+        if theirs != ours:
+            odd, _ = min(theirs.items() ^ ours.items())
+            raise ValueError(f"adapter: {directory} adapts other layers (first: {odd}); set lora_targets alike")
         with torch.no_grad():
-            for key, parameter in wanted.items():
-                parameter.copy_(tensors[key])
+            for name, parameter in self.tensors().items():
+                parameter.copy_(saved[name])
+
+
+def rank_and_scale(file: Path) -> tuple[int, float]:
+    """r and scale from an `adapter_config.json` by PEFT.
+
+    Raises ValueError where it is damaged, and by name for a setting with which PEFT would not compute
+    W x + scale · B A x over the base model's own W. [ours]
+    """
+    try:
+        saved = json.loads(file.read_text("utf-8"))
+        rank, alpha = saved["r"], saved["lora_alpha"]
+        scale = alpha / (math.sqrt(rank) if saved.get("use_rslora") else rank)
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"adapter: {file} is damaged ({type(error).__name__}: {error}); save it anew") from error
+    for key, value in saved.items():
+        if key not in NEUTRAL and (value not in ALLOWED[key] if key in ALLOWED else value):
+            remedy = "use an adapter trained without it"
+            if key == "init_lora_weights":  # starts that take a part out of W; PEFT can put it back
+                remedy = "save it with path_initial_model_for_weight_conversion"
+            raise ValueError(f"adapter: {file} has {key} = {shortened(value)}, which this LoRA has not; {remedy}")
+    return rank, scale
 
 
 def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> Adapter:
@@ -297,4 +322,5 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> Adapter:
             parent, _, child = name.rpartition(".")
             layers[name] = LoRALinear(linear[name], config.lora_rank, config.scale, generator)
             setattr(model.get_submodule(parent), child, layers[name])
-    return Adapter(layers, config)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return Adapter(layers, config, tied=any(uses[id(layer.base.weight)] > 1 for layer in layers.values()))

@@ -12,16 +12,19 @@ rounds otherwise; they then have the same distribution. [ours]
 Position ids come from the mask. Log-softmax runs in float32 and only over response positions: the backbone's hidden
 states first, then the output embedding, on the slice that is needed and a chunk of tokens at a time (`TokenLogProbs`).
 Only sampling is cohort-wide; a client's log-probs run on its own rows, cut to its own width and to micro-batches, for
-π_old and π_new alike.
+π_old and π_new alike. All this rests on a model that gives a row the same log-probs however it is computed; one that
+does not is found out when its policy is made (`unfit`), and refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from textwrap import shorten
+from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import pad as widened
 from transformers import (
@@ -33,40 +36,30 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from app.fields import Checked, Count, Positive, setting
 from app.stopwatch import phase
 from lora import Adapter, LoRAConfig, inject
 from sampler import Sampler, pad_left, positions
 
 LOGITS_IN_MEMORY = 2**24  # float32 logits of one chunk: 64 MB, a few times over
+LOGIT_SETTINGS = (  # what caps and scales are called; off where None or 1
+    "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
+)  # fmt: skip
 
 
 @dataclass
-class RolloutConfig:
+class RolloutConfig(Checked):
     """The policy and how it answers."""
 
-    model: str = field(
-        default="", metadata={"help": "policy: a checkpoint directory or a hub name; empty is the embedded toy world"}
+    model: str = setting("", "policy: a checkpoint directory or a hub name; empty is the embedded toy world")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "type of the frozen weights")
+    max_new_tokens: Count = setting(128, "response length L, in tokens")
+    temperature: Positive = setting(1.0, "sampling temperature, also that of every log-prob")
+    sample_batch_size: Count | None = setting(None, "rows sampled at once; the whole cohort where not given")
+    cuda_graph: bool = setting(True, "on a GPU, capture the decode step as a CUDA graph")
+    gradient_checkpointing: bool = setting(
+        False, "keep one state per layer and recompute the rest: less memory, more time"
     )
-    dtype: str = field(default="float32", metadata={"help": "type of the frozen weights: float32, bfloat16 or float16"})
-    max_new_tokens: int = field(default=128, metadata={"help": "response length L, in tokens"})
-    temperature: float = field(default=1.0, metadata={"help": "sampling temperature, also that of every log-prob"})
-    sample_batch_size: int | None = field(
-        default=None, metadata={"help": "rows sampled at once; the whole cohort where not given"}
-    )
-    cuda_graph: bool = field(default=True, metadata={"help": "on a GPU, capture the decode step as a CUDA graph"})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "keep one state per layer and recompute the rest: less memory, more time"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype: {self.dtype!r} is none of float32, bfloat16, float16")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: {self.max_new_tokens} must be at least 1")
-        if self.sample_batch_size is not None and self.sample_batch_size < 1:
-            raise ValueError(f"sample_batch_size: {self.sample_batch_size} must be at least 1")
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: {self.temperature} must be a positive number")
 
 
 @dataclass
@@ -123,30 +116,30 @@ class Policy:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        lora: LoRAConfig,
-        config: RolloutConfig | None = None,
-        seed: int = 0,
-    ) -> None:
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoRAConfig,
+        config: RolloutConfig | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         config = config or RolloutConfig()
         self.model, self.tokenizer, self.temperature = model, tokenizer, config.temperature
         self.sample_batch_size, self.gradient_checkpointing = config.sample_batch_size, config.gradient_checkpointing
         self.max_new_tokens = config.max_new_tokens
-        self.eos = eos_ids(model, tokenizer)
-        pad, vocabulary = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
-        self.pad = pad if pad is not None and pad < vocabulary else self.eos[0]
         self.device = next(model.parameters()).device
-        self.hidden_size = model.get_output_embeddings().weight.shape[1]
-        self.chunk = max(LOGITS_IN_MEMORY // vocabulary, 1)  # tokens
         avoid_cudnn_attention()
         model.eval()
-        refuse_altered_logits(model)
+        with in_one_line(f"{model.config.model_type} is no language model as used here"):
+            vocabulary = model.get_input_embeddings().num_embeddings
+            self.hidden_size = model.get_output_embeddings().weight.shape[1]
+        self.chunk = max(LOGITS_IN_MEMORY // vocabulary, 1)  # tokens
+        self.eos, pad = eos_ids(model, tokenizer, vocabulary), tokenizer.pad_token_id
+        self.pad = pad if pad is not None and pad < vocabulary else self.eos[0]
         self.adapter: Adapter = inject(model, lora, seed)
-        if self.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.sampler = Sampler(model, self.log_softmax, self.eos, self.pad, config.cuda_graph)
+        with in_one_line(f"{model.config.model_type} cannot be sampled from or trained with this adapter"):
+            if self.gradient_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            reason = unfit(self)
+        if reason:
+            raise ValueError(f"model: {model.config.model_type} {reason}")
 
     @phase("sample")
     def sample(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray) -> Rollout:
@@ -291,6 +284,7 @@ def context_of(config: PreTrainedConfig) -> int | None:
     Dynamic and longrope positions depend, beyond the length first trained on, on the longest row of a batch: a row's
     log-probs would depend on its neighbours, so that length is the limit there.
     """
+    config = config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if context is None or rope.get("rope_type") not in ("dynamic", "longrope"):
@@ -299,34 +293,69 @@ def context_of(config: PreTrainedConfig) -> int | None:
     return min(context, trained or context)
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[int]:
     """Every token that ends a response: the tokenizer's EOS, and those that the generation config names.
 
-    Raises ValueError for a tokenizer without EOS: the ids in a model's config are then mere defaults.
+    Raises ValueError for a tokenizer without EOS (the ids in a model's config are then mere defaults), and where every
+    EOS lies outside the vocabulary.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("model: its tokenizer names no EOS token; set eos_token in tokenizer_config.json")
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    vocabulary = model.get_input_embeddings().num_embeddings
     if not any(0 <= i < vocabulary for i in ids):
         raise ValueError(f"model: its EOS ids {sorted(ids)} lie outside its vocabulary of {vocabulary}")
     return sorted(i for i in ids if 0 <= i < vocabulary)
 
 
-@torch.no_grad()
-def refuse_altered_logits(model: PreTrainedModel) -> None:
-    """Raise ValueError unless logits = output embedding · last hidden state, which `Policy` relies on.
+@contextmanager
+def in_one_line(what: str, remedy: str = "choose another decoder-only model, or other lora_targets") -> Iterator[None]:
+    """Inside, whatever a model's own code raises becomes one line of ValueError: what, the error, a remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+        raise ValueError(f"model: {what} ({reason}); {remedy}") from error
 
-    Some families scale or cap their logits afterwards (Gemma 2, Cohere, Granite).
+
+@torch.enable_grad()  # whoever makes a policy
+def unfit(policy: Policy) -> str | None:
+    """Why a model cannot be trained here, or None. [ours]
+
+    What it makes of a row by itself is compared, over the whole vocabulary, with what `Policy.logprobs` makes of the
+    row left-padded beside a longer one, and with what was sampled. Bidirectional models show, logits that are scaled
+    or capped after the output embedding (Gemma 2, Cohere), and decoders that ignore `position_ids` (BART's kin).
     """
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    named = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in names)
-    ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.vocab_size
-    full = model(input_ids=ids).logits.float()
-    ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state).float()
-    if named or not torch.allclose(full, ours, rtol=1e-2, atol=1e-2 * float(full.abs().max())):
-        raise ValueError(f"model: {model.config.model_type} scales or caps its logits; use a model that does not")
+    model, exact = policy.model, policy.model.dtype == torch.float32
+    words = torch.linspace(0, model.get_input_embeddings().num_embeddings - 1, 16, device=policy.device).long()
+    short, long = words[:2], words[2:]
+
+    def alone(row: Tensor) -> Tensor:
+        return torch.log_softmax(model(input_ids=row[None]).logits[0].float() / policy.temperature, -1)  # [T, V]
+
+    def differ(x: Tensor, y: Tensor) -> bool:  # or are NaN
+        return not (x - y).norm() <= (1e-3 if exact else 0.1) * (y - y.mean(-1, keepdim=True)).norm()
+
+    with torch.no_grad():
+        after_long = alone(long)
+        if differ(alone(long[:-3]), after_long[:-3]):
+            return "predicts a token from those behind it; set is_decoder in its config.json, or use a causal model"
+        prompts = [short.tolist(), long.tolist()]
+        tokens, mask, sampled, alive = policy.sampler.try_out(prompts)
+        after_short = alone(torch.cat([short, tokens[0]]))[1:-1]  # [3, V]
+    batch = Rollout(*pad_left(prompts, policy.pad, policy.device), tokens, mask.long(), sampled, ended=~alive)
+    logp, _, hidden = policy.logprobs(batch)
+    config, ours = model.config.get_text_config(decoder=True), policy.log_softmax(hidden)  # [2, 3, V]
+    named = any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS)
+    if named or differ(ours[1, :1], after_long[-1:]):
+        return "scales or caps its logits, or has more than an output embedding; use a model that does not"
+    if differ(ours[0], after_short):
+        return "gives a left-padded row other log-probs than the row alone; use a model that heeds position_ids"
+    if not torch.allclose(logp.detach(), sampled, rtol=1e-4 if exact else 5e-2, atol=1e-4 if exact else 5e-2):
+        return "gives other log-probs with a cache than in one pass; use another decoder-only model"
+    grads = torch.autograd.grad(logp.sum(), policy.adapter.leaves(), allow_unused=True)
+    unused = [name for name, grad in zip(policy.adapter.layers, grads[::2], strict=True) if grad is None]
+    return f"makes no use of {unused[0]} on text alone; leave it out of lora_targets" if unused else None
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -336,20 +365,16 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"model: {name} holds no config.json; name a directory that save_pretrained wrote")
-    try:
+    with in_one_line(f"{name!r} cannot be loaded or downloaded", "pass a local directory, --model DIR"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
-        for key in vars(config):
-            if "drop" in key and isinstance(getattr(config, key), float):
-                setattr(config, key, 0.0)
+        for part in (config, config.get_text_config(decoder=True)):  # the latter is a part of models that see or hear
+            for key in vars(part):
+                if "drop" in key and isinstance(getattr(part, key), float):
+                    setattr(part, key, 0.0)
         model, info = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"model: {name!r} cannot be loaded or downloaded ({reason}); pass a local directory, --model DIR"
-        ) from error
     if info["missing_keys"]:
         raise ValueError(f"model: {name} is no whole causal language model: it lacks {min(info['missing_keys'])}")
     return model.to(device), tokenizer

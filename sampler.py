@@ -100,10 +100,9 @@ class Decoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Every prompt's keys and values into the table, its last hidden state into `hidden`; step 0 comes next."""
-        self.t.zero_()
+        for buffer in (self.t, self.position, self.seen, self.mask):
+            buffer.zero_()
         self.column.fill_(self.P)
-        self.position.zero_()
-        self.seen.zero_()
         self.seen[:, self.P - 1] = True  # rows without a prompt see something: attention to nothing would be NaN
         for rows in by_length(prompts, PREFILL_TOKENS):
             ids, mask = pad_left([prompts[i] for i in rows], self.sampler.pad, self.sampler.device)
@@ -114,7 +113,7 @@ class Decoder:
             if any(type(layer) is not DynamicLayer for layer in grown):
                 raise NotImplementedError("a cache that is no plain table of keys and values")
             if self.cache is None:
-                self.hidden, self.hidden_from = last.new_zeros(self.rows, last.shape[1]), torch.finfo(last.dtype).min
+                self.hidden, self.minus_infinity = last.new_zeros(self.rows, last.shape[1]), torch.finfo(last.dtype).min
                 self.cache = Cache([TableLayer(layer, self.rows, self.P + self.L, self.column) for layer in grown])
             index = torch.tensor(rows, device=self.sampler.device)
             columns = slice(self.P - ids.shape[1], self.P)
@@ -138,7 +137,7 @@ class Decoder:
     def advance(self) -> None:
         """The model reads token t; out comes the hidden state that predicts token t + 1."""
         self.seen.index_fill_(1, self.column, True)
-        mask = torch.zeros_like(self.seen, dtype=self.hidden.dtype).masked_fill_(~self.seen, self.hidden_from)
+        mask = torch.zeros_like(self.seen, dtype=self.hidden.dtype).masked_fill_(~self.seen, self.minus_infinity)
         out = self.sampler.model.base_model(
             input_ids=self.token[:, None], attention_mask=mask[:, None, None], position_ids=self.position,
             past_key_values=self.cache, use_cache=True,
@@ -159,17 +158,15 @@ class Decoder:
         self.alive[:N] = True
         self.u[:N, :wanted] = uniforms
         self.choose()
-        for drawn in range(1, wanted):
-            if (not cuda_graph or drawn % STOP_CHECK == 0) and not self.alive.any():
+        for t in range(1, wanted):
+            if (not cuda_graph or t % STOP_CHECK == 0) and not self.alive.any():
                 break
             if cuda_graph:
                 self.graph.replay()
             else:
                 self.advance()
                 self.choose()
-        else:
-            drawn = wanted
-        drawn = int(self.mask[:N, :drawn].any(0).sum())  # a graph may have gone on after the end
+        drawn = int(self.mask[:N].any(0).sum())  # a graph may have gone on after the end
         tokens, mask, logp = (x[:N, :drawn].clone() for x in (self.tokens, self.mask, self.logp))
         return tokens, mask, logp, self.alive[:N].clone()
 
@@ -178,7 +175,7 @@ class Decoder:
 
         A model whose step cannot be recorded is drawn from without: False, and a line that says so.
         """
-        before, aside = torch.cuda.current_stream(), self.sampler.capture_stream()
+        before, aside = torch.cuda.current_stream(), self.sampler.stream
         aside.wait_stream(before)
         with torch.cuda.stream(aside):
             self.advance()
@@ -199,6 +196,29 @@ class Decoder:
         return True
 
 
+class GrowingDecoder(Decoder):
+    """The same steps on transformers' own cache, which grows by a column a token, as the mask then does."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """All prompts in one pass, padded to one width."""
+        ids, self.seen = pad_left(prompts, self.sampler.pad, self.sampler.device)
+        self.position = self.seen.sum(1, keepdim=True)
+        self.read(ids, positions(self.seen), None)
+
+    def advance(self) -> None:
+        """The model reads token t."""
+        self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], 1)
+        self.read(self.token[:, None], self.position, self.cache)
+        self.position, self.t = self.position + 1, self.t + 1
+
+    def read(self, ids: Tensor, position: Tensor, cache: Cache | None) -> None:
+        """One pass over ids [N, T] behind what the cache holds."""
+        out = self.sampler.model.base_model(
+            input_ids=ids, attention_mask=self.seen, position_ids=position, past_key_values=cache, use_cache=True
+        )
+        self.cache, self.hidden = out.past_key_values, out.last_hidden_state[:, -1]
+
+
 class Sampler:
     """Draws from one model; on a GPU it keeps the last decoder, whose graph usually fits the next batch too.
 
@@ -214,15 +234,8 @@ class Sampler:
         self.eos = torch.tensor(eos, device=self.device)
         self.cuda_graph = cuda_graph and self.device.type == GPU
         self.decoder: Decoder | None = None
-        self.stream: torch.cuda.Stream | None = None
-        self.static = self.table_agrees() and getattr(model, "_can_compile_fullgraph", False)  # made for static caches
-        if not self.static and self.device.type == GPU:
-            print("note: this model cannot work on a static cache; sampling is several times slower than it could be")
-
-    def capture_stream(self) -> torch.cuda.Stream:
-        """One stream for every capture, so that libraries keep one workspace for them all."""
-        self.stream = self.stream or torch.cuda.Stream()
-        return self.stream
+        self.stream = torch.cuda.Stream() if self.cuda_graph else None  # one, so that libraries keep one workspace
+        self.static = False  # until `try_out` has seen it work
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[Sequence[int]], uniforms: Tensor, cuda_graph: bool = True) -> Drawn:
@@ -246,47 +259,29 @@ class Sampler:
     @torch.no_grad()
     def draw_growing(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> Drawn:
         """What `draw` draws, with a cache that grows: for models without a static one, and to check those with."""
-        step_ids, seen = pad_left(prompts, self.pad, self.device)
-        alive, cache = torch.ones(len(prompts), dtype=torch.bool, device=self.device), None
-        tokens, masks, logps = [], [], []
-        for t in range(uniforms.shape[1]):
-            out = self.model.base_model(
-                input_ids=step_ids, attention_mask=seen, position_ids=positions(seen)[:, -step_ids.shape[1] :],
-                past_key_values=cache, use_cache=True,
-            )  # fmt: skip
-            cache = out.past_key_values
-            logp = self.log_softmax(out.last_hidden_state[:, -1])  # [N, V]
-            token = inverse_cdf(logp, uniforms[:, t])  # [N]
-            logps.append(logp.gather(1, token[:, None])[:, 0])
-            tokens.append(torch.where(alive, token, self.pad))
-            masks.append(alive)
-            alive = alive & (tokens[-1][:, None] != self.eos).all(1)
-            if not alive.any():
-                break
-            step_ids, seen = tokens[-1][:, None], torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
-        return torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logps, 1), alive
+        width = max(map(len, prompts))
+        return GrowingDecoder(self, len(prompts), width, uniforms.shape[1]).run(prompts, uniforms, cuda_graph=False)
 
     @torch.no_grad()
-    def table_agrees(self) -> bool:
-        """Whether the model computes the same on a static table as on its own cache: two prompts, three tokens."""
-        words = torch.linspace(0, self.model.get_input_embeddings().num_embeddings - 1, 8).long().tolist()
-        prompts, u = [words[:2], words[2:]], torch.zeros(2, 3, dtype=torch.float64, device=self.device)
-        eos, self.eos = self.eos, self.eos[:0]  # u = 0 draws token 0, whatever the rounding; here it ends nothing
-        try:
-            growing = self.draw_growing(prompts, u)
-        except Exception as error:  # whatever a model's own code raises
-            kind = self.model.config.model_type
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise ValueError(
-                f"model: {kind} cannot be sampled from with this adapter ({reason}); try other lora_targets"
-            ) from error
-        try:  # in a table far wider than its content: attention to the last few columns alone shows
-            static = Decoder(self, 4, 9, WIDE).run(prompts, u, cuda_graph=False)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False
-        finally:
-            self.eos = eos
-        tolerance = 1e-4 if self.model.dtype == torch.float32 else 5e-2  # what 16 bits may round
-        return torch.allclose(static[2], growing[2], rtol=tolerance, atol=tolerance)
+    def try_out(self, prompts: Sequence[Sequence[int]]) -> Drawn:
+        """Three tokens for each prompt, with a growing cache and without an end.
+
+        From then on `draw` works on a static table, if the model was made for one and computes the same on it.
+        """
+        u = torch.zeros(len(prompts), 3, dtype=torch.float64, device=self.device)  # draws token 0, however it rounds
+        eos, self.eos = self.eos, self.eos[:0]
+        growing = self.draw_growing(prompts, u)
+        if getattr(self.model, "_can_compile_fullgraph", False):
+            try:  # in a table far wider than its content: attention to the last few columns alone shows
+                table = Decoder(self, len(prompts) + 2, max(map(len, prompts)) + 3, WIDE)
+                static = table.run(prompts, u, cuda_graph=False)
+                tolerance = 1e-4 if self.model.dtype == torch.float32 else 5e-2  # what 16 bits may round
+                self.static = torch.allclose(static[2], growing[2], rtol=tolerance, atol=tolerance)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
+            except Exception:  # whatever a model's own code raises on a cache that it does not expect
+                self.static = False
+        self.eos = eos
+        if not self.static and self.device.type == GPU:
+            print("note: this model cannot work on a static cache; sampling is several times slower than it could be")
+        return growing

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import make_model, make_policy
 
@@ -193,14 +194,135 @@ def test_a_missing_adapter_file_is_named(tmp_path):
         inject(make_model("llama"), LoRAConfig()).load(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-def test_an_adapter_with_other_ranks_or_scales_for_some_layers_is_refused(key, tmp_path):
+def saved_with(directory, **settings):
+    """An adapter, and its files in `directory` with some of PEFT's settings changed."""
     adapter = moved(make_model("llama"))
-    adapter.save(tmp_path, "base")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: {"q_proj": 8}}))
-    with pytest.raises(ValueError, match=key):
+    adapter.save(directory, "base")
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return adapter
+
+
+ALTERING = {
+    "peft_type": ["LOHA", None],
+    "task_type": ["SEQ_CLS"],
+    "bias": ["all", "lora_only"],
+    "init_lora_weights": ["olora", "pissa", "pissa_niter_4", "eva", "corda", "loftq", "lora_ga", "of next year"],
+    "rank_pattern": [{"q_proj": 8}],
+    "alpha_pattern": [{"q_proj": 8}],
+    "modules_to_save": [["lm_head"]],
+    "trainable_token_indices": [[3]],
+    "target_parameters": [["experts.up"]],
+    "megatron_config": [{"a": 1}],
+    "loftq_config": [{"loftq_bits": 4}],
+    "eva_config": [{"rho": 2.0}],
+    "corda_config": [{"a": 1}],
+    "lora_ga_config": [{"scale": "stable"}],
+    "use_dora": [True],
+    "velora_config": [{"scale": 1.0}],
+    "alora_invocation_tokens": [[9]],
+    "use_qalora": [True],
+    "monteclora_config": [{"num_samples": 8}],
+    "layer_replication": [[[0, 2]]],
+    "lora_bias": [True],
+    "use_bdlora": [{"nblocks": 2}],
+    "arrow_config": [{"top_k": 3}],
+    "kasa_config": [{"beta": 1.0}],
+    "ensure_weight_tying": [True],
+    "a_setting_of_next_year": [True, 1, {"a": 0}],
+}
+ASIDE = {
+    "lora_dropout": 0.1, "inference_mode": False, "revision": "main", "peft_version": "9", "auto_mapping": {"a": 1},
+    "megatron_core": "core", "qalora_group_size": 8, "exclude_modules": ["x"], "layers_to_transform": [0, 1],
+    "layers_pattern": "layers", "target_modules": "regex", "fan_in_fan_out": True, "base_model_name_or_path": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ALTERING.items() for value in values])
+def test_a_setting_that_alters_the_function_is_refused_by_name(key, value, tmp_path):
+    with pytest.raises(ValueError, match=f"^adapter: .*adapter_config.json has {key} = .*, which .*; .*$"):
+        saved_with(tmp_path, **{key: value}).load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [*ASIDE.items(), ("a_setting_of_next_year", None), ("task_type", None), ("loftq_config", {})]
+)
+def test_a_setting_that_alters_nothing_is_taken(key, value, tmp_path):
+    saved_with(tmp_path, **{key: value}).load(tmp_path)
+
+
+def test_every_setting_of_pefts_is_known_to_alter_the_function_or_not():
+    peft = pytest.importorskip("peft", reason="parity needs peft (requirements-dev.txt)")
+    written = peft.LoraConfig().to_dict().keys() - {"r", "lora_alpha", "use_rslora"}  # what this LoRA computes with
+    assert written == (ALTERING.keys() | ASIDE.keys()) - {"a_setting_of_next_year"}
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
+def test_however_peft_started_a_and_b_the_logits_are_pefts(start, tmp_path):
+    peft = pytest.importorskip("peft", reason="parity needs peft (requirements-dev.txt)")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
+    theirs, model = peft.get_peft_model(make_model("llama"), config).eval(), make_model("llama")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    theirs.save_pretrained(tmp_path)
+    inject(model, LoRAConfig(lora_rank=4, lora_alpha=8, lora_targets=["q_proj", "up_proj"])).load(tmp_path)
+    assert (logits(theirs) - logits(model)).abs().max() <= 1e-5
+    assert (logits(theirs) - logits(make_model("llama"))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_what_took_a_part_out_of_the_base_weights_loads_once_peft_has_converted_it(start, tmp_path):
+    peft = pytest.importorskip("peft", reason="parity needs peft (requirements-dev.txt)")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=start)
+    theirs = peft.get_peft_model(make_model("llama"), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True  # PEFT's recipe: the start, saved as any adapter
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.1)
+    adapter = inject(model := make_model("llama"), LoRAConfig(lora_rank=8, lora_alpha=16, lora_targets=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "as it is")
+    with pytest.raises(ValueError, match="init_lora_weights.*path_initial_model_for_weight_conversion"):
+        adapter.load(tmp_path / "as it is")
+    theirs.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path / "start")
+    adapter.load(tmp_path)
+    assert (logits(theirs) - logits(model)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "8", '"r"', "null", "{}", '{"r": 4}', '{"r": 0, "lora_alpha": 8}', '{"r": "4", "lora_alpha": 8}',
+     '{"r": null, "lora_alpha": 8}', '{"r": -1, "lora_alpha": 8, "use_rslora": true}'],
+)  # fmt: skip
+def test_a_damaged_config_is_refused_in_one_line(text, tmp_path):
+    adapter = saved_with(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^adapter: .*adapter_config.json is damaged \(.*$"):
         adapter.load(tmp_path)
+
+
+def test_damaged_tensors_are_refused_in_one_line(tmp_path):
+    adapter = saved_with(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"^adapter: .*adapter_model.safetensors is damaged \(.*$"):
+        adapter.load(tmp_path)
+
+
+def test_tensors_of_another_shape_are_refused_and_nothing_is_copied(tmp_path):
+    adapter = saved_with(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    safetensors.torch.save_file({**tensors, name: tensors[name][:1]}, tmp_path / "adapter_model.safetensors")
+    before = adapter.vector() + 1.0
+    adapter.assign(before)
+    with pytest.raises(ValueError, match="up_proj.lora_B"):
+        adapter.load(tmp_path)
+    assert torch.equal(adapter.vector(), before)
 
 
 def by_assigning(adapter):

@@ -9,10 +9,26 @@ import torch
 from conftest import make_model, make_policy, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BioGptConfig, BioGptForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    BertGenerationConfig,
+    BioGptConfig,
+    FuyuConfig,
+    GitConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MBartConfig,
+    PegasusConfig,
+    RobertaConfig,
+    TrOCRConfig,
+)
 
 import rollout
-from lora import LoRAConfig
+from lora import LoRAConfig, inject
 from rollout import Policy, Rollout, RolloutConfig, TokenLogProbs, context_of, load_model
 
 RNG = np.random.default_rng(0)
@@ -310,6 +326,86 @@ def test_a_model_that_scales_its_logits_is_refused():
         Policy(model, make_tokenizer(), LoRAConfig())
 
 
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_layers": 2}
+
+
+def tiny(config_class, **settings):
+    """A random causal language model of 50 words."""
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return AutoModelForCausalLM.from_config(config_class(vocab_size=50, **special, **settings))
+
+
+def refusal(model, *targets):
+    """The one line with which a policy of the model is refused."""
+    with pytest.raises(ValueError, match="^model: ") as refused:
+        Policy(model, make_tokenizer(), LoRAConfig(lora_rank=4, lora_targets=targets or ["all-linear"]))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [BartConfig, MBartConfig, PegasusConfig, TrOCRConfig])
+def test_a_decoder_that_ignores_position_ids_is_refused(config, dtype):
+    line = refusal(tiny(config, **BART).to(dtype), "self_attn.q_proj", "fc1")
+    assert line.startswith(f"model: {config.model_type} gives a left-padded row other log-probs than the row alone; ")
+
+
+@pytest.mark.parametrize("config", [BertGenerationConfig, BertConfig, RobertaConfig])
+def test_a_model_that_reads_what_comes_after_a_token_is_refused(config):
+    assert f"model: {config.model_type} predicts a token from those behind it; " in refusal(tiny(config, **SIZE))
+
+
+def test_the_same_model_as_a_causal_one_samples_what_it_trains():
+    policy = Policy(tiny(BertGenerationConfig, is_decoder=True, **SIZE), make_tokenizer(), LoRAConfig(lora_rank=4))
+    batch = policy.sample(PROMPTS, UNIFORMS)
+    assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() <= 1e-4
+
+
+def test_a_head_of_more_than_an_output_embedding_is_refused():
+    assert "more than an output embedding" in refusal(tiny(BertConfig, is_decoder=True, **SIZE))
+
+
+def test_a_model_whose_cache_gives_other_logprobs_than_one_pass_is_refused():
+    vision = {**SIZE, "image_size": 8, "patch_size": 4}  # its text attends to what is cached as to an image
+    assert "other log-probs with a cache than in one pass" in refusal(tiny(GitConfig, vision_config=vision, **SIZE))
+
+
+def test_an_adapter_that_no_gradient_reaches_is_refused_by_its_layers_name():
+    model = make_model("llama")
+    model.model.tower = torch.nn.Linear(8, 8)  # for pictures, say
+    assert "makes no use of model.tower on text alone; leave it out of lora_targets" in refusal(model)
+
+
+def test_a_model_of_another_build_is_refused_with_what_its_code_raised():
+    model = tiny(Llama4TextConfig, **SIZE, head_dim=8, intermediate_size_mlp=64, num_key_value_heads=2)
+    assert "llama4_text cannot be sampled from or trained with this adapter (AttributeError" in refusal(model, "q_proj")
+
+
+def test_a_model_without_an_output_embedding_is_refused():
+    assert "llama is no language model as used here (AttributeError" in refusal(make_model("llama").model)
+
+
+def test_trying_a_model_out_leaves_adapter_and_eos_as_they_were(kind):
+    policy, model = make_policy(kind, noise=0.0), make_model(kind)
+    assert torch.equal(policy.adapter.vector(), inject(model, LoRAConfig(lora_rank=4)).vector())
+    assert policy.sampler.eos.tolist() == policy.eos and policy.adapter.enabled
+    assert all(parameter.grad is None for parameter in policy.adapter.parameters)
+
+
+@pytest.mark.parametrize("error", [AttributeError, AssertionError, TypeError, ZeroDivisionError])
+def test_whatever_a_checkpoint_makes_transformers_raise_becomes_one_line(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error("first line\n  second line")
+
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=rf"^model: .*\({error.__name__}: first line second line\); .*--model DIR$"):
+        load_model(str(tmp_path), "float32", "cpu")
+
+
 def test_a_missing_pad_token_becomes_eos():
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
@@ -341,10 +437,19 @@ def test_a_model_that_names_no_context_has_no_limit():
     assert context_of(MambaConfig()) is None
 
 
-def test_dropout_is_gone_by_whatever_name_the_config_calls_it(tmp_path):
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BioGptConfig(vocab_size=50, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, **size)
-    BioGptForCausalLM(config).save_pretrained(tmp_path)
+def test_the_context_of_a_model_that_also_sees_is_that_of_its_text():
+    assert context_of(FuyuConfig(text_config={"model_type": "persimmon", "max_position_embeddings": 77})) == 77
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (BioGptConfig, {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, **SIZE}),
+        (FuyuConfig, {"text_config": {"model_type": "persimmon", "vocab_size": 50, "hidden_dropout": 0.5, **SIZE}}),
+    ],
+)
+def test_dropout_is_gone_by_whatever_name_the_config_calls_it(config, settings, tmp_path):
+    tiny(config, **settings).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), "float32", "cpu")
     model.train()

@@ -203,6 +203,19 @@ def test_checkpointing_gradients_does_not_take_the_cache_from_sampling(kind):
     assert_agree(policy.sampler.draw(PROMPTS, UNIFORMS), plain.sampler.draw(PROMPTS, UNIFORMS))
 
 
+@pytest.mark.parametrize("shared", ["weight", "layer"])
+def test_where_two_layers_share_a_weight_sampling_still_draws_from_what_is_trained(shared):
+    model = make_model("llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    if shared == "layer":
+        second.up_proj = first.up_proj
+    else:
+        second.up_proj.weight = first.up_proj.weight
+    policy = fallback(model)
+    batch = policy.sample(PROMPTS, UNIFORMS.numpy())
+    assert (policy.logprobs(batch)[0] - batch.sampled_logp).abs().max() <= 1e-4
+
+
 def test_buckets_change_the_mean_reward_by_less_than_two_standard_errors(policy):
     # issue: padding must not move what is learned. The reward is the share of even tokens.
     prompts = [PROMPTS[i % 6] for i in range(300)]
