@@ -297,5 +297,5 @@ def mean_points(rows: list[dict], preferences: Sequence[float]) -> dict[str, np.
     by_p = lambda figure: np.array([[row[figure] for row in rows if row["p"] == p] for p in preferences])  # noqa: E731
     points = np.stack([by_p(name) for name in NAMES], 1)  # [n, 2, seeds]
     figures = {"kl": "kl", "gain": "worst_gain", "lambda": "lambda_helpful"}
-    means = {name: by_p(figure).mean(1) for name, figure in figures.items()}
-    return means | {"mean": points.mean(2), "error": points.std(2) / max(points.shape[2] - 1, 1) ** 0.5}
+    by_name = {name: by_p(figure).mean(1) for name, figure in figures.items()}
+    return by_name | {"mean": points.mean(2), "error": points.std(2) / max(points.shape[2] - 1, 1) ** 0.5}
