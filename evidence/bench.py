@@ -109,11 +109,8 @@ class Bench:
         return [rng.integers(2, self.shape.vocabulary, length).tolist() for length in lengths]
 
     def stand_ins(self, root: Path) -> list[str]:
-        """The flags that put random weights in the place of the files that the tinyllama presets name; written to root.
-
-        At TinyLlama's shape the two reward models have that of GPT-2 large.
-        """
-        large = self.shape.name == "tinyllama"
+        """The flags that name random weights, written to root, in the place of the files of the tinyllama presets."""
+        large = self.shape.name == "tinyllama"  # the two reward models then have GPT-2 large's
         size = {"n_embd": 1280, "n_layer": 36, "n_head": 20} if large else {"n_embd": 32, "n_layer": 2, "n_head": 2}
         tokenizer = self.tokenizer()
         tokenizer.chat_template = CHAT
@@ -155,14 +152,11 @@ class Bench:
         rate of the value, in `unit`.
         """
         ours(), peer()
-        times = []
+        seconds = {ours: [], peer: []}
         for i in range(pairs or self.pairs):
-            if i % 2:
-                b, a = self.clock(peer), self.clock(ours)
-            else:
-                a, b = self.clock(ours), self.clock(peer)
-            times.append((a, b))
-        our_seconds, peer_seconds = np.array(times).T
+            for side in (peer, ours) if i % 2 else (ours, peer):
+                seconds[side].append(self.clock(side))
+        our_seconds, peer_seconds = np.array(list(seconds.values()))
         value = float(np.median(our_seconds))
         ratios = our_seconds / peer_seconds if inverse else peer_seconds / our_seconds
         self.add(name, work / value if work else value, unit, ratios)

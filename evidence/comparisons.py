@@ -3,7 +3,7 @@
     a  our LoRA layer against PEFT's               e  our QP solvers against SLSQP and TorchJD
     b  our sampler against transformers.generate   f  a whole round against TRL's GRPOTrainer, client by client
     c  cohort rollout against client by client     g  what a round costs, by clients, objectives, rank, length
-    d  J for M objectives against M passes         h  the tinyllama preset, whole, on stand-ins of the shape; j: 12 GB's
+    d  J for M objectives against J for one        h  the tinyllama preset, whole, on stand-ins of the shape; j: 12 GB's
     i  a decode step against memory bandwidth
 
 A part is a function of a `Bench`, which holds the shape and the device, times, and keeps the rows. Peers are imported
@@ -12,12 +12,10 @@ where they are used, so that one that is not installed leaves out its own part o
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PrinterCallback
 
 import baselines
 import firm
@@ -145,25 +143,18 @@ def c_cohort(bench: Bench) -> None:
 
 
 def d_jacobian(bench: Bench) -> None:
-    """J of M objectives in units of one objective's pass, and against M separate passes."""
+    """J of M objectives in units of one objective's pass."""
     policy = bench.policy()
     rollout = policy.sample(bench.prompts(BATCH), uniforms(BATCH, bench.shape.L))
     config = PPOConfig(micro_batch_size=bench.shape.micro_batch_size)
 
-    def gradients(M: int, times: int = 1) -> Callable[[], None]:
+    def gradients(M: int) -> Callable[[], object]:
         batch = ppo.prepare(policy, rollout, torch.randn(BATCH, M), 0.1, config)
         learner = ppo.PPO(policy.hidden_size, config, policy.device, M)
-        advantages = learner.advantages(batch).whitened
-
-        def repeat() -> None:
-            for _ in range(times):
-                ppo.policy_gradients(policy, batch, advantages, learner)
-
-        return repeat
+        return partial(ppo.policy_gradients, policy, batch, learner.advantages(batch).whitened, learner)
 
     for M in (2, 4):
         bench.compare(f"d J of {M} objectives, time / one objective's", gradients(M), gradients(1), inverse=True)
-        bench.compare(f"d J of {M} objectives / {M} separate passes", gradients(M), gradients(1, M))
 
 
 def e_qp(bench: Bench) -> None:
@@ -197,11 +188,10 @@ def e_qp(bench: Bench) -> None:
         for label, (solve, beta) in peers.items():
             ours, peer = (partial(solve_all, f, cases, beta) for f in (mgda.solve, solve))
             bench.compare(f"e {solver} M={M} {kind} / {label}", ours, peer, "QPs/s", work=len(cases))
-            worst = [
+            bench.rows[-1]["residuals"] = [
                 max(mgda.residual(G, lam.double(), beta) for G, lam in zip(cases, solutions, strict=True))
                 for solutions in (ours(), peer())
             ]
-            bench.rows[-1]["residuals"] = worst
 
 
 def grpo_trainers(bench: Bench, out: str) -> list:
@@ -238,16 +228,6 @@ def grpo_trainers(bench: Bench, out: str) -> list:
     ]  # fmt: skip
 
 
-@contextlib.contextmanager
-def quiet_trainers() -> Iterator[None]:
-    """Trainers print, warn and set threads as they like; afterwards all is as it was."""
-    threads = torch.get_num_threads()
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
-
-
 def f_round(bench: Bench) -> None:
     """A round of FIRM (8 clients × 16 responses, 2 objectives, 3 epochs) against GRPO's by TRL and PEFT.
 
@@ -263,17 +243,17 @@ def f_round(bench: Bench) -> None:
 
         return training_step
 
-    with tempfile.TemporaryDirectory() as out, quiet_trainers():
+    with tempfile.TemporaryDirectory() as out, warnings.catch_warnings(action="ignore"):
         trainers = grpo_trainers(bench, out)
     quiet_libraries()
     for trainer in trainers:
+        trainer.remove_callback(PrinterCallback)
         trainer.training_step = timed(trainer.training_step)
 
     def round_of_trl() -> None:
         inside.append(0.0)
-        with quiet_trainers():
-            for trainer in trainers:
-                trainer.train()
+        for trainer in trainers:
+            trainer.train()
 
     for label, method in (("FIRM", firm.FIRM), ("MORLHF", baselines.MORLHF)):
         name = f"f a round of {label} / TRL's GRPO + PEFT, client by client"

@@ -88,22 +88,14 @@ def observe(record: Round) -> tuple[dict[str, float], dict[str, Tensor]]:
     halves = [torch.cat([update.halves for update in of_client], 1) for of_client in record.updates]  # [2, l, d] each
     shape = (len(halves), *halves[0].shape[:2])  # C, 2, l
     start = mgda.gram([own.flatten(0, 1) for own in halves]).view(*shape, *shape)
-    first = torch.stack(
-        [
-            torch.cat([share * update.steps[0].lam for share, update in zip(record.mixing, of_client, strict=True)])
-            for of_client in record.updates
-        ]
-    )  # weights of the losses in the first step  [C, l]
+    lam = torch.stack([torch.stack([update.steps[0].lam for update in of_client]) for of_client in record.updates])
+    first = (record.mixing[:, None] * lam).flatten(1)  # weights of the losses in the first step [C, l]
     federated = federated_gram(start, weights)  # [2, l, 2, l]
     own = torch.stack([mgda.solve(mgda.normalise(federated[half, :, half]), 0.0) for half in (0, 1)])  # [2, l]
     figures = {
         "drift": drift(start.sum((1, 4)), first, weights),
         "stationarity": half_batch_stationarity(federated, own, len(record.updates[0][0].batch.rollout)),
     }
-    steps = torch.stack(
-        [
-            torch.stack([torch.stack([step.gram for step in update.steps]) for update in of_client])
-            for of_client in record.updates
-        ]
-    )
+    grams = [torch.stack([step.gram for step in update.steps]) for of_client in record.updates for update in of_client]
+    steps = torch.stack(grams).unflatten(0, lam.shape[:2])
     return figures, {"steps": steps, "start": start, "weights": weights}

@@ -22,9 +22,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from app import plots, sweep
-from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, session, sweep_volume
+from app.session import Session
+from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_volume
 from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
-from settings import METHODS
+from settings import METHODS, Config
 from worlds import toy
 
 PREFERENCES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # p₁, of helpful
@@ -55,11 +56,10 @@ def tuning(lab: Lab) -> None:
 
 
 def tuning_jobs(lab: Lab) -> list[dict]:
-    """Every method at every point of the grid, on the tuning seeds; one point in miniature."""
-    grid, seeds = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())], TUNING_SEEDS
-    if lab.quick:
-        grid, seeds = [{"lr": 3e-3, "server_lr": 1.0, "kl_coef": 0.003}], seeds[:1]
-    return [VARIANTS[method] | settings | {"seed": s} for method in METHODS for settings in grid for s in seeds]
+    """Every method at every point of the grid, on the tuning seeds; one run each in miniature."""
+    grid = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())]
+    trials = [setting | {"seed": s} for setting in grid for s in TUNING_SEEDS]
+    return [VARIANTS[method] | trial for method in METHODS for trial in (trials[:1] if lab.quick else trials)]
 
 
 def ranking(rows: list[dict]) -> list[tuple[float, dict]]:
@@ -80,8 +80,8 @@ def best_setting(lab: Lab, method: str) -> dict:
 
 def at_common_setting(lab: Lab, name: str, n_seeds: int, variants: dict[tuple, dict]) -> dict[tuple, list[dict]]:
     """Rows of FIRM at the common setting with each variant's changes (of the method, perhaps), on n seeds."""
-    firm = {"method": "firm"} | COMMON
-    jobs = {label: [firm | {"seed": s} | changes for s in lab.seeds(n_seeds)] for label, changes in variants.items()}
+    firm, seeds = {"method": "firm"} | COMMON, lab.some(range(n_seeds))
+    jobs = {label: [firm | {"seed": s} | changes for s in seeds] for label, changes in variants.items()}
     return lab.groups(name, jobs)
 
 
@@ -101,26 +101,25 @@ def versus_firm(budget: str, groups: dict[str, list[dict]]) -> list[list]:
 
 def baselines(lab: Lab) -> None:
     """Every method at uniform p and its own best setting: at equal rollouts, equal bytes, equal optimizer steps."""
-    seeds, half, jobs = lab.seeds(10), ROUNDS // 2, {}
-    for label, changes in VARIANTS.items():
-        method = label.split()[0]
-        setting = best_setting(lab, method) | changes
-        for rounds in (ROUNDS, half) if method in ("fsmgda", "fedcmoo", "soups") else (ROUNDS,):
-            jobs[label, rounds] = [setting | {"rounds": rounds, "seed": s} for s in seeds]
-    rows = lab.groups("baselines", jobs)
     # Per client and round FSMGDA and (at M = 2, e = 1) FedCMOO upload twice what FIRM does, FSMGDA also takes twice the
     # steps; soups are two trainings, so each specialist gets half the rounds.
-    budgets = {
+    halved = {
         "equal rollouts": {"soups"}, "equal bytes up": {"fsmgda", "fedcmoo", "soups"},
         "equal optimizer steps": {"fsmgda", "soups"},
     }  # fmt: skip
-    lines = []
-    for budget, halved in budgets.items():
-        lines += versus_firm(budget, {label: rows[label, half if label in halved else ROUNDS] for label in VARIANTS})
+    seeds, jobs, lines = lab.some(range(10)), {}, []
+    for label, changes in VARIANTS.items():
+        setting = best_setting(lab, changes["method"]) | changes
+        for budget, methods in halved.items():
+            rounds = ROUNDS // 2 if label in methods else ROUNDS
+            jobs[budget, label] = [setting | {"rounds": rounds, "seed": s} for s in seeds]
+    rows = lab.groups("baselines", jobs)
+    for budget in halved:
+        lines += versus_firm(budget, {label: rows[budget, label] for label in VARIANTS})
     note = f"{len(seeds)} seeds, paired; ± is half a 95 % interval; p is for the worst gain, Holm over the baselines of"
     note += " a budget; β = 0.01 if not named. Rates were tuned for 16 rounds, also where 8 are run."
     show(lab.results, "baselines", VERSUS, lines, note)
-    groups = {label: rows[label, half if label == "soups" else ROUNDS] for label in VARIANTS}
+    groups = {label: rows["equal rollouts", label] for label in VARIANTS}
     drawn = ("normalised_helpful", "normalised_harmless", "worst_gain", "kl")
     plots.panels(points(groups, drawn), lab.results / "baselines.png", legend=False)
 
@@ -151,7 +150,7 @@ def agreement(lab: Lab) -> None:
 def pareto(lab: Lab) -> None:
     """Preference sweeps of 9 points: the trade-offs by hypervolume, and whether a preference is followed."""
     labels = ("firm β=10", "firm β=1", "linear", "morlhf", "soups")
-    means = preference_sweeps(lab, "pareto", ROUNDS, lab.seeds(10), labels)
+    means = preference_sweeps(lab, "pareto", ROUNDS, lab.some(range(10)), labels)
     lines = {label: (lab.some(PREFERENCES), means[label]["lambda"], None) for label in labels if "β" in label}
     panel = plots.Panel("requested p of helpful", "realised mean λ of helpful", "", lines, diagonal=True)
     plots.panels([panel], lab.results / "pareto_weights.png")
@@ -159,7 +158,7 @@ def pareto(lab: Lab) -> None:
 
 def long(lab: Lab) -> None:
     """The sweep with four times the rounds: how far towards the front?"""
-    preference_sweeps(lab, "long", 4 * ROUNDS, lab.seeds(3), ("firm β=10", "linear", "morlhf"))
+    preference_sweeps(lab, "long", 4 * ROUNDS, lab.some(range(3)), ("firm β=10", "linear", "morlhf"))
 
 
 def preference_sweeps(lab: Lab, name: str, rounds: int, seeds: Sequence[int], labels: Sequence[str]) -> dict[str, dict]:
@@ -207,54 +206,51 @@ def preference_sweeps(lab: Lab, name: str, rounds: int, seeds: Sequence[int], la
 # ---- ablations ------------------------------------------------------------------------------------------------
 
 
-def report(
-    lab: Lab, name: str, keys: tuple[str, str], groups: dict[tuple, list[dict]], figures: Sequence[str],
-    drawn: Sequence[str], note: str = "",
+def ablate(
+    lab: Lab, name: str, keys: tuple[str, str], variants: dict[tuple, dict], figures: Sequence[str],
+    drawn: Sequence[str], n_seeds: int = 3, note: str = "",
 ) -> None:  # fmt: skip
-    """A table of `figures` with a line per group (line, x), and a picture of those `drawn`; keys name line and x."""
+    """A table of `figures` with a line per variant, and a picture of those `drawn`; keys name its lines and its x.
+
+    A figure `same_NAME` is NAME under a row's β on the Grams of its seed's run at β = 0, over the same at β = 0.
+    """
+    groups = at_common_setting(lab, name, n_seeds, variants)
+    for figure in (figure.removeprefix("same_") for figure in figures if figure.startswith("same_")):
+        at_zero = {row["seed"]: row for row in groups["firm", "0"]}
+        for row in (row for rows in groups.values() for row in rows):
+            own, zero = (f"{figure}@{beta:g}" for beta in (row["beta"], 0.0))
+            row[f"same_{figure}"] = at_zero[row["seed"]][own] / at_zero[row["seed"]][zero]
+            row.setdefault(figure, row[own])  # no round logs `twin_disagreement`
     table(lab.results, name, keys, groups, figures, note)
     plots.panels(curves(groups, keys[1], drawn), lab.results / f"{name}.png")
 
 
-def same_grams(groups: dict[tuple, list[dict]], figures: Sequence[str]) -> None:
-    """Adds `same_FIGURE`: under a row's β, on the Grams of its seed's run at β = 0, over the figure at β = 0."""
-    at_zero = {row["seed"]: row for row in groups["firm", "0"]}
-    for row in (row for rows in groups.values() for row in rows):
-        for figure in figures:
-            solved = [at_zero[row["seed"]][f"{figure}@{beta:g}"] for beta in (row["beta"], 0.0)]
-            row[f"same_{figure}"] = solved[0] / solved[1]
-
-
 def beta(lab: Lab) -> None:
     """β: what it does to λ on one and the same Grams, and what training with it does."""
-    groups = at_common_setting(lab, "beta", 5, {("firm", f"{b:g}"): {"beta": b} for b in lab.some(BETAS)})
-    same_grams(groups, ("disagreement", "drift"))
+    variants = {("firm", f"{b:g}"): {"beta": b} for b in lab.some(BETAS)}
     figures = ("same_disagreement", "same_drift", "disagreement", "drift", "movement", *NAMES, "worst_gain", "kl")
     drawn = ("same_disagreement", "same_drift", "disagreement", *NAMES, "kl")
-    report(lab, "beta", ("method", "β"), groups, figures, drawn)
+    ablate(lab, "beta", ("method", "β"), variants, figures, drawn, n_seeds=5)
 
 
 def twins(lab: Lab) -> None:
     """M = 3, the third objective a near copy of the first: where unregularised weights jump. p = (¼, ½, ¼)."""
     changes = {"objectives": [*BASE["objectives"], "py:worlds/toy.py:twin"], "preference": [0.25, 0.5, 0.25]}
-    betas = lab.some((0.0, 0.01, 0.1, 1.0))
-    groups = at_common_setting(lab, "twins", 5, {("firm", f"{b:g}"): {"beta": b} | changes for b in betas})
-    same_grams(groups, ("twin_disagreement", "drift"))
-    for row in (row for rows in groups.values() for row in rows):
-        row["twin_disagreement"] = row[f"twin_disagreement@{row['beta']:g}"]
-    mean, largest = np.mean(column(groups["firm", "0"], "gap")), max(column(groups["firm", "0"], "gap_max"))
+    variants = {("firm", f"{b:g}"): {"beta": b} | changes for b in lab.some((0.0, 0.01, 0.1, 1.0))}
+    at_zero = at_common_setting(lab, "twins", 5, variants)["firm", "0"]
+    mean, largest = np.mean(column(at_zero, "gap")), max(column(at_zero, "gap_max"))
     note = f"Gap ‖g₁ − g₃‖² / tr G at β = 0: mean {mean:.1e}, largest {largest:.1e}."
     figures = ("same_twin_disagreement", "same_drift", "twin_disagreement", "drift", *NAMES, "kl", "gap", "gap_small")
-    report(lab, "twins", ("method", "β"), groups, figures, ("same_twin_disagreement", "same_drift", *NAMES), note)
+    drawn = ("same_twin_disagreement", "same_drift", *NAMES)
+    ablate(lab, "twins", ("method", "β"), variants, figures, drawn, n_seeds=5, note=note)
 
 
 def rank(lab: Lab) -> None:
     """LoRA rank, with α/r fixed (α = 2r) and with rsLoRA (α/√r, equal to the other at r = 8)."""
     scales = {"α/r": {}, "rsLoRA": {"rslora": True, "lora_alpha": 2 * 8**0.5}}
-    ranks = product(scales, lab.some((1, 4, 16)))
-    groups = at_common_setting(lab, "rank", 3, {(scale, r): {"lora_rank": r} | scales[scale] for scale, r in ranks})
+    variants = {(scale, r): {"lora_rank": r} | scales[scale] for scale, r in product(scales, lab.some((1, 4, 16)))}
     drawn = ("worst_gain", "disagreement", "averaging_residual")
-    report(lab, "rank", ("scale", "rank"), groups, (*NAMES, *drawn, "upload_payload", "kl"), drawn)
+    ablate(lab, "rank", ("scale", "rank"), variants, (*NAMES, *drawn, "upload_payload", "kl"), drawn)
 
 
 def clients(lab: Lab) -> None:
@@ -263,9 +259,7 @@ def clients(lab: Lab) -> None:
     variants = {("16 per client", c): {"clients": c, "batch_size": 16} for c in counts}
     variants |= {("about 128 in all", c): {"clients": c, "batch_size": round(128 / c)} for c in counts}
     drawn = ("worst_gain", "disagreement", "drift")
-    figures = (*NAMES, *drawn, "half_cosine", "kl")
-    groups = at_common_setting(lab, "clients", 3, variants)
-    report(lab, "clients", ("prompts a round", "clients"), groups, figures, drawn)
+    ablate(lab, "clients", ("prompts a round", "clients"), variants, (*NAMES, *drawn, "half_cosine", "kl"), drawn)
 
 
 def heterogeneity(lab: Lab) -> None:
@@ -274,9 +268,8 @@ def heterogeneity(lab: Lab) -> None:
     splits |= {f"Dir({a:g})": {"split": "dirichlet", "dirichlet_alpha": a} for a in lab.some((1.0, 0.1))}
     labels = product(("firm", "firm β=1", "mgda", "linear"), splits)
     variants = {(label, split): VARIANTS[label] | splits[split] for label, split in labels}
-    drawn = ("worst_gain", "disagreement", "drift")
-    groups = at_common_setting(lab, "heterogeneity", 3, variants)
-    report(lab, "heterogeneity", ("method", "split among clients"), groups, (*NAMES, *drawn, "dispersion", "kl"), drawn)
+    drawn, keys = ("worst_gain", "disagreement", "drift"), ("method", "split among clients")
+    ablate(lab, "heterogeneity", keys, variants, (*NAMES, *drawn, "dispersion", "kl"), drawn)
 
 
 def trace(lab: Lab) -> None:
@@ -284,8 +277,7 @@ def trace(lab: Lab) -> None:
     variants = {(gram, f"{b:g}"): {"gram": gram, "beta": b} for gram in ("normalised", "raw") for b in (0.01, 1.0)}
     figures = ("trace_first", "trace_last", "disagreement", "drift", *NAMES, "worst_gain", "kl")
     note = "On the raw Gram β acts as β / tr G does on the normalised one."
-    groups = at_common_setting(lab, "trace", 3, variants)
-    report(lab, "trace", ("Gram", "β"), groups, figures, ("disagreement", "drift", "worst_gain"), note)
+    ablate(lab, "trace", ("Gram", "β"), variants, figures, ("disagreement", "drift", "worst_gain"), note=note)
 
 
 def noise(lab: Lab) -> None:
@@ -309,21 +301,17 @@ def noise(lab: Lab) -> None:
 
 def optimizer(lab: Lab) -> None:
     """The client's optimizer: Adam fresh every round, Adam kept, SGD; each with a rate from a grid of its own."""
-    grids = {"adam": GRID["lr"], "adam-keep": GRID["lr"], "sgd": (0.3, 1.0, 3.0)}
-    seeds, firm = TUNING_SEEDS, {"method": "firm"} | COMMON
-    if lab.quick:
-        seeds, grids = seeds[:1], {name: grid[1:2] for name, grid in grids.items()}
-    trials = [firm | {"optimizer": name, "lr": lr, "seed": s}
-              for name, grid in grids.items() for lr in grid for s in seeds]  # fmt: skip
-    trials, variants = lab.rows("optimizer", trials), {}
-    for name, grid in grids.items():
-        gain = {lr: np.mean(column(where(trials, optimizer=name, lr=lr), "worst_gain")) for lr in grid}
-        best = max(gain, key=gain.get)
-        variants[name, f"{best:g}"] = {"optimizer": name, "lr": best}
-    groups = at_common_setting(lab, "optimizer", 5, variants)
+    rates = {"adam": GRID["lr"], "adam-keep": GRID["lr"], "sgd": (0.3, 1.0, 3.0)}
+    trials = [{"method": "firm"} | COMMON | {"optimizer": name, "lr": lr, "seed": s}
+              for name, grid in rates.items() for lr in grid for s in TUNING_SEEDS]  # fmt: skip
+    rows, variants = lab.rows("optimizer", trials), {}
+    for name in rates:
+        best = ranking(where(rows, optimizer=name))[0][1]
+        variants[name, f"{best['lr']:g}"] = {"optimizer": name} | best
     figures = (*NAMES, "worst_gain", "disagreement", "dispersion", "averaging_residual", "kl")
-    note = f"Rates tuned on seeds {seeds}, server rate and KL coefficient those that are best with Adam."
-    report(lab, "optimizer", ("optimizer", "rate"), groups, figures, ("worst_gain", "kl", "dispersion"), note)
+    note = f"Rates tuned on seeds {TUNING_SEEDS}, server rate and KL coefficient those that are best with Adam."
+    drawn = ("worst_gain", "kl", "dispersion")
+    ablate(lab, "optimizer", ("optimizer", "rate"), variants, figures, drawn, n_seeds=5, note=note)
 
 
 def communication(lab: Lab) -> None:
@@ -333,15 +321,16 @@ def communication(lab: Lab) -> None:
     jobs = {(method, M): [shared | {"method": method, "objectives": objectives[:M]}]
             for method in ("firm", "linear", "fsmgda", "fedcmoo") for M in (2, 3, 4)}  # fmt: skip
     jobs["fedcmoo e=0.5", 2] = [jobs["fedcmoo", 2][0] | {"fedcmoo_compression": 0.5}]
-    groups, d = lab.groups("communication", jobs), session({}).policy.adapter.size
+    groups, d = lab.groups("communication", jobs), Session(Config.from_flat(BASE)).policy.adapter.size
     figures = [f"{way}_{part}" for way in ("upload", "download") for part in ("adapters", "header", "scalars")]
     for (row,) in groups.values():
         row |= {figure: int(row[figure]) for figure in figures if figure in row}
         row |= {f"{way}_adapters": row[f"{way}_payload"] / (4 * d) for way in ("upload", "download")}
     note = f"Payload in adapters of d = {d:,} float32 numbers, the rest in bytes. Once per run on top, for the "
     note += "calibration: 24M bytes up and 16M bytes down per client."
-    drawn = ("upload_adapters", "download_adapters")
-    report(lab, "communication", ("method", "objectives M"), groups, figures, drawn, note)
+    table(lab.results, "communication", ["method", "objectives M"], groups, figures, note)
+    panels = curves(groups, "objectives M", ("upload_adapters", "download_adapters"))
+    plots.panels(panels, lab.results / "communication.png")
 
 
 EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,

@@ -29,7 +29,6 @@ import run
 from app import sweep
 from app.files import read_json, read_lines, write_text
 from app.metrics import disagreement
-from app.session import Session
 from evidence import diagnostics
 from settings import PRESETS, Config
 from worlds import toy
@@ -52,12 +51,8 @@ class Lab:
     quick: bool
     workers: int
 
-    def seeds(self, n: int) -> tuple[int, ...]:
-        """The reporting seeds 0, 1, …, n − 1; two in miniature."""
-        return tuple(range(2 if self.quick else n))
-
     def some(self, values: Sequence) -> Sequence:
-        """All values, or the two ends of them in miniature."""
+        """All values (seeds, say), or the two ends of them in miniature."""
         return (values[0], values[-1]) if self.quick and len(values) > 2 else values
 
     def rows(self, name: str, jobs: Sequence[dict]) -> list[dict]:
@@ -134,11 +129,6 @@ def read_rows(path: Path) -> dict[str, list[dict]]:
 # ---- one job --------------------------------------------------------------------------------------------------
 
 
-def session(job: dict) -> Session:
-    """What `run.train` would train with, for a look at it."""
-    return Session(Config.from_flat(BASE | job), progress=False)
-
-
 def run_job(job: dict) -> list[dict]:
     """Train, measure, clean up. Runs in a worker process; soups give one row per preference, all others one."""
     Path("runs").mkdir(exist_ok=True)
@@ -207,8 +197,7 @@ def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
     row = {name: float(np.mean([m[log] for m in rounds.get(name, metrics)])) for name, log in LOGGED.items()}
     weights = np.array([[m[f"lambda/{name}"] for name in summary["objectives"]] for m in metrics])  # [T, M]
     row["movement"] = float(np.linalg.norm(np.diff(weights, axis=0), axis=1).mean()) if len(metrics) > 1 else math.nan
-    residuals = [m["adapter/averaging_residual"] / m["adapter/norm"] for m in later]
-    row["averaging_residual"] = float(np.mean(residuals))
+    row["averaging_residual"] = float(np.mean([m["adapter/averaging_residual"] / m["adapter/norm"] for m in later]))
     for name in NAMES:
         scale = summary["objectives"][name]["calibration"]["scale"]
         rough = diagnostics.roughness([m[f"reward/{name}"] for m in metrics])
@@ -221,11 +210,12 @@ def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
 
 def gram_figures(job: dict, grams: list[dict]) -> dict:
     """λ solved again on the Grams that the run kept: under every β, and from half-batches."""
-    row, p = {}, job.get("preference")
-    for beta in BETAS:
-        solved = np.nanmean([resolve(g, beta, p) for g in grams], 0).tolist()
-        for name, value in zip(("disagreement", "drift", "twin_disagreement"), solved, strict=True):
-            row[f"{name}@{beta:g}"] = value
+    p = job.get("preference")
+    rounds = [noise_figures(g, job.get("beta", 0.01), p) for g in grams]
+    for g, figures in zip(grams, rounds, strict=True):
+        for beta in BETAS:
+            figures |= {f"{name}@{beta:g}": value for name, value in resolve(g, beta, p).items()}
+    row = means(rounds)
     steps = [g["steps"].flatten(0, 2) for g in grams]  # [C · runs · K, M, M] of every round
     traces = [G.diagonal(dim1=1, dim2=2).sum(1) for G in steps]
     G = torch.cat(steps)
@@ -234,19 +224,25 @@ def gram_figures(job: dict, grams: list[dict]) -> dict:
     quarter = max(len(grams) // 4, 1)
     for label, part in (("first", traces[:quarter]), ("last", traces[-quarter:])):
         row[f"trace_{label}"] = float(torch.cat(part).mean())
-    noise = [noise_figures(g, job.get("beta", 0.01), p) for g in grams]
-    return row | {k: float(np.nanmean([n[k] for n in noise])) for k in noise[0]}
+    return row
 
 
-def resolve(g: dict, beta: float, preference: list[float] | None) -> tuple[float, float, float]:
+def means(rows: list[dict]) -> dict[str, float]:
+    """The mean of every figure, over the rows that have it."""
+    return {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0]}
+
+
+def resolve(g: dict, beta: float, preference: list[float] | None) -> dict[str, float]:
     """Disagreement (mean over steps), drift at θ_t, and disagreement in λ₁ − λ_M, with λ solved under `beta`."""
     steps = g["steps"][:, 0]  # [C, K, M, M]
     solve = lambda G: mgda.solve(mgda.normalise(G), beta, preference)  # noqa: E731
     lam = torch.stack([torch.stack([solve(G) for G in client]) for client in steps])  # [C, K, M]
-    apart = float(np.mean([disagreement(step) for step in lam.unbind(1)]))
     difference = lam[..., 0] - lam[..., -1]  # [C, K]
-    twin = float((difference - difference.mean(0)).abs().mean())
-    return apart, diagnostics.drift(g["start"].sum((1, 4)), lam[:, 0], g["weights"]), twin
+    return {
+        "disagreement": float(np.mean([disagreement(step) for step in lam.unbind(1)])),
+        "drift": diagnostics.drift(g["start"].sum((1, 4)), lam[:, 0], g["weights"]),
+        "twin_disagreement": float((difference - difference.mean(0)).abs().mean()),
+    }
 
 
 def noise_figures(g: dict, beta: float, preference: list[float] | None = None) -> dict:
@@ -257,27 +253,25 @@ def noise_figures(g: dict, beta: float, preference: list[float] | None = None) -
     client's own, and still noisy; on an iid split it is an estimate of the same λ. `half_cosine` is the cosine of two
     half-batch gradients of one objective on one client.
     """
-    start, w = g["start"], g["weights"]  # [C, 2, M, C, 2, M]
-    M = start.shape[2]
-    estimates, cosines = [], []
-    for c in range(len(w)):
-        others = w.clone()
-        others[c] = 0.0
+    start, weights = g["start"], g["weights"]  # [C, 2, M, C, 2, M] and [C]
+    figures, M = [], start.shape[2]
+    for c in range(len(weights)):
         own = start[c, :, :, c]  # [2, M, 2, M]
-        cosines.append((own[0, :, 1].diagonal() / (own[0, :, 0].diagonal() * own[1, :, 1].diagonal()).sqrt()).mean())
-        if others.any():
-            reference = solve_cross(diagnostics.federated_gram(start, others), beta, preference)
-            batch = mgda.solve(mgda.normalise(own.sum((0, 2))), beta, preference)
-            constant = mgda.preference_vector(preference, M)
-            estimates.append(torch.stack([batch, solve_cross(own, beta, preference), constant, reference]))
-    lam = torch.stack(estimates) if estimates else torch.full((1, 4, M), math.nan)  # [C, 4, M]
-    batch, cross, constant = (lam[:, :3] - lam[:, 3:]).norm(dim=2).mean(0).tolist()
-    batch_1, cross_1, _, reference_1 = lam[:, :, 0].mean(0).tolist()
-    return {
-        "half_cosine": float(torch.stack(cosines).mean()),
-        **{"error_batch": batch, "error_cross": cross, "error_constant": constant},
-        **{"lambda1_batch": batch_1, "lambda1_cross": cross_1, "lambda1_reference": reference_1},
-    }
+        others = weights * (torch.arange(len(weights)) != c)
+        federated = diagnostics.federated_gram(start, others)  # NaN where all others were rejected
+        lam = {
+            "batch": mgda.solve(mgda.normalise(own.sum((0, 2))), beta, preference),
+            "cross": solve_cross(own, beta, preference),
+            "constant": mgda.preference_vector(preference, M),
+            "reference": solve_cross(federated, beta, preference) if others.any() else torch.full((M,), math.nan),
+        }
+        first, second, between = own[0, :, 0].diagonal(), own[1, :, 1].diagonal(), own[0, :, 1].diagonal()
+        figures.append({"half_cosine": float((between / (first * second).sqrt()).mean())})
+        for name in ("batch", "cross", "constant"):
+            figures[-1][f"error_{name}"] = float((lam[name] - lam["reference"]).norm())
+        for name in ("batch", "cross", "reference"):
+            figures[-1][f"lambda1_{name}"] = float(lam[name][0])
+    return means(figures)
 
 
 def solve_cross(halves: torch.Tensor, beta: float, preference: list[float] | None = None) -> torch.Tensor:
@@ -300,13 +294,8 @@ def sweep_volume(rows: list[dict]) -> float:
 
 def mean_points(rows: list[dict], preferences: Sequence[float]) -> dict[str, np.ndarray]:
     """Means over the seeds by preference: mean and its standard error [n, 2], kl, the worst gain, λ of helpful [n]."""
-    groups = [[row for row in rows if row["p"] == p] for p in preferences]
-    points = np.array([[[row[name] for row in group] for name in NAMES] for group in groups])  # [n, 2, seeds]
-    by_p = lambda figure: np.array([np.mean([row[figure] for row in group]) for group in groups])  # noqa: E731
-    return {
-        "mean": points.mean(2),
-        "error": points.std(2) / max(points.shape[2] - 1, 1) ** 0.5,
-        "kl": by_p("kl"),
-        "gain": by_p("worst_gain"),
-        "lambda": by_p("lambda_helpful"),
-    }
+    by_p = lambda figure: np.array([[row[figure] for row in rows if row["p"] == p] for p in preferences])  # noqa: E731
+    points = np.stack([by_p(name) for name in NAMES], 1)  # [n, 2, seeds]
+    figures = {"kl": "kl", "gain": "worst_gain", "lambda": "lambda_helpful"}
+    by_name = {name: by_p(figure).mean(1) for name, figure in figures.items()}
+    return by_name | {"mean": points.mean(2), "error": points.std(2) / max(points.shape[2] - 1, 1) ** 0.5}
