@@ -113,6 +113,7 @@ class Policy:
     """A frozen causal language model, its tokenizer, and one adapter: π_θ, and π_ref with the adapter off.
 
     `eos` is every id that ends a response, `pad` the padding id; no token is added and no embedding resized.
+    Raises ValueError, in one line, for a model that cannot be sampled from or trained (`unfit`).
     """
 
     def __init__(
@@ -318,7 +319,7 @@ def in_one_line(what: str, remedy: str = "choose another decoder-only model, or 
         raise ValueError(f"model: {what} ({reason}); {remedy}") from error
 
 
-@torch.enable_grad()  # whoever makes a policy
+@torch.enable_grad()  # even where a policy is made without
 def unfit(policy: Policy) -> str | None:
     """Why a model cannot be trained here, or None. [ours]
 

@@ -394,6 +394,11 @@ def test_trying_a_model_out_leaves_adapter_and_eos_as_they_were(kind):
     assert all(parameter.grad is None for parameter in policy.adapter.parameters)
 
 
+@torch.no_grad()
+def test_a_policy_can_be_made_where_no_gradients_are_taken(kind):
+    assert make_policy(kind).sampler.static
+
+
 @pytest.mark.parametrize("error", [AttributeError, AssertionError, TypeError, ZeroDivisionError])
 def test_whatever_a_checkpoint_makes_transformers_raise_becomes_one_line(error, tmp_path, monkeypatch):
     def fail(*_, **__):
