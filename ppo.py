@@ -8,8 +8,7 @@ For every reward j, on the tokens t of one response (Schulman et al. 2017; Ziegl
     L_j(θ)  = −mean_t min(ρ_t Â_{j,t}, clip(ρ_t, 1 − ε, 1 + ε) Â_{j,t}),         ρ_t = π_θ / π_old
     g_j     = ∇_θ L_j                                                          row j of J [k, d]
 
-(with an entropy bonus, − entropy_coef · mean_t H_t joins every L_j). FIRM's rewards are its M objectives; methods that
-combine objectives before they train have fewer.
+FIRM's rewards are its M objectives; methods that combine objectives before they train have fewer.
 
 [paper] PPO per objective, the KL watched against a target.
 [code: RiC] adaptive κ: initial 0.2, target 3 per sequence.
@@ -17,7 +16,8 @@ combine objectives before they train have fewer.
 base policy, stands for that of its advantages: a near-constant objective must not be blown up into noise); the critic,
 one linear layer with k outputs on detached hidden states, zero at the start, with its own optimizer.
 
-Means over tokens are over the tokens of the whole client batch, whatever the micro-batches.
+Means over tokens are over the tokens of the whole client batch, whatever the micro-batches. Left out on purpose: an
+entropy bonus.
 """
 
 from dataclasses import dataclass, replace
@@ -48,7 +48,6 @@ class PPOConfig(Checked):
     )
     kl_horizon: Count = setting(1000, "cohort samples over which kappa adapts")
     missing_eos_penalty: NonNegative = setting(0.0, "taken off every calibrated score of a response that never ends")
-    entropy_coef: NonNegative = setting(0.0, "weight of the entropy bonus")
     micro_batch_size: Count | None = setting(None, "rows per forward pass; the whole client batch where not given")
 
 
@@ -190,12 +189,9 @@ class PPO:
         advantages, returns = gae(token_rewards(batch), values, mask, config.gamma, config.gae_lambda)
         return Advantages(whiten(advantages, mask, SCALE_FLOOR), masked_std(advantages, mask), returns, values)
 
-    def losses(self, ratio: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
-        """The k losses per token, before their mean: ratio ρ, entropy [b, l], advantages [b, l, k] -> [b, l, k].
-
-        The entropy stands in every column: λ lies on the simplex, so that a step has the bonus once.
-        """
-        return surrogate(ratio, advantages, self.config.clip_range) - self.config.entropy_coef * entropy[..., None]
+    def losses(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        """The k losses per token, before their mean: ratio ρ [b, l], advantages [b, l, k] -> [b, l, k]."""
+        return surrogate(ratio, advantages, self.config.clip_range)
 
     def fit(self, hidden: Tensor, advantages: Advantages, mask: Tensor) -> None:
         """After each optimizer step: one step of the critic towards its returns. hidden [B, L, H], mask [B, L]."""
@@ -279,9 +275,9 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, learner: 
     hiddens, ratios, entropies = [], [], []
     for rows, piece in rollout.micro_batches(config.micro_batch_size):
         l = piece.mask.shape[1]
-        logp, entropy, hidden = policy.logprobs(piece, config.entropy_coef > 0)  # [b, l], [b, l], [b, l, H]
+        logp, entropy, hidden = policy.logprobs(piece)  # [b, l], [b, l], [b, l, H]
         ratio = (logp - batch.logp_old[rows, :l]).exp()  # [b, l]
-        losses = learner.losses(ratio, entropy, advantages[rows, :l]) * piece.mask[..., None]  # [b, l, k]
+        losses = learner.losses(ratio, advantages[rows, :l]) * piece.mask[..., None]  # [b, l, k]
         first = rows < (len(rollout) + 1) // 2  # [b]
         mixed = halves and bool(first.any()) and not bool(first.all())
         gradients = jacobian(losses.sum((0, 1)), adapter.leaves(), keep_graph=mixed)

@@ -164,12 +164,12 @@ class Policy:
         alive = torch.cat([alive for _, _, _, alive in pieces])
         return Rollout(*pad_left(prompts, self.pad, self.device), tokens, mask.long(), logp * mask, ended=~alive)
 
-    def logprobs(self, batch: Rollout, entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def logprobs(self, batch: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass over prompts and responses.
 
         Returns logp [B, L] and entropy [B, L] (nats, float32, 0 where masked) and the hidden states [B, L, H] from
-        which each response token was predicted, detached: what a critic may read of the past and nothing more. The
-        entropy carries a gradient only if asked to.
+        which each response token was predicted, detached: what a critic may read of the past and nothing more. Only
+        logp carries a gradient.
         """
         if self.model.training != self.gradient_checkpointing:  # the same function either way: there is no dropout
             self.model.train(self.gradient_checkpointing)
@@ -182,7 +182,7 @@ class Policy:
             use_cache=False,
         ).last_hidden_state[:, P - 1 : P + L - 1]  # [B, L, H]; position t predicts token t + 1
         logp, entropy = TokenLogProbs.apply(
-            hidden.flatten(0, 1), batch.responses.flatten(), self.log_softmax, self.chunk, entropy_gradient
+            hidden.flatten(0, 1), batch.responses.flatten(), self.log_softmax, self.chunk
         )  # [B · L] each
         return logp.view_as(batch.mask) * batch.mask, entropy.view_as(batch.mask) * batch.mask, hidden.detach()
 
@@ -239,37 +239,30 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, tokens: Tensor, log_softmax: Callable[[Tensor], Tensor], chunk: int,
-        entropy_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """hidden [n, H], tokens [n] -> log π [n] and entropy [n], float32; the entropy has a gradient only if asked."""
-        values, slopes = [], []  # of each chunk: [2, chunk], and [1 or 2, chunk, H]
+        ctx, hidden: Tensor, tokens: Tensor, log_softmax: Callable[[Tensor], Tensor], chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [n, H], tokens [n] -> log π [n] and entropy [n], float32; the entropy has no gradient."""
+        logps, entropies, slopes = [], [], []
         for h, token in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
             h = h.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(h.requires_grad):
                 logp_all = log_softmax(h)  # [chunk, V]
                 logp = logp_all.gather(1, token[:, None])[:, 0]
-                with torch.set_grad_enabled(h.requires_grad and entropy_gradient):
-                    entropy = -(logp_all.exp() * logp_all).sum(1)
-            values.append(torch.stack([logp.detach(), entropy.detach()]))
+            logps.append(logp.detach())
+            entropies.append(-(logp_all.detach().exp() * logp_all.detach()).sum(1))
             if h.requires_grad:
-                wanted = [logp, entropy] if entropy_gradient else [logp]
-                slopes.append(
-                    torch.stack([torch.autograd.grad(x, h, torch.ones_like(x), retain_graph=True)[0] for x in wanted])
-                )
+                slopes.append(torch.autograd.grad(logp.sum(), h)[0])  # [chunk, H]
         if slopes:
-            ctx.save_for_backward(torch.cat(slopes, 1))
-        logp, entropy = torch.cat(values, 1)
-        if not entropy_gradient:
-            ctx.mark_non_differentiable(entropy)
+            ctx.save_for_backward(torch.cat(slopes))
+        logp, entropy = torch.cat(logps), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """The chain rule: ∂L/∂h_t = ∂L/∂log π_t · ∂log π_t/∂h_t, and the entropy's alike."""
-        (slopes,) = ctx.saved_tensors  # [1 or 2, n, H]
-        hidden = sum(g[:, None] * slope for g, slope in zip(grads, slopes, strict=False))
-        return hidden.to(slopes.dtype), None, None, None, None
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None, None]:
+        """The chain rule: ∂L/∂h_t = ∂L/∂log π_t · ∂log π_t/∂h_t."""
+        (slopes,) = ctx.saved_tensors  # [n, H]
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
 def avoid_cudnn_attention() -> None:

@@ -94,7 +94,7 @@ SETTINGS = {  # the dataclasses whose fields are flags
     "run": RunConfig, "rollout": RolloutConfig, "data": DataConfig, "firm": FIRMConfig, "client": ClientConfig,
     "ppo": PPOConfig, "lora": LoRAConfig, **OWN_SETTINGS,
 }  # fmt: skip
-REMOVED: frozenset[str] = frozenset()  # settings that older versions wrote into config.json
+REMOVED = {"entropy_coef"}  # settings that older versions wrote into config.json
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ppo import PPOConfig
 # No two settings are alike, and none is a value at which it would not show.
 PPO = PPOConfig(
     epochs=2, clip_range=0.1, value_clip=0.3, gamma=0.9, gae_lambda=0.6, critic_lr=0.05, kl_coef=0.7, kl_target=0.5,
-    kl_horizon=100, entropy_coef=0.05, missing_eos_penalty=0.4,
+    kl_horizon=100, missing_eos_penalty=0.4,
 )  # fmt: skip
 CLIENT = ClientConfig(lr=0.05, optimizer="sgd", max_grad_norm=0.02)
 FIRM_CONFIG = FIRMConfig(beta=0.3, preference=[0.3, 0.7], clients=3, batch_size=6)
@@ -46,11 +46,10 @@ def world():
 
 
 def token_logprobs(model, prompt, response):
-    """log π of every response token, from the model's own logits, one row at a time; and the entropy there."""
+    """log π of every response token, from the model's own logits, one row at a time."""
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     logp = logits.log_softmax(-1)
-    picked = logp.gather(1, torch.tensor(response)[:, None])[:, 0]
-    return picked, -(logp.exp() * logp).sum(-1)
+    return logp.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 def rows_of(rollout):
@@ -70,9 +69,9 @@ def plain_update(built, training, rollout, scores):
     old, ref, adv, ret, val = [], [], [], [], []
     with torch.no_grad():
         for (prompt, response), s in zip(rows, scores, strict=True):
-            logp = token_logprobs(model, prompt, response)[0]
+            logp = token_logprobs(model, prompt, response)
             with adapter.disabled():
-                base = token_logprobs(model, prompt, response)[0]
+                base = token_logprobs(model, prompt, response)
             hidden = model.base_model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
             state = hidden[len(prompt) - 1 : -1]  # what is known before each response token
             reward = (-KL_COEF * (logp - base))[:, None].repeat(1, 2)
@@ -99,10 +98,10 @@ def plain_update(built, training, rollout, scores):
     for _ in range(PPO.epochs):
         losses, value_loss = torch.zeros(2), 0.0
         for (prompt, response), o, a, r, v in zip(rows, old, whitened, ret, val, strict=True):
-            logp, entropy = token_logprobs(model, prompt, response)
+            logp = token_logprobs(model, prompt, response)
             ratio = (logp - o).exp()[:, None]
             clipped = ratio.clamp(1 - PPO.clip_range, 1 + PPO.clip_range)
-            losses = losses - (torch.minimum(ratio * a, clipped * a) + PPO.entropy_coef * entropy[:, None]).sum(0) / n
+            losses = losses - torch.minimum(ratio * a, clipped * a).sum(0) / n
             hidden = model.base_model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
             new = critic(hidden[len(prompt) - 1 : -1].detach())
             near = v + (new - v).clamp(-PPO.value_clip, PPO.value_clip)

@@ -210,11 +210,10 @@ def test_asking_for_halves_changes_not_one_bit_of_the_rest(policy, B, size):
 @pytest.mark.parametrize(("B", "first", "second"), [(6, [0, 1, 2], [3, 4, 5]), (5, [0, 1, 2], [3, 4]), (1, [0], [])])
 def test_each_half_is_the_gradient_of_the_loss_of_its_own_rows(B, first, second):
     policy = make_policy()
-    batch, old, advantages, found = halved(policy, B, entropy_coef=0.3)
+    batch, old, advantages, found = halved(policy, B)
     for J, rows in zip(found.halves, (first, second), strict=True):
-        logp, entropy, _ = policy.logprobs(batch, entropy_gradient=True)
-        ratio = (logp - old).exp()[..., None]
-        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + 0.3 * entropy[..., None]
+        ratio = (policy.logprobs(batch)[0] - old).exp()[..., None]
+        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
         for j in range(3):
             loss = -sum(gain[b, : int(batch.mask[b].sum()), j].sum() for b in rows) / float(batch.mask.sum())
             direct = torch.zeros(policy.adapter.size)
@@ -228,15 +227,6 @@ def test_each_half_is_the_gradient_of_the_loss_of_its_own_rows(B, first, second)
 def test_micro_batches_that_straddle_the_halves_give_the_same_halves(policy, size):
     whole, pieces = (halved(policy, 6, micro_batch_size=rows)[-1].halves for rows in (None, size))
     assert (whole - pieces).abs().amax(-1).max() < 1e-4 * whole.abs().amax(-1).min()
-
-
-def test_the_entropy_bonus_adds_the_entropys_gradient_to_every_objective(policy):
-    batch, logp, _ = batch_of(policy)
-    advantages = torch.randn(*logp.shape, 2, generator=G)
-    plain, bonus = (gradients(policy, batch, logp, advantages, entropy_coef=c) for c in (0.0, 0.5))
-    entropy = policy.logprobs(batch, entropy_gradient=True)[1].sum() / batch.mask.sum()
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(entropy, policy.adapter.parameters)])
-    assert (bonus - plain + 0.5 * expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_recomputing_activations_changes_no_gradient(kind):
