@@ -13,16 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 import clients
 import data
 import mgda
 import rewards
-from app import checkpoint
+from app import checkpoint, quiet_libraries
 from app.stopwatch import phase
 from data import Prompt
 from firm import Federation
@@ -161,10 +159,3 @@ def check(config: Config) -> None:
         raise ValueError("prompts: name the files that go with --model, as --prompts FILE...")
     for file in config.data.prompts:
         data.locate(file)
-
-
-def quiet_libraries() -> None:
-    """The user sees our lines, not the loading bars of libraries."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
