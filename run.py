@@ -141,8 +141,7 @@ def observer(out: Path) -> Callable[..., dict[str, float]]:
 
 def draw(session: Session, before: Evaluation, after: Evaluation, lines: list[dict[str, Any]], out: Path) -> None:
     """The run's pictures, from the lines of metrics.jsonl and the two evaluations."""
-    plots.rewards(lines, session.names, out / "rewards.png")
-    plots.weights(lines, session.names, out / "weights.png")
+    plots.by_round(lines, session.names, out)
     if session.config.front_is_known:
         points = {}
         for label, answers in (("base model", before), (session.config.run.method, after)):
