@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,7 +21,9 @@ import clients
 import data
 import mgda
 import rewards
-from app import checkpoint, quiet_libraries
+from app import quiet_libraries
+from app.checkpoint import federation_state, restore_federation
+from app.files import write_tensors
 from app.stopwatch import phase
 from data import Prompt
 from firm import Federation
@@ -90,30 +93,22 @@ class Session:
         ])  # fmt: skip
         scores, kl, texts, gap = [], [], [], 0.0
         size = self.config.run.eval_batch_size
+        micro_batch_size = self.config.ppo.micro_batch_size or self.config.firm.batch_size  # training has room for it
         for start in tqdm(range(0, len(rows), size), label, disable=not self.progress, leave=False):
             prompts = rows[start : start + size]
             rollout = self.policy.sample([p.token_ids for p in prompts], u[start : start + size])
+            logp, hidden = self.policy.logprobs_in_pieces(rollout, micro_batch_size)
+            with self.policy.adapter.disabled():
+                _, hidden_ref = self.policy.logprobs_in_pieces(rollout, micro_batch_size)
             scores.append(self.score(prompts, rollout))
-            batch_kl, batch_gap = self.kl_and_gap(rollout)
-            kl.append(batch_kl)
-            gap = max(gap, batch_gap)
+            kl.append(self.policy.expected_kl(hidden, hidden_ref, rollout.mask))
+            gap = max(gap, float(((rollout.sampled_logp - logp).abs() * rollout.mask).max()))
             texts += self.policy.texts(rollout)[0]
         if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
-            print(
-                f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this model's"
-            )
-            print("  responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
+            print(f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this")
+            print("  model's responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
         shape = (len(self.held_out), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).cpu().view(shape), texts[::S])
-
-    def kl_and_gap(self, rollout: Rollout) -> tuple[Tensor, float]:
-        """The KL to the base model of each response [N], and the largest gap between sampled and computed log-probs."""
-        rows = self.config.ppo.micro_batch_size or self.config.firm.batch_size  # what training has room for
-        logp, hidden = self.policy.logprobs_in_pieces(rollout, rows)
-        with self.policy.adapter.disabled():
-            _, hidden_ref = self.policy.logprobs_in_pieces(rollout, rows)
-        gap = ((rollout.sampled_logp - logp).abs() * rollout.mask).max()
-        return self.policy.expected_kl(hidden, hidden_ref, rollout.mask), float(gap)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -128,19 +123,30 @@ class Session:
         return digest.hexdigest()
 
     def save(self, directory: Path, before: Evaluation) -> None:
-        """The checkpoint: the federation, the evaluation before training, and the fingerprint."""
-        tensors = {"before.scores": before.scores, "before.kl": before.kl}
-        values = {"before_texts": before.texts, "fingerprint": self.fingerprint}
-        checkpoint.save(directory, self.federation, tensors, values)
+        """All that --resume needs beside config.json, in one file, so that no crash can leave halves."""
+        tensors, values = federation_state(self.federation)
+        tensors |= {"before.scores": before.scores, "before.kl": before.kl}
+        values |= {"before_texts": before.texts, "fingerprint": self.fingerprint}
+        directory.mkdir(exist_ok=True)
+        write_tensors(directory / "state.safetensors", tensors, {"values": json.dumps(values)})
 
     def restore(self, directory: Path) -> Evaluation:
-        """Take back what `save` wrote; returns the evaluation before training. Raises ValueError where it misfits."""
-        tensors, values = checkpoint.load(directory)
+        """Take back what `save` wrote; returns the evaluation before training.
+
+        Raises ValueError where the file is damaged, or of another run.
+        """
+        file = directory / "state.safetensors"
+        try:
+            tensors = safetensors.torch.load_file(file)
+            with safetensors.safe_open(file, "pt") as opened:
+                values = json.loads(opened.metadata()["values"])
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error
         if values["fingerprint"] != self.fingerprint:
             raise ValueError("resume: the base model or the prompts have changed since; start a new run with --out")
         if values["rounds_done"] > self.config.firm.rounds:
             raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
-        checkpoint.restore_federation(self.federation, tensors, values)
+        restore_federation(self.federation, tensors, values)
         return Evaluation(tensors["before.scores"], tensors["before.kl"], values["before_texts"])
 
 

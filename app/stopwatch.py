@@ -67,9 +67,10 @@ def now() -> float:
     return time.perf_counter()
 
 
-def peak_memory() -> tuple[str, float]:
-    """What is measured, and how much in GiB: taken of the GPU, CUDA's own half a GiB aside, or by the process."""
+def peak_memory() -> dict[str, str | float]:
+    """What is measured, and how much: taken of the GPU, CUDA's own half a GiB aside, or by the process."""
     if torch.cuda.is_available():
-        return "GPU memory", torch.cuda.max_memory_reserved() / 2**30
+        return {"memory": "GPU memory", "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return "memory of the process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"memory": "memory of the process", "peak_gib": peak / 2**30}
