@@ -36,7 +36,6 @@ from app import metrics, plots, report, sweep
 from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
 from app.stopwatch import Stopwatch, peak_memory
-from clients import Round
 from settings import Config, parse
 from worlds import toy
 
@@ -114,22 +113,17 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
             record = federation.round()
             lines.append(metrics.line(record, session.names, session.policy.adapter))
             if session.config.firm.diagnostics:
-                lines[-1] |= observe(record, out)
+                from evidence import diagnostics  # here, so that nothing that trains knows of it
+
+                figures, grams = diagnostics.observe(record)
+                lines[-1] |= figures
+                (out / "grams").mkdir(exist_ok=True)
+                write_tensors(out / "grams" / f"{record.number:04d}.safetensors", grams)
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(lines[-1]) + "\n")
             session.save(out / "checkpoint", before)
             bar.set_postfix_str(report.progress_line(lines[-1], session.names))
     return lines
-
-
-def observe(record: Round, out: Path) -> dict[str, float]:
-    """What --diagnostics does with a round: its inner products go to grams/NNNN.safetensors, its figures come back."""
-    from evidence import diagnostics  # nothing that trains knows of it
-
-    figures, grams = diagnostics.observe(record)
-    (out / "grams").mkdir(exist_ok=True)
-    write_tensors(out / "grams" / f"{record.number:04d}.safetensors", grams)
-    return figures
 
 
 def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> None:

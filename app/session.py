@@ -87,28 +87,32 @@ class Session:
         """Answer every held-out prompt `eval_samples` times, from the same uniforms whenever it is called."""
         S, L = self.config.run.eval_samples, self.config.rollout.max_new_tokens
         rows = [prompt for prompt in self.held_out for _ in range(S)]
-        u = np.concatenate([
-            clients.stream(self.config.firm.seed, clients.EVALUATION, i).random((S, L))
-            for i in range(len(self.held_out))
-        ])  # fmt: skip
+        streams = [clients.stream(self.config.firm.seed, clients.EVALUATION, i) for i in range(len(self.held_out))]
+        u = np.concatenate([rng.random((S, L)) for rng in streams])  # [n·S, L]
         scores, kl, texts, gap = [], [], [], 0.0
         size = self.config.run.eval_batch_size
-        micro_batch_size = self.config.ppo.micro_batch_size or self.config.firm.batch_size  # training has room for it
         for start in tqdm(range(0, len(rows), size), label, disable=not self.progress, leave=False):
             prompts = rows[start : start + size]
             rollout = self.policy.sample([p.token_ids for p in prompts], u[start : start + size])
-            logp, hidden = self.policy.logprobs_in_pieces(rollout, micro_batch_size)
-            with self.policy.adapter.disabled():
-                _, hidden_ref = self.policy.logprobs_in_pieces(rollout, micro_batch_size)
             scores.append(self.score(prompts, rollout))
-            kl.append(self.policy.expected_kl(hidden, hidden_ref, rollout.mask))
-            gap = max(gap, float(((rollout.sampled_logp - logp).abs() * rollout.mask).max()))
+            batch_kl, batch_gap = self.kl_and_gap(rollout)
+            kl.append(batch_kl)
+            gap = max(gap, batch_gap)
             texts += self.policy.texts(rollout)[0]
         if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
             print(f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this")
             print("  model's responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
         shape = (len(self.held_out), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).cpu().view(shape), texts[::S])
+
+    def kl_and_gap(self, rollout: Rollout) -> tuple[Tensor, float]:
+        """The KL to the base model of each response [N], and the largest gap between sampled and computed log-probs."""
+        rows = self.config.ppo.micro_batch_size or self.config.firm.batch_size  # what training has room for
+        logp, hidden = self.policy.logprobs_in_pieces(rollout, rows)
+        with self.policy.adapter.disabled():
+            _, hidden_ref = self.policy.logprobs_in_pieces(rollout, rows)
+        gap = ((rollout.sampled_logp - logp).abs() * rollout.mask).max()
+        return self.policy.expected_kl(hidden, hidden_ref, rollout.mask), float(gap)
 
     @cached_property
     def fingerprint(self) -> str:
