@@ -23,8 +23,6 @@ from clients import Client, Round, Update
 from fedavg import prompts_held
 from lora import Adapter
 
-STEP_FIGURES = ("entropy", "clip_fraction", "approx_kl", "first_order_gain")  # logged as their mean over all steps
-
 
 def disagreement(lambdas: Tensor) -> float:
     """mean_c ‖λ_c − λ̄‖, the client disagreement [paper]; of the clients' adapters, their dispersion. lambdas [C, M].
@@ -93,8 +91,8 @@ def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
                 figures["explained_variance"] = ppo.explained_variance(made.values, made.returns, mask)
             labels = ["+".join(names[client.objectives[j]] for j in c.nonzero().flatten()) for c in training.columns.T]
             for kind, values in figures.items():
-                for key, value in by_name(kind, labels, values).items():
-                    found[key].append(value)
+                for label, value in zip(labels, values.tolist(), strict=True):
+                    found[f"{kind}/{label}"].append(value)
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
@@ -104,46 +102,34 @@ def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, flo
     rollout, raw = record.responses.rollout, record.responses.raw
     updates = [update for of_client in record.updates for update in of_client]
     steps = [step for update in updates for step in update.steps]
+    metrics = {"round": record.number}
+    metrics |= {f"reward/{name}": value for name, value in zip(names, raw.nanmean(0).tolist(), strict=True)}
+    spread = (raw - raw.nanmean(0)).square().nanmean(0).sqrt()
+    metrics |= {f"reward_sd/{name}": value for name, value in zip(names, spread.tolist(), strict=True)}
+    metrics |= {"kl": float(np.mean([upload.kl for upload in record.uploads])), "kl_coef": record.kl_coef}
     scales = [update.advantages.scale.cpu().clamp_min(ppo.SCALE_FLOOR) for update in updates for _ in update.steps]
     weighed = [float((step.lam / scale).sum()) for step, scale in zip(steps, scales, strict=True)]
-    return {
-        "round": record.number,
-        **by_name("reward", names, raw.nanmean(0)),
-        **by_name("reward_sd", names, (raw - raw.nanmean(0)).square().nanmean(0).sqrt()),
-        "kl": float(np.mean([upload.kl for upload in record.uploads])),
-        "kl_coef": record.kl_coef,
-        "kl_weight": record.kl_coef * float(np.mean(weighed)),
-        **{name: float(np.mean([getattr(step, name) for step in steps])) for name in STEP_FIGURES},
-        "cosine": float(np.mean([mean_cosine(step.gram) for step in steps])),
-        "logp_gap": float(np.mean([update.batch.logp_gap() for update in updates])),
-        **by_loss(record, names),
-        "ended": float(rollout.ended.double().mean()),
-        "response_tokens": float(rollout.mask.sum(1).double().mean()),
-        **agreement(record, names, adapter),
-        **record.ledger.metrics(),
-        "seconds": record.seconds,
-    }
+    metrics["kl_weight"] = record.kl_coef * float(np.mean(weighed))
+    for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
+        metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
+    metrics["cosine"] = float(np.mean([mean_cosine(step.gram) for step in steps]))
+    metrics["logp_gap"] = float(np.mean([update.batch.logp_gap() for update in updates]))
+    metrics |= by_loss(record, names)
+    metrics["ended"] = float(rollout.ended.double().mean())
+    metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
+    return metrics | agreement(record, names, adapter) | record.ledger.metrics() | {"seconds": record.seconds}
 
 
 def agreement(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
     """How far the clients agree, on λ and on the adapter."""
     trained = zip(record.cohort, record.updates, strict=True)
     lambdas = torch.stack([objective_weights(*each, record.mixing, len(names)) for each in trained])  # [C, K, M]
+    metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
+    metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
     accepted = [upload for upload in record.uploads if upload.finite]
     thetas = torch.stack([record.mixing.to(upload.thetas) @ upload.thetas for upload in accepted])  # [C, d]
     residual, norm = averaging_residual(
         [adapter.split(theta) for theta in thetas], prompts_held(accepted), adapter.config.scale
     )
-    return {
-        **by_name("lambda", names, lambdas.nanmean((0, 1))),
-        "lambda/disagreement": float(np.mean([disagreement(step) for step in lambdas.unbind(1)])),
-        "adapter/dispersion": disagreement(thetas),
-        "adapter/averaging_residual": residual,
-        "adapter/norm": norm,
-        "rejected_clients": len(record.uploads) - len(accepted),
-    }
-
-
-def by_name(kind: str, names: Sequence[str], values: Tensor) -> dict[str, float]:
-    """The columns KIND/NAME of a vector with an entry per name."""
-    return {f"{kind}/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+    metrics |= {"adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual}
+    return metrics | {"adapter/norm": norm, "rejected_clients": len(record.uploads) - len(accepted)}

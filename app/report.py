@@ -114,13 +114,13 @@ def table(session: Session, summary: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def profile(profile: dict[str, Any]) -> str:
+def profile(found: dict[str, Any]) -> str:
     """What --profile found: where the rounds' time went, largest first, and the peak memory."""
-    rounds, total = profile["rounds"], sum(profile["seconds"].values())
+    rounds, total = found["rounds"], sum(found["seconds"].values())
     rows = [["phase", "s/round", "share"]]
-    for name, seconds in sorted(profile["seconds"].items(), key=lambda item: -item[1]):
+    for name, seconds in sorted(found["seconds"].items(), key=lambda item: -item[1]):
         rows.append([name, f"{seconds / rounds:.3f}", f"{seconds / total:.0%}"])
-    end = f"of {rounds} rounds, {total:.1f} s; peak {profile['memory']} {profile['peak_gib']:.2f} GiB"
+    end = f"of {rounds} rounds, {total:.1f} s; peak {found['memory']} {found['peak_gib']:.2f} GiB"
     return "\n".join(["", *aligned(rows), end])
 
 
