@@ -23,7 +23,7 @@ Left out on purpose: experiment trackers (metrics.jsonl is plain), schedules of 
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 import rewards
 from app import metrics, plots, report, sweep
-from app.files import read_lines, reserve_directory, to_json, write_tensors, write_text
+from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
-from app.stopwatch import Stopwatch
+from app.stopwatch import Stopwatch, peak_memory
 from settings import Config, parse
 from worlds import toy
 
@@ -48,15 +48,11 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     """
     started = time.perf_counter()
     say = print if progress and not title else lambda *_: None
-    out = resume or reserve_directory(config.run.out, f"{config.run.method}-{config.run.preset}")
-    try:
+    new = new_directory(config.run.out, f"{config.run.method}-{config.run.preset}")
+    with nullcontext(resume) if resume else new as out:
         session = Session(config, progress)
         say(report.header(session, out))
         before = begin(session, out, resume is not None)
-    except BaseException:
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise
     federation, first = session.federation, session.federation.rounds_done
     if resume:
         say(f"goes on after round {first}")
@@ -71,14 +67,16 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     session.policy.adapter.save(out / "adapter", session.base_model)
     summary = report.summarise(session, before, after, lines, time.perf_counter() - started)
     if watch and federation.rounds_done > first:
-        summary["profile"] = report.profile(watch, federation.rounds_done - first)
-    write_text(out / "samples.jsonl", report.samples(session, before, after))
-    draw(session, before, after, lines, out)
+        profile = {"rounds": federation.rounds_done - first, "seconds": dict(watch.seconds)}
+        summary["profile"] = profile | peak_memory()
+    samples = report.samples(session, before, after)
+    write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
+    draw(session, summary, lines, out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
     say(report.table(session, summary))
-    say(report.show_samples(session, before, after))
+    say(report.show_samples(session, samples))
     if "profile" in summary:
-        say(report.profile_table(summary["profile"]) + "\n")
+        say(report.profile(summary["profile"]) + "\n")
     say(f"{out}: adapter/ (PEFT format), samples.jsonl, metrics.jsonl, summary.json, pictures")
     return summary
 
@@ -108,45 +106,33 @@ def begin(session: Session, out: Path, resume: bool) -> Evaluation:
 def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> list[dict[str, Any]]:
     """The rounds that are left, each with its line in metrics.jsonl and its checkpoint. Returns the lines of all."""
     federation, rounds = session.federation, session.config.firm.rounds
-    lines = read_lines(out / "metrics.jsonl")
-    observe = observer(out) if session.config.firm.diagnostics else lambda record: {}
-    bar = tqdm(
-        total=rounds, initial=federation.rounds_done, desc=title or "round", disable=not session.progress,
-        dynamic_ncols=True,
-    )  # fmt: skip
-    with bar:
-        while federation.rounds_done < rounds:
+    lines, done = read_lines(out / "metrics.jsonl"), federation.rounds_done
+    shown = {"desc": title or "round", "disable": not session.progress, "dynamic_ncols": True}
+    with tqdm(range(done, rounds), initial=done, total=rounds, **shown) as bar:
+        for _ in bar:
             record = federation.round()
-            lines.append(metrics.line(record, session.names, session.policy.adapter) | observe(record))
+            lines.append(metrics.line(record, session.names, session.policy.adapter))
+            if session.config.firm.diagnostics:
+                from evidence import diagnostics  # here, so that nothing that trains knows of it
+
+                figures, grams = diagnostics.observe(record)
+                lines[-1] |= figures
+                (out / "grams").mkdir(exist_ok=True)
+                write_tensors(out / "grams" / f"{record.number:04d}.safetensors", grams)
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(lines[-1]) + "\n")
             session.save(out / "checkpoint", before)
             bar.set_postfix_str(report.progress_line(lines[-1], session.names))
-            bar.update()
     return lines
 
 
-def observer(out: Path) -> Callable[..., dict[str, float]]:
-    """What --diagnostics does with a round: its inner products go to grams/NNNN.safetensors, its figures come back."""
-    from evidence import diagnostics  # nothing that trains knows of it
-
-    def observe(record) -> dict[str, float]:
-        figures, grams = diagnostics.observe(record)
-        (out / "grams").mkdir(exist_ok=True)
-        write_tensors(out / "grams" / f"{record.number:04d}.safetensors", grams)
-        return figures
-
-    return observe
-
-
-def draw(session: Session, before: Evaluation, after: Evaluation, lines: list[dict[str, Any]], out: Path) -> None:
-    """The run's pictures, from the lines of metrics.jsonl and the two evaluations."""
-    plots.rewards(lines, session.names, out / "rewards.png")
-    plots.weights(lines, session.names, out / "weights.png")
+def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> None:
+    """The run's pictures, from the lines of metrics.jsonl and the summary."""
+    plots.by_round(lines, session.names, out)
     if session.config.front_is_known:
         points = {}
-        for label, answers in (("base model", before), (session.config.run.method, after)):
-            figures = [report.clustered(answers.scores[..., j]) for j in range(2)]
+        for label, stage in (("base model", "before"), (session.config.run.method, "after")):
+            figures = [objective[stage] for objective in summary["objectives"].values()]
             points[label] = tuple(np.array([f[key] for f in figures]) for key in ("mean", "standard_error"))
         plots.front(toy.pareto_front([p.text for p in session.held_out]), points, session.names, out / "front.png")
 

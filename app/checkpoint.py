@@ -1,20 +1,14 @@
-"""checkpoint/: all that `--resume` needs beside config.json, in one file, so that no crash can leave halves. [ours]
+"""What a checkpoint keeps of a federation: θ_t, κ, the calibration, and what clients and server keep between rounds.
 
-Tensors by dotted names, and a few JSON values in the file's metadata: θ_t, κ, the calibration, what clients and server
-keep from round to round, and the evaluation before training. Every random draw hangs on (seed, purpose, round, client),
-so there is no generator's state to save.
+Tensors by dotted names, and a few JSON values; `Session.save` writes them. Every random draw hangs on (seed, purpose,
+round, client), so there is no generator's state to save. [ours]
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
-from app.files import write_tensors
 from clients import LocalTraining
 from firm import Federation
 from rewards import Calibration
@@ -64,21 +58,3 @@ def restore_federation(federation: Federation, tensors: dict[str, Tensor], value
     for prefix, training in trainings(federation):
         training.restore(under(prefix))
     federation.policy.adapter.assign(federation.theta)
-
-
-def save(directory: Path, federation: Federation, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Write the federation, and what else the run keeps: other tensors and JSON values by names of its own."""
-    directory.mkdir(exist_ok=True)
-    state, state_values = federation_state(federation)
-    metadata = {"values": json.dumps(state_values | values)}
-    write_tensors(directory / "state.safetensors", state | tensors, metadata)
-
-
-def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and values that `save` wrote. Raises ValueError where the file is damaged."""
-    file = directory / "state.safetensors"
-    try:
-        with safetensors.safe_open(file, "pt") as opened:
-            return safetensors.torch.load_file(file), json.loads(opened.metadata()["values"])
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under a temporary name beside their own, then renamed. [ours]"""
 
+import itertools
 import json
 import math
 import os
@@ -41,16 +42,9 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 
 
 def to_json(values: Any, **settings: Any) -> str:
-    """JSON with null where a figure does not exist (one objective has no cosine): NaN is not JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(values), **settings)
+    """JSON with null where a figure does not exist (one objective has no cosine): NaN and infinity are not JSON."""
+    finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
+    return json.dumps(finite, **settings)
 
 
 def read_json(text: str) -> dict[str, Any]:
@@ -63,23 +57,29 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [read_json(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def reserve_directory(wanted: str | None, name: str) -> Path:
+@contextmanager
+def new_directory(wanted: str | None, name: str) -> Iterator[Path]:
     """Make the run's directory, so that no other run can take it: --out, or without it the next free runs/`name`.
 
-    Raises ValueError where an explicit --out holds anything, or cannot be made.
+    If the block fails before anything is in it, it goes again. Raises ValueError where an explicit --out holds
+    anything, or cannot be made.
     """
-    base = Path("runs") / name
-    names = [Path(wanted)] if wanted else [base, *(Path(f"{base}-{n}") for n in range(2, 10_000))]
-    for out in names:
+    numbered = (Path("runs", f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+    for out in [Path(wanted)] if wanted else numbered:
         try:
             out.mkdir(parents=True)
-            return out
+            break
         except FileExistsError as error:
             if wanted and out.is_dir() and not any(out.iterdir()):
-                return out
+                break
             if wanted:
                 go_on = f", or --resume {out}" if (out / "checkpoint").is_dir() else ""
                 raise ValueError(f"out: {out} exists and is not empty; name another directory{go_on}") from error
         except OSError as error:
             raise ValueError(f"out: {out} cannot be made ({error.strerror}); name another directory") from error
-    raise ValueError("out: every name in runs/ is taken; name a directory")
+    try:
+        yield out
+    except BaseException:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise

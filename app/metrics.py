@@ -25,16 +25,12 @@ from lora import Adapter
 
 
 def disagreement(lambdas: Tensor) -> float:
-    """mean_c ‖λ_c − λ̄‖, the client disagreement [paper]. lambdas [C, M]; 0 for one client.
+    """mean_c ‖λ_c − λ̄‖, the client disagreement [paper]; of the clients' adapters, their dispersion. lambdas [C, M].
 
-    NaN stands for an objective that a client does not hold: it counts neither in λ̄ nor in the distance.
+    0 for one client. NaN stands for an objective that a client does not hold: it counts neither in λ̄ nor in the
+    distance.
     """
     return float((lambdas - lambdas.nanmean(0)).nan_to_num().norm(dim=1).mean())
-
-
-def dispersion(thetas: Tensor) -> float:
-    """mean_c ‖θ_c − θ̄‖, how far the clients' adapters lie from their mean. thetas [C, d]."""
-    return float((thetas - thetas.mean(0)).norm(dim=1).mean())
 
 
 def averaging_residual(thetas: Sequence[Sequence[Tensor]], weights: Tensor, scale: float) -> tuple[float, float]:
@@ -91,8 +87,8 @@ def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
             made = update.advantages
             figures = {"advantage_scale": made.scale}
             if made.returns is not None:
-                explained = ppo.explained_variance(made.values, made.returns, update.batch.rollout.mask)
-                figures["explained_variance"] = explained
+                mask = update.batch.rollout.mask
+                figures["explained_variance"] = ppo.explained_variance(made.values, made.returns, mask)
             labels = ["+".join(names[client.objectives[j]] for j in c.nonzero().flatten()) for c in training.columns.T]
             for kind, values in figures.items():
                 for label, value in zip(labels, values.tolist(), strict=True):
@@ -111,11 +107,8 @@ def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, flo
     spread = (raw - raw.nanmean(0)).square().nanmean(0).sqrt()
     metrics |= {f"reward_sd/{name}": value for name, value in zip(names, spread.tolist(), strict=True)}
     metrics |= {"kl": float(np.mean([upload.kl for upload in record.uploads])), "kl_coef": record.kl_coef}
-    weighed = [
-        float((step.lam / update.advantages.scale.cpu().clamp_min(ppo.SCALE_FLOOR)).sum())
-        for update in updates
-        for step in update.steps
-    ]
+    scales = [update.advantages.scale.cpu().clamp_min(ppo.SCALE_FLOOR) for update in updates for _ in update.steps]
+    weighed = [float((step.lam / scale).sum()) for step, scale in zip(steps, scales, strict=True)]
     metrics["kl_weight"] = record.kl_coef * float(np.mean(weighed))
     for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
         metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
@@ -129,12 +122,8 @@ def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, flo
 
 def agreement(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
     """How far the clients agree, on λ and on the adapter."""
-    lambdas = torch.stack(
-        [
-            objective_weights(client, updates, record.mixing, len(names))
-            for client, updates in zip(record.cohort, record.updates, strict=True)
-        ]
-    )  # [C, K, M]
+    trained = zip(record.cohort, record.updates, strict=True)
+    lambdas = torch.stack([objective_weights(*each, record.mixing, len(names)) for each in trained])  # [C, K, M]
     metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
     metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
     accepted = [upload for upload in record.uploads if upload.finite]
@@ -142,5 +131,5 @@ def agreement(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str
     residual, norm = averaging_residual(
         [adapter.split(theta) for theta in thetas], prompts_held(accepted), adapter.config.scale
     )
-    metrics |= {"adapter/dispersion": dispersion(thetas), "adapter/averaging_residual": residual, "adapter/norm": norm}
-    return metrics | {"rejected_clients": len(record.uploads) - len(accepted)}
+    metrics |= {"adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual}
+    return metrics | {"adapter/norm": norm, "rejected_clients": len(record.uploads) - len(accepted)}

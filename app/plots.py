@@ -64,42 +64,6 @@ def tidy(ax: plt.Axes, x: str, y: str, title: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def by_round(
-    metrics: Sequence[dict], names: Sequence[str], prefix: str, other: str, titles: Sequence[str]
-) -> Sequence[plt.Axes]:
-    """Two panels over the rounds: `prefix/NAME` of every objective, and one `other` metric.
-
-    titles: (y label, title) of the left panel, then of the right one. Returns the two axes.
-    """
-    rounds = [m["round"] + 1 for m in metrics]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for j, name in enumerate(names):
-        axes[0].plot(rounds, [m[f"{prefix}/{name}"] for m in metrics], **style(name, j))
-    axes[0].legend(frameon=False)
-    axes[1].plot(rounds, [m[other] for m in metrics], marker=".", **BLACK)
-    for ax, y, title in zip(axes, titles[::2], titles[1::2], strict=True):
-        tidy(ax, "round", y, title)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return axes
-
-
-def rewards(metrics: Sequence[dict], names: Sequence[str], path: Path) -> None:
-    """Mean raw reward of every objective on the clients' own batches, and the KL they paid for it, by round."""
-    titles = ("mean reward (raw units)", "Reward on training prompts", "KL per response (nats)",
-              "Distance from the base model")  # fmt: skip
-    left, _ = by_round(metrics, names, "reward", "kl", titles)
-    save(left.figure, path)
-
-
-def weights(metrics: Sequence[dict], names: Sequence[str], path: Path) -> None:
-    """The weights λ, mean over clients and steps, and how far clients disagree, by round."""
-    titles = ("λ, mean over clients", "Weights of the objectives", "mean ‖λ_c − λ̄‖", "Disagreement between clients")
-    left, right = by_round(metrics, names, "lambda", "lambda/disagreement", titles)
-    left.set_ylim(-0.02, 1.02)
-    right.set_ylim(bottom=0.0)
-    save(left.figure, path)
-
-
 def front(
     exact: np.ndarray, points: dict[str, tuple[np.ndarray, np.ndarray]], names: Sequence[str], path: Path
 ) -> None:
@@ -113,11 +77,8 @@ def front(
     for j, (label, (mean, error)) in enumerate(points.items()):
         drawn = BASE if label == BASE["label"] else style(label, j) | {"linestyle": "", "capsize": 2}
         ax.errorbar(*mean, xerr=error[0], yerr=error[1], elinewidth=1, **drawn)
-    means = [mean for mean, _ in points.values()]
-    if len(means) > 1:
-        ax.annotate(
-            "", means[-1], means[0], arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 6, "shrinkB": 6}
-        )
+    first, *_, last = (mean for mean, _ in points.values())
+    ax.annotate("", last, first, arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 6, "shrinkB": 6})
     ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)  # below: no point lies there
     tidy(ax, f"{names[0]} (raw units)", f"{names[1]} (raw units)", "Held-out prompts; bars are one standard error")
     save(figure, path)
@@ -127,7 +88,7 @@ def front(
 class Panel:
     """One pair of axes: `lines` maps a label to (x values, y values, half-widths of y or None).
 
-    With `ticks` x values are positions of these names; `diagonal` adds the line y = x.
+    With `ticks` x values are positions of these names; `diagonal` adds the line y = x; `limits` are those of y.
     """
 
     x: str
@@ -136,11 +97,12 @@ class Panel:
     lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]
     ticks: Sequence[str] | None = None
     diagonal: bool = False
+    limits: tuple[float | None, float | None] = (None, None)
 
 
-def panels(contents: Sequence[Panel], path: Path, columns: int = 3, legend: bool = True) -> None:
+def panels(contents: Sequence[Panel], path: Path, legend: bool = True) -> None:
     """Lines with error bars, side by side; one legend under them all for labels of several panels."""
-    columns = 2 if len(contents) == 4 else min(columns, len(contents))
+    columns = 2 if len(contents) == 4 else min(3, len(contents))
     rows = -(-len(contents) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat[len(contents) :]:
@@ -154,16 +116,38 @@ def panels(contents: Sequence[Panel], path: Path, columns: int = 3, legend: bool
             drawn = style(label, labels.index(label)) | ({} if len(x) > 1 else {"linestyle": ""})
             handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, **drawn)
         if panel.ticks:
-            long = sum(map(len, panel.ticks)) > 26
-            ax.set_xticks(
-                range(len(panel.ticks)), panel.ticks, rotation=40 if long else 0, ha="right" if long else "center"
-            )
+            turned = {"rotation": 40, "ha": "right"} if sum(map(len, panel.ticks)) > 26 else {}
+            ax.set_xticks(range(len(panel.ticks)), panel.ticks, **turned)
             ax.set_xlim(-0.4, len(panel.ticks) - 0.6)
+        elif panel.x == "round":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylim(*panel.limits)
         tidy(ax, panel.x, panel.y, panel.title)
     if legend and len(labels) > 1:
         ncol = min(len(labels), 2 * columns)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=ncol, frameon=False)
     save(figure, path)
+
+
+def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
+    """A run's rewards.png and weights.png: the objectives' mean raw rewards on the clients' own batches and the KL paid
+    for them; the objectives' weights λ, mean over clients and steps, and how far clients disagree.
+    """
+
+    def line(key: str) -> tuple[list[int], list[float], None]:
+        return [m["round"] + 1 for m in metrics], [m[key] for m in metrics], None
+
+    rewards = {name: line(f"reward/{name}") for name in names}
+    weights = {name: line(f"lambda/{name}") for name in names}
+    apart = {"disagreement": line("lambda/disagreement")}
+    panels([
+        Panel("round", "mean reward (raw units)", "Reward on training prompts", rewards),
+        Panel("round", "KL per response (nats)", "Distance from the base model", {"KL": line("kl")}),
+    ], out / "rewards.png")  # fmt: skip
+    panels([
+        Panel("round", "λ, mean over clients", "Weights of the objectives", weights, limits=(-0.02, 1.02)),
+        Panel("round", "mean ‖λ_c − λ̄‖", "Disagreement between clients", apart, limits=(0.0, None)),
+    ], out / "weights.png")  # fmt: skip
 
 
 def pareto(
@@ -179,7 +163,7 @@ def pareto(
     figure, axes = plt.subplots(1, M, figsize=(4.8 * M, 4.2), layout="constrained", squeeze=False)
     *trades, last = axes[0]
     for j, ax in enumerate(trades, start=1):
-        if exact is not None and M == 2:
+        if exact is not None:
             ax.plot(*exact.T, label="exact Pareto front", **BLACK)
         ax.plot(base[0], base[j], **BASE)
         tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", "Held-out prompts; bars are one standard error")

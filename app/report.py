@@ -5,7 +5,6 @@ uniforms; gains are paired by prompt, and every standard error is clustered by p
 are averaged first, since they are no independent evidence about other prompts.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from app.session import Evaluation, Session
-from app.stopwatch import Stopwatch, peak_memory
 
 
 def clustered(values: Tensor) -> dict[str, float]:
@@ -116,19 +114,13 @@ def table(session: Session, summary: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def profile(watch: Stopwatch, rounds: int) -> dict[str, Any]:
-    """What --profile leaves in summary.json: seconds per round and phase, peak memory."""
-    kind, peak = peak_memory()
-    return {"rounds": rounds, "seconds": dict(watch.seconds), "memory": kind, "peak_gib": peak}
-
-
-def profile_table(profile: dict[str, Any]) -> str:
-    """Where the rounds' time went, largest first."""
-    rounds, total = profile["rounds"], sum(profile["seconds"].values())
+def profile(found: dict[str, Any]) -> str:
+    """What --profile found: where the rounds' time went, largest first, and the peak memory."""
+    rounds, total = found["rounds"], sum(found["seconds"].values())
     rows = [["phase", "s/round", "share"]]
-    for name, seconds in sorted(profile["seconds"].items(), key=lambda item: -item[1]):
+    for name, seconds in sorted(found["seconds"].items(), key=lambda item: -item[1]):
         rows.append([name, f"{seconds / rounds:.3f}", f"{seconds / total:.0%}"])
-    end = f"of {rounds} rounds, {total:.1f} s; peak {profile['memory']} {profile['peak_gib']:.2f} GiB"
+    end = f"of {rounds} rounds, {total:.1f} s; peak {found['memory']} {found['peak_gib']:.2f} GiB"
     return "\n".join(["", *aligned(rows), end])
 
 
@@ -148,44 +140,35 @@ def comparison(rows: Sequence[dict[str, Any]], names: Sequence[str], n: int, S: 
         lines.append([row["method"], shares(row["preference"]), shares(row["mean_lambda"]), *middle, *figures])
     notes = ["* dominated by the base model: better in no objective"] if any(row["dominated"] for row in rows) else []
     mixed = f"; for soups in the {len(names)} runs that its rows share" * any(r["method"] == "soups" for r in rows)
-    return "\n".join(
-        [
-            "",
-            f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, KL nats per response",
-            *aligned(lines),
-            *notes,
-            f"MB up: by one client in the whole run{mixed}",
-        ]
-    )
+    return "\n".join([
+        "",
+        f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, KL nats per response",
+        *aligned(lines),
+        *notes,
+        f"MB up: by one client in the whole run{mixed}",
+    ])  # fmt: skip
 
 
-def first_answer(session: Session, answers: Evaluation, i: int) -> dict[str, Any]:
-    """The first answer to held-out prompt i, with its raw scores."""
-    return {
-        "response": answers.texts[i],
-        "scores": dict(zip(session.names, answers.scores[i, 0].tolist(), strict=True)),
-    }
-
-
-def samples(session: Session, before: Evaluation, after: Evaluation) -> str:
-    """samples.jsonl: each held-out prompt's first answer, before and after."""
+def samples(session: Session, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl: each held-out prompt, and its first answer with its raw scores, before and after."""
     lines = []
     for i, prompt in enumerate(session.held_out):
-        answers = {key: first_answer(session, x, i) for key, x in (("before", before), ("after", after))}
-        lines.append(json.dumps({"prompt": prompt.text} | answers, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        line = {"prompt": prompt.text}
+        for stage, answers in (("before", before), ("after", after)):
+            scores = dict(zip(session.names, answers.scores[i, 0].tolist(), strict=True))
+            line[stage] = {"response": answers.texts[i], "scores": scores}
+        lines.append(line)
+    return lines
 
 
-def show_samples(session: Session, before: Evaluation, after: Evaluation) -> str:
-    """A few held-out prompts, of different subsets first, answered before and after."""
+def show_samples(session: Session, samples: Sequence[dict[str, Any]]) -> str:
+    """A few of the samples, of different subsets first."""
     subsets = [prompt.subset for prompt in session.held_out]
-    first_of_subset = {subset: i for i, subset in reversed(list(enumerate(subsets)))}.values()
-    order = sorted(range(len(subsets)), key=lambda i: (i not in first_of_subset, i))
+    order = sorted(range(len(subsets)), key=lambda i: (subsets.index(subsets[i]) < i, i))
     lines = [""]
     for i in order[: session.config.run.show]:
         lines.append(session.held_out[i].messages[-1]["content"].strip())
-        for label, answers in (("before", before), ("after ", after)):
-            answer = first_answer(session, answers, i)
-            scores = ", ".join(f"{name} {score:.2f}" for name, score in answer["scores"].items())
-            lines.append(f"  {label}  {' '.join(answer['response'].split())}   [{scores}]")
+        for stage in ("before", "after"):
+            scores = ", ".join(f"{name} {score:.2f}" for name, score in samples[i][stage]["scores"].items())
+            lines.append(f"  {stage:6}  {' '.join(samples[i][stage]['response'].split())}   [{scores}]")
     return "\n".join(lines) + "\n"

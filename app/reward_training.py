@@ -5,17 +5,16 @@
 minimises -log sigmoid(r(chosen) - r(rejected)) [Bradley & Terry 1952; Ouyang et al. 2022] with AdamW, a linear warm-up
 over a tenth of the steps, a linear decay, and no dropout. With --freeze-backbone only the head learns. A BERT's pooler
 counts as head, since few checkpoints come with one that was trained to sum up a text. The head reads one state of each
-text (the first token's or the last's), so the frozen backbone is run once and then *replaced by the table of those
-states*, and the training loop cannot tell [ours]. What is saved is an ordinary sequence-classification checkpoint.
+text (the first token's or the last's), so the frozen backbone is run once and then *only looks those states up*, and
+the training loop cannot tell [ours]. What is saved is an ordinary sequence-classification checkpoint.
 
 Left out on purpose: several labels, margins between replies, ensembles.
 """
 
 import json
 import math
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +25,8 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.utils import logging as hf_logging
 
+from app import quiet_libraries
 from app.fields import Checked, Count, Index, Limits, Positive, setting
 from data import read_rows, split_dialogue
 from rewards import RewardModel, load_reward_model
@@ -75,49 +74,38 @@ def read_pairs(files: list[str]) -> list[Pair]:
     return pairs
 
 
-class Table(nn.Module):
-    """Stands in for a frozen backbone: its states [N, H] are computed, input_ids are row numbers."""
-
-    def __init__(self, states: Tensor, pooler: nn.Module | None):
-        super().__init__()
-        self.states, self.pooler = states, pooler
-
-    def forward(self, input_ids: Tensor, *_, **__) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        states = self.states[input_ids]  # [B, 1, H]
-        pooled = None if self.pooler is None else self.pooler(states)
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
-
-
 @contextmanager
 def frozen_backbone(reward_model: RewardModel, encodings: list[dict]) -> Iterator[list[dict]]:
-    """Within, the backbone is a Table of its states of `encodings`, and the encodings yielded are row numbers.
+    """Within, the backbone only looks up its states of `encodings`, and the encodings yielded are row numbers.
 
-    Raises ValueError if the head reads anything but the first or the last token's state.
+    Which token's state the head reads, its gradient tells. Raises ValueError if it reads those of several.
     """
-    model, seen = reward_model.model, []
-    backbone, pad = model.base_model, model.config.pad_token_id
-    hook = backbone.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    states = torch.empty(2, len(encodings), model.config.hidden_size, device=model.device)
-    scores = torch.empty(len(encodings), device=model.device)
-    with torch.no_grad():
-        for batch in tqdm(reward_model.batches(encodings), "backbone"):
-            scores[batch] = reward_model.forward([encodings[i] for i in batch])
-            hidden = seen.pop().float()  # [B, T, H]
-            last = [max((t for t, x in enumerate(encodings[i]["input_ids"]) if x != pad), default=0) for i in batch]
-            states[0, batch], states[1, batch] = hidden[:, 0], hidden[range(len(batch)), last]
-    hook.remove()
-    rows = [{"input_ids": [i]} for i in range(len(encodings))]
-    pooler = getattr(backbone, "pooler", None)
+    model = reward_model.model
+    backbone, pooler, hidden = model.base_model, getattr(model.base_model, "pooler", None), None
+    forward, states = backbone.forward, torch.empty(len(encodings), model.config.hidden_size, device=model.device)
+
+    def output(hidden: Tensor) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        pooled = pooler(hidden) if pooler else None
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
+
+    def run(*inputs, **named) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        nonlocal hidden
+        with torch.no_grad():
+            hidden = forward(*inputs, **named)[0]  # [B, T, H]
+        return output(hidden.requires_grad_())
+
     try:
-        for position in (0, 1):
-            setattr(model, model.base_model_prefix, Table(states[position], pooler))
-            if torch.allclose(reward_model.scores(rows).to(scores), scores, rtol=1e-3, atol=1e-4):
-                break
-        else:
-            raise ValueError("freeze_backbone: this head reads more than one token's state; train without it")
-        yield rows
+        backbone.forward = run
+        for batch in tqdm(reward_model.batches(encodings), "backbone"):
+            scores = reward_model.forward([encodings[i] for i in batch])
+            read = torch.autograd.grad(scores.sum(), hidden)[0].any(2)  # [B, T]
+            if not (read.sum(1) == 1).all():
+                raise ValueError("freeze_backbone: this head reads more than one token's state; train without it")
+            states[batch] = hidden.detach()[read]
+        backbone.forward = lambda input_ids, *_, **__: output(states[input_ids])  # [B, 1, H]
+        yield [{"input_ids": [row]} for row in range(len(encodings))]
     finally:
-        setattr(model, model.base_model_prefix, backbone)
+        del backbone.forward  # its class has it
 
 
 def fit(reward_model: RewardModel, encodings: list[dict], settings: RewardTraining) -> None:
@@ -168,9 +156,7 @@ def accuracy(reward_model: RewardModel, pairs: list[Pair], progress: str = "") -
 def train(settings: RewardTraining) -> dict:
     """Trains, tests and saves a reward model; returns (and writes to reward_training.json) settings and figures.
 
-    The standard error is a coin's, 0.5 / sqrt(test pairs).
-
-    Raises ValueError for unreadable pairs or backbone, before any training.
+    The standard error is a coin's, 0.5 / sqrt(test pairs). Raises ValueError for bad input, before any training.
     """
     pairs, test = read_pairs(settings.pairs), read_pairs(settings.test_pairs)
     torch.manual_seed(settings.seed)
@@ -185,11 +171,8 @@ def train(settings: RewardTraining) -> dict:
         settings.backbone, settings.device, new_head=True, batch_size=32, max_length=settings.max_length
     )
     encodings = encode_pairs(reward_model, pairs)
-    if settings.freeze_backbone:
-        with frozen_backbone(reward_model, encodings) as rows:
-            fit(reward_model, rows, settings)
-    else:
-        fit(reward_model, encodings, settings)
+    with frozen_backbone(reward_model, encodings) if settings.freeze_backbone else nullcontext(encodings) as readable:
+        fit(reward_model, readable, settings)
     share, error = accuracy(reward_model, test, "testing"), 0.5 / math.sqrt(len(test))
     record = {
         "settings": asdict(settings),
@@ -212,9 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line of `python rewards.py`."""
     parser = HfArgumentParser(RewardTraining, prog="rewards.py", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"rewards.py: error: {message}\n")  # one line, without the usage
-    arguments = sys.argv[1:] if arguments is None else arguments
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    quiet_libraries()
     try:
         settings, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
@@ -224,8 +205,6 @@ def main(arguments: list[str] | None = None) -> None:
         record = train(settings)
     except ValueError as error:
         parser.error(str(error))
-    print(
-        "test accuracy {test_accuracy:.3f} ± {standard_error:.3f} on {test_pairs} pairs, "
-        "{standard_errors_over_chance:.1f} standard errors over chance".format(**record)
-        + f"; saved to {settings.out}"
-    )
+    measured = "test accuracy {test_accuracy:.3f} ± {standard_error:.3f} on {test_pairs} pairs, "
+    measured += "{standard_errors_over_chance:.1f} standard errors over chance"
+    print(f"{measured.format(**record)}; saved to {settings.out}")

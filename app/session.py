@@ -12,17 +12,18 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 import clients
 import data
 import mgda
 import rewards
-from app import checkpoint
+from app import quiet_libraries
+from app.checkpoint import federation_state, restore_federation
+from app.files import write_tensors
 from app.stopwatch import phase
 from data import Prompt
 from firm import Federation
@@ -86,10 +87,8 @@ class Session:
         """Answer every held-out prompt `eval_samples` times, from the same uniforms whenever it is called."""
         S, L = self.config.run.eval_samples, self.config.rollout.max_new_tokens
         rows = [prompt for prompt in self.held_out for _ in range(S)]
-        u = np.concatenate([
-            clients.stream(self.config.firm.seed, clients.EVALUATION, i).random((S, L))
-            for i in range(len(self.held_out))
-        ])  # fmt: skip
+        streams = [clients.stream(self.config.firm.seed, clients.EVALUATION, i) for i in range(len(self.held_out))]
+        u = np.concatenate([rng.random((S, L)) for rng in streams])  # [n·S, L]
         scores, kl, texts, gap = [], [], [], 0.0
         size = self.config.run.eval_batch_size
         for start in tqdm(range(0, len(rows), size), label, disable=not self.progress, leave=False):
@@ -101,10 +100,8 @@ class Session:
             gap = max(gap, batch_gap)
             texts += self.policy.texts(rollout)[0]
         if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
-            print(
-                f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this model's"
-            )
-            print("  responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
+            print(f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this")
+            print("  model's responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
         shape = (len(self.held_out), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).cpu().view(shape), texts[::S])
 
@@ -130,19 +127,30 @@ class Session:
         return digest.hexdigest()
 
     def save(self, directory: Path, before: Evaluation) -> None:
-        """The checkpoint: the federation, the evaluation before training, and the fingerprint."""
-        tensors = {"before.scores": before.scores, "before.kl": before.kl}
-        values = {"before_texts": before.texts, "fingerprint": self.fingerprint}
-        checkpoint.save(directory, self.federation, tensors, values)
+        """All that --resume needs beside config.json, in one file, so that no crash can leave halves."""
+        tensors, values = federation_state(self.federation)
+        tensors |= {"before.scores": before.scores, "before.kl": before.kl}
+        values |= {"before_texts": before.texts, "fingerprint": self.fingerprint}
+        directory.mkdir(exist_ok=True)
+        write_tensors(directory / "state.safetensors", tensors, {"values": json.dumps(values)})
 
     def restore(self, directory: Path) -> Evaluation:
-        """Take back what `save` wrote; returns the evaluation before training. Raises ValueError where it misfits."""
-        tensors, values = checkpoint.load(directory)
+        """Take back what `save` wrote; returns the evaluation before training.
+
+        Raises ValueError where the file is damaged, or of another run.
+        """
+        file = directory / "state.safetensors"
+        try:
+            tensors = safetensors.torch.load_file(file)
+            with safetensors.safe_open(file, "pt") as opened:
+                values = json.loads(opened.metadata()["values"])
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error
         if values["fingerprint"] != self.fingerprint:
             raise ValueError("resume: the base model or the prompts have changed since; start a new run with --out")
         if values["rounds_done"] > self.config.firm.rounds:
             raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
-        checkpoint.restore_federation(self.federation, tensors, values)
+        restore_federation(self.federation, tensors, values)
         return Evaluation(tensors["before.scores"], tensors["before.kl"], values["before_texts"])
 
 
@@ -161,10 +169,3 @@ def check(config: Config) -> None:
         raise ValueError("prompts: name the files that go with --model, as --prompts FILE...")
     for file in config.data.prompts:
         data.locate(file)
-
-
-def quiet_libraries() -> None:
-    """The user sees our lines, not the loading bars of libraries."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()

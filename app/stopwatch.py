@@ -12,7 +12,8 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from contextlib import ContextDecorator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,12 +25,11 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.open: list[str] = []
+        self.open = ["other"]  # the innermost phase stands last
 
     def __enter__(self) -> "Stopwatch":
         global _running
-        _running = self
-        self.last = now()
+        _running, self.last = self, now()
         return self
 
     def __exit__(self, *_) -> None:
@@ -40,25 +40,24 @@ class Stopwatch:
     def turn(self) -> None:
         """The time since the last border goes to the innermost open phase."""
         border = now()
-        self.seconds[self.open[-1] if self.open else "other"] += border - self.last
+        self.seconds[self.open[-1]] += border - self.last
         self.last = border
 
 
-class phase(ContextDecorator):  # noqa: N801 - reads as a decorator
+@contextmanager
+def phase(name: str) -> Iterator[None]:
     """A named stretch of work, as a decorator or in a with statement."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        if _running:
-            _running.turn()
-            _running.open.append(self.name)
-
-    def __exit__(self, *_) -> None:
-        if _running and _running.open:
-            _running.turn()
-            _running.open.pop()
+    watch = _running
+    if not watch:
+        yield
+        return
+    watch.turn()
+    watch.open.append(name)
+    try:
+        yield
+    finally:
+        watch.turn()
+        watch.open.pop()
 
 
 def now() -> float:
@@ -68,9 +67,10 @@ def now() -> float:
     return time.perf_counter()
 
 
-def peak_memory() -> tuple[str, float]:
-    """What is measured, and how much in GiB: taken of the GPU, CUDA's own half a GiB aside, or by the process."""
+def peak_memory() -> dict[str, str | float]:
+    """What is measured, and how much: taken of the GPU, CUDA's own half a GiB aside, or by the process."""
     if torch.cuda.is_available():
-        return "GPU memory", torch.cuda.max_memory_reserved() / 2**30
+        return {"memory": "GPU memory", "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return "memory of the process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"memory": "memory of the process", "peak_gib": peak / 2**30}

@@ -36,11 +36,14 @@ import baselines
 import mgda
 import rewards
 from app import plots, report
-from app.files import read_json, read_lines, reserve_directory, to_json, write_text
+from app.files import new_directory, read_json, read_lines, to_json, write_text
 from app.session import Session
 from settings import METHODS, Config
 from worlds import toy
 
+Points = dict[str, list[list[float]]]  # method -> preferences
+Groups = dict[str, list[dict[str, Any]]]  # method -> the `figures` of its points
+Train = Callable[..., dict[str, Any]]  # run.train: (settings, directory to go on with, title=)
 SPECIALIST = "morlhf"  # how soups train their specialists: on the one reward of a one-hot preference
 
 
@@ -88,32 +91,27 @@ def parse_preference(text: str, M: int) -> list[float]:
         raise ValueError(f"sweep: {text!r} is no preference for {M} objectives; write {form}") from None
 
 
-def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> dict[str, list[list[float]]]:
-    """What is to be measured: method -> preferences, ascending. Raises ValueError where that makes no sense."""
+def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> Points:
+    """What is to be measured, at ascending preferences. Raises ValueError where that makes no sense."""
     M = len(config.run.objectives)
     if not M:
         raise ValueError("objectives: name at least one")
     methods = compare or [config.run.method]
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"compare: {method!r} is none of {', '.join(METHODS)}")
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"compare: {unknown[0]!r} is none of {', '.join(METHODS)}")
     if sweep and not any(METHODS[method].takes_preference for method in methods):
         raise ValueError(f"sweep: {', '.join(methods)} takes no preference, so there is nothing to sweep")
-    centre = mgda.preference_vector(None, M).tolist()
-    if sweep:
-        preferences = sorted(parse_preference(text, M) for text in sweep)
-    else:
-        preferences = [mgda.preference_vector(config.firm.preference, M).tolist()]
+    centre, asked = (mgda.preference_vector(p, M).tolist() for p in (None, config.firm.preference))
+    preferences = sorted(parse_preference(text, M) for text in sweep) if sweep else [asked]
     for flag, values in (("compare", methods), ("sweep", [label(p) for p in preferences])):
-        if len(set(values)) < len(values):
-            twice = next(value for value in values if values.count(value) > 1)
-            raise ValueError(f"{flag}: {twice} is named twice")
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise ValueError(f"{flag}: {twice[0]} is named twice")
     return {method: preferences if METHODS[method].takes_preference else [centre] for method in methods}
 
 
-def sweep(
-    config: Config, preferences: list[str] | None, methods: list[str] | None, train: Callable[..., dict[str, Any]]
-) -> None:  # fmt: skip
+def sweep(config: Config, preferences: list[str] | None, methods: list[str] | None, train: Train) -> None:
     """Train and measure every point, then the table and the pictures. `train` is run.py's.
 
     Raises ValueError before any long work where something is wrong, and whatever `train` raises.
@@ -129,14 +127,14 @@ def sweep(
                 soups(config, ps, names, out / method, train)
                 continue
             for p in ps:
-                finish(one_run(config, method, p, out / method / label(p)), f"{method} {label(p)}", train)
+                finish(one_run(config, method, p, out / method / label(p)), train)
     except BaseException:
         print(f"\nwhat is done is kept; the same command with --out {out} goes on from there")
         raise
     conclude(config, points, names, out)
 
 
-def begin(config: Config, points: dict[str, list[list[float]]], kind: str) -> Path:
+def begin(config: Config, points: Points, kind: str) -> Path:
     """The sweep's directory: new, with its settings written down, or that of the same sweep begun before.
 
     A setting that did not exist when the sweep began counts as its default there.
@@ -144,27 +142,20 @@ def begin(config: Config, points: dict[str, list[list[float]]], kind: str) -> Pa
     plan = {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
     settings = shared_settings(config) | plan
     try:
-        saved = json.loads(Path(config.run.out or "", "sweep.json").read_text("utf-8"))["settings"]
+        saved = json.loads(Path(config.run.out, "sweep.json").read_text("utf-8"))["settings"]
         written = {name: saved.pop(name) for name in plan}
-    except (OSError, ValueError, KeyError, TypeError):  # it holds no sweep of ours
-        saved = None
-    if config.run.out and saved is not None:
-        saved = shared_settings(Config.from_flat(saved)) | written
-        for name, value in settings.items():
-            if saved[name] != value:
-                theirs = f"{config.run.out} holds a sweep with {name} {saved[name]}, not {value}"
-                raise ValueError(f"out: {theirs}; name another directory")
-        return Path(config.run.out)
-    out = reserve_directory(config.run.out, f"{kind}-{config.run.preset}")
-    try:
-        method, ps = next(iter(points.items()))
-        Session(one_run(config, SPECIALIST if METHODS[method].mixes else method, ps[0], out))  # finds what is wrong
-        write_text(out / "sweep.json", json.dumps({"settings": settings}, indent=2) + "\n")
-    except BaseException:
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise
-    return out
+    except (OSError, ValueError, KeyError, TypeError):  # without --out, or where it names no sweep of ours
+        with new_directory(config.run.out, f"{kind}-{config.run.preset}") as out:
+            method, ps = next(iter(points.items()))
+            Session(one_run(config, SPECIALIST if METHODS[method].mixes else method, ps[0], out))  # finds what is wrong
+            write_text(out / "sweep.json", json.dumps({"settings": settings}, indent=2) + "\n")
+        return out
+    saved = shared_settings(Config.from_flat(saved)) | written
+    for name, value in settings.items():
+        if saved[name] != value:
+            theirs = f"{config.run.out} holds a sweep with {name} {saved[name]}, not {value}"
+            raise ValueError(f"out: {theirs}; name another directory")
+    return Path(config.run.out)
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
@@ -178,9 +169,10 @@ def one_run(config: Config, method: str, p: Sequence[float], out: Path) -> Confi
     return replace(config, run=run, firm=replace(config.firm, preference=list(p)))
 
 
-def finish(config: Config, title: str, train: Callable[..., dict]) -> None:
+def finish(config: Config, train: Train) -> None:
     """Train, go on with what was begun, or do nothing where all is done."""
     out = Path(config.run.out)
+    title = f"{out.parent.name} {out.name}"
     if (out / "summary.json").exists():
         print(f"{title}: finished before")
         return
@@ -194,37 +186,34 @@ def finish(config: Config, title: str, train: Callable[..., dict]) -> None:
         raise ValueError(f"{title}: {error}") from error
 
 
-def soups(
-    config: Config, ps: Sequence[Sequence[float]], names: Sequence[str], out: Path,
-    train: Callable[..., dict[str, Any]],
-) -> None:  # fmt: skip
+def soups(config: Config, ps: Sequence[Sequence[float]], names: Sequence[str], out: Path, train: Train) -> None:
     """Rewarded Soups: a specialist per objective, trained once; then Σ_m p_m θ_m, measured at every p."""
     homes = [out / f"specialist-{name}" for name in names]
     for one_hot, home in zip(np.eye(len(names)).tolist(), homes, strict=True):
         specialist = one_run(config, SPECIALIST, one_hot, home)
-        finish(specialist, f"soups {home.name}", train)
+        finish(specialist, train)
     missing = [p for p in ps if not (out / label(p) / "summary.json").exists()]
     if not missing:
         return
     gc.collect()
     session = Session(specialist)
     before = session.restore(homes[-1] / "checkpoint")
-    thetas, metrics = [], []
+    metrics = [line for home in homes for line in read_lines(home / "metrics.jsonl")]
+    thetas = []
     for home in homes:
         session.policy.adapter.load(home / "adapter")
         thetas.append(session.policy.adapter.vector())
-        metrics += read_lines(home / "metrics.jsonl")
     for p in missing:
         started = time.perf_counter()
         session.policy.adapter.assign(baselines.interpolate(torch.stack(thetas), p))
         after = session.evaluate(f"soups {label(p)}")
         summary = report.summarise(session, before, after, metrics, time.perf_counter() - started)
-        (out / label(p)).mkdir(exist_ok=True)
         summary |= {"method": "soups", "preference": p}
+        (out / label(p)).mkdir(exist_ok=True)
         write_text(out / label(p) / "summary.json", to_json(summary, indent=2) + "\n")
 
 
-def figures(config: Config, method: str, p: Sequence[float], names: Sequence[str], run: Path) -> dict:
+def figures(config: Config, method: str, p: Sequence[float], names: Sequence[str], run: Path) -> dict[str, Any]:
     """What one point's files say; lists are by objective, in raw units. `mean_lambda` is None for soups."""
     summary = read_json((run / "summary.json").read_text("utf-8"))
     of = lambda stage, key: [summary["objectives"][name][stage][key] for name in names]  # noqa: E731
@@ -245,14 +234,13 @@ def figures(config: Config, method: str, p: Sequence[float], names: Sequence[str
     }
 
 
-def conclude(config: Config, points: dict[str, list[list[float]]], names: Sequence[str], out: Path) -> None:
+def conclude(config: Config, points: Points, names: Sequence[str], out: Path) -> None:
     """The table, the pictures, and the figures of both into sweep.json."""
     groups = {m: [figures(config, m, p, names, out / m / label(p)) for p in ps] for m, ps in points.items()}
     rows = [row for group in groups.values() for row in group]
     base, front = np.array(rows[0]["base"]["mean"]), None
     if config.front_is_known:
-        samples = read_lines(next(out.glob("*/*/samples.jsonl")))
-        front = toy.pareto_front([sample["prompt"] for sample in samples])
+        front = toy.pareto_front([line["prompt"] for line in read_lines(next(out.glob("*/*/samples.jsonl")))])
     volumes, meaning = hypervolumes(groups, base, front)
     saved = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
     write_text(out / "sweep.json", to_json(saved, indent=2) + "\n")
@@ -263,37 +251,31 @@ def conclude(config: Config, points: dict[str, list[list[float]]], names: Sequen
         asked, moved = (np.ptp([row[k][0] for row in groups["firm"]]) for k in ("preference", "mean_lambda"))
         if moved < asked / 2:
             print(f"firm: λ moved by {moved:.2f} while p moved by {asked:.2f}; a larger --beta follows p more closely")
-    pictures = draw(groups, base, front, names, out)
-    print(f"\n{out}: {pictures}, sweep.json, and every run in METHOD/")
+    draw(groups, base, front, names, out)
+    print(f"\n{out}: pictures, sweep.json, and every run in METHOD/")
 
 
-def draw(
-    groups: dict[str, list[dict]], base: np.ndarray, front: np.ndarray | None, names: Sequence[str], out: Path
-) -> str:
-    """pareto.png, and weights.png where a preference could be followed; returns their names.
+def draw(groups: Groups, base: np.ndarray, front: np.ndarray | None, names: Sequence[str], out: Path) -> None:
+    """pareto.png, and weights.png where a preference could be followed.
 
     The worst gain is in units of what the ideal point would gain, or without a front in the base policy's deviations.
     """
-    rows = next(iter(groups.values()))
-    unit, axis = np.array(rows[0]["scale"]), "worst gain (base policy's deviations)"
+    unit, axis = next(iter(groups.values()))[0]["scale"], "worst gain (base policy's deviations)"
     if front is not None:
         unit, axis = front.max(0) - base, "worst gain (1 is the ideal point)"
-    drawn = {}
+    drawn, lines = {}, {}
     for method, group in groups.items():
         mean, error, gain, kl = (np.array([row[k] for row in group]) for k in ("mean", "standard_error", "gain", "kl"))
         drawn[method] = {"mean": mean, "error": error, "kl": kl, "gain": (gain / unit).min(1)}
-    plots.pareto(drawn, base, front, names, out / "pareto.png", axis)
-    lines = {}
-    for method, group in groups.items():
         if len(group) > 1 and not METHODS[method].mixes:
             lines[method] = [row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None
+    plots.pareto(drawn, base, front, names, out / "pareto.png", axis)
     if lines:
         axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")
         plots.panels([plots.Panel(*axes, lines, diagonal=True)], out / "weights.png")
-    return "pareto.png, weights.png" if lines else "pareto.png"
 
 
-def hypervolumes(groups: dict[str, list[dict]], base: np.ndarray, front: np.ndarray | None) -> tuple[dict, str]:
+def hypervolumes(groups: Groups, base: np.ndarray, front: np.ndarray | None) -> tuple[dict[str, float], str]:
     """Hypervolume of every method with several points, and what it means; nothing for M ≠ 2.
 
     Without an exact front: of gains in the base policy's deviations, above the worst of the base model and all points.

@@ -28,7 +28,7 @@ def test_an_objective_that_a_client_does_not_hold_counts_neither_in_the_mean_nor
 
 
 def test_dispersion_is_the_mean_distance_of_the_adapters():
-    assert metrics.dispersion(torch.tensor([[3.0, 4.0], [-3.0, -4.0]])) == 5.0
+    assert metrics.disagreement(torch.tensor([[3.0, 4.0], [-3.0, -4.0]])) == 5.0
 
 
 def test_cosine_of_opposed_gradients_is_minus_one():
