@@ -251,7 +251,7 @@ class TokenLogProbs(torch.autograd.Function):
             logps.append(logp.detach())
             entropies.append(-(logp_all.detach().exp() * logp_all.detach()).sum(1))
             if h.requires_grad:
-                slopes.append(torch.autograd.grad(logp.sum(), h)[0])  # [chunk, H]
+                slopes.append(torch.autograd.grad(logp, h, torch.ones_like(logp))[0])  # [chunk, H]
         if slopes:
             ctx.save_for_backward(torch.cat(slopes))
         logp, entropy = torch.cat(logps), torch.cat(entropies)
