@@ -246,7 +246,8 @@ def test_a_federation_trains_as_on_the_cpu(gpu, method, settings):
 
 @pytest.mark.parametrize("method", [FIRM, fedcmoo(iterations=50)], ids=lambda method: method.name)
 def test_a_federation_goes_on_from_its_checkpoint(gpu, method):
-    whole, resumed = (federation(device=gpu, optimizer="adam-keep", method=method) for _ in range(2))
+    small = {"optimizer": "adam-keep", "clients": 2, "batch_size": 4, "ppo": {"epochs": 1}}
+    whole, resumed = (federation(device=gpu, method=method, **small) for _ in range(2))
     whole.round()
     tensors, values = federation_state(whole)
     restore_federation(resumed, {name: tensor.cpu().clone() for name, tensor in tensors.items()}, values)
