@@ -13,9 +13,7 @@ that is the paper's cure for "client disagreement drift".
 
 [paper] the Gram, the trace normalisation, the regularised QP.
 [ours]  the factor ½, the preference p as the centre of the regulariser (uniform p is exactly plain ‖λ‖², since
-        ‖λ − 1/M‖² = ‖λ‖² − 1/M on the simplex), β = 0 as the limit β → 0⁺ (the minimiser nearest p), the solver
-        (a primal active-set method, exact after finitely many steps; projected gradient stalls on
-        ill-conditioned Grams).
+        ‖λ − 1/M‖² = ‖λ‖² − 1/M on the simplex), β = 0 as the limit β → 0⁺ (the minimiser nearest p), the solver.
 
 What the guarantee is not: it is Euclidean and first-order. Adam preconditions the step, so common descent is not
 assured; `diagnostics.first_order_gain` measures what really happened. And β = 0.01 is small: with
@@ -23,7 +21,8 @@ D = ‖g₁ − g₂‖² / tr G, M = 2 and away from the clip, β moves λ by t
 way at D = 0.01, gradients that nearly coincide, and 1 % of it at D = 1, orthogonal ones.
 
 Everything is float64, and on the CPU but for the products in `gram`; M is small, so that a QP costs far less than one
-row of J.
+row of J. A Gram holds squares, so that an angle below 1e-7 is zero to it. Lengths may differ by 1e12, and λᵀĜλ is still
+at most 1e-10 of itself above the minimum; by 1e6, and of several minimisers λ is still the one nearest p.
 """
 
 import math
@@ -33,8 +32,9 @@ import torch
 from torch import Tensor
 
 COLUMNS = 2**20  # of J, as float64 at once
-LIMIT_BETA = 1e-9  # stands for "β → 0⁺" while the active face is being found
-LIMIT_RESIDUAL = 1e-10  # the limit itself is then taken on that face if its residual is no larger
+STEPS = 12  # of projected gradient
+ROUNDING = 2.0**-52  # a sum that is no larger than this share of its terms is zero
+FLAT = 1e-14  # a curvature below this is zero, with every gradient scaled to length one
 
 
 def gram(J: Tensor | Sequence[Tensor]) -> Tensor:
@@ -88,14 +88,6 @@ def normalise(G: Tensor) -> Tensor:
     return G / G.trace()
 
 
-def project_simplex(v: Tensor) -> Tensor:
-    """Euclidean projection of v [M] onto {λ : λ ≥ 0, Σλ = 1}, by sorting (Held et al. 1974; Duchi et al. 2008)."""
-    u = v.sort(descending=True).values
-    excess = (u.cumsum(0) - 1.0) / torch.arange(1, v.numel() + 1, dtype=v.dtype)  # threshold if k survive
-    threshold = excess[int((u > excess).sum()) - 1]
-    return (v - threshold).clamp_min(0.0)
-
-
 def preference_vector(preference: Sequence[float] | Tensor | None, M: int) -> Tensor:
     """p [M] in float64, normalised to sum 1; None is uniform.
 
@@ -125,25 +117,7 @@ def solve(Ghat: Tensor, beta: float = 0.0, preference: Sequence[float] | Tensor 
     if not 0.0 <= beta < float("inf"):
         raise ValueError(f"beta: {beta} must be a finite number >= 0")
     p = preference_vector(preference, Ghat.shape[0])
-    if Ghat.shape[0] == 2:
-        return _solve_two(Ghat, beta, p)
-    return _solve_any(Ghat, beta, p)
-
-
-def _solve_two(Ghat: Tensor, beta: float, p: Tensor) -> Tensor:
-    """M = 2 by hand [ours]: λ₁ = clip((c − b + β p₁) / (a − 2b + c + β), 0, 1) and p₁ where the denominator is 0."""
-    (a, b), (_, c) = Ghat.tolist()
-    numerator = c - b + beta * p[0].item()  # ⟨g₂, g₂ − g₁⟩ + β p₁ in normalised units
-    denominator = a - 2.0 * b + c + beta  # ‖g₁ − g₂‖² + β
-    rounding = 1e-15 * (a + c)  # below it the denominator is noise, and the numerator alone decides
-    if denominator <= rounding:
-        # A slope below 1e-12 is noise as well: equal gradients, β = 0, every λ is optimal, and p the nearest.
-        if abs(numerator) <= 1e3 * rounding:
-            return p.clone()
-        first = float(numerator > 0.0)
-    else:
-        first = min(max(numerator / denominator, 0.0), 1.0)
-    return torch.tensor([first, 1.0 - first], dtype=torch.float64)
+    return _solve_two(Ghat, beta, p) if len(p) == 2 else _solve_any(Ghat, beta, p)
 
 
 def gradient(Ghat: Tensor, lam: Tensor, beta: float, p: Tensor) -> Tensor:
@@ -161,89 +135,113 @@ def residual(Ghat: Tensor, lam: Tensor, beta: float = 0.0, preference: Sequence[
     return float(lam @ slope - slope.min())
 
 
+def _solve_two(Ghat: Tensor, beta: float, p: Tensor) -> Tensor:
+    """M = 2 by hand [ours]: λ₁ = clip((c − b + β p₁) / (a − 2b + c + β), 0, 1) and p₁ where the denominator is 0."""
+    (a, b), (_, c) = Ghat.tolist()
+    numerator = c - b + beta * p[0].item()  # ⟨g₂, g₂ − g₁⟩ + β p₁ in normalised units
+    denominator = a - 2.0 * b + c + beta  # ‖g₁ − g₂‖² + β
+    rounding = 1e-15 * (a + c)  # below it the denominator is noise, and the numerator alone decides
+    if denominator > rounding:
+        first = min(max(numerator / denominator, 0.0), 1.0)
+    elif abs(numerator) > 1e3 * rounding:
+        first = float(numerator > 0.0)
+    else:  # a slope below 1e-12 is noise as well: equal gradients, β = 0, every λ is optimal, and p the nearest
+        first = p[0].item()
+    return torch.tensor([first, 1.0 - first], dtype=torch.float64)
+
+
 def _solve_any(Ghat: Tensor, beta: float, p: Tensor) -> Tensor:
-    """Any M: an active-set method from p; for β = 0 on the strictly convex problem first, then in the limit."""
-    strict = max(beta, LIMIT_BETA)
-    lam = _active_set(Ghat, strict, p, p)
-    if beta < strict:
-        limit = _minimise_on_face(Ghat, beta, p, lam > 0)
-        if limit.min() < -1e-9:  # at LIMIT_BETA a coordinate was still free that the limit drops
-            limit = _active_set(Ghat, beta, p, lam)
-        limit = limit.clamp_min(0.0) / limit.clamp_min(0.0).sum()
-        if residual(Ghat, limit, beta, p) <= max(LIMIT_RESIDUAL, residual(Ghat, lam, beta, p)):
-            return limit
+    """Any M: projected gradient, from where it stands the exact minimiser, and the limit β → 0⁺. [ours]"""
+    H = 2.0 * Ghat + beta * torch.eye(len(p), dtype=torch.float64)
+    length = H.diagonal().clamp_min(0.0).sqrt()  # of the gradients, [M]
+    length[length == 0.0] = length.where(length > 0.0, 1.0).min()  # any will do for a gradient of zero
+    lam = _projected_gradient(Ghat, beta, p)
+    lam = _active_set(H, beta * p, lam, _edges(length, torch.arange(len(p))))
+    return lam if beta > 0.0 else _limit(Ghat, p, lam, length)
+
+
+def project_simplex(v: Tensor) -> Tensor:
+    """Euclidean projection of v [M] onto {λ : λ ≥ 0, Σλ = 1}, by sorting (Held et al. 1974; Duchi et al. 2008)."""
+    u = v.sort(descending=True).values
+    thresholds = (u.cumsum(0) - 1.0) / torch.arange(1, len(v) + 1)  # if the k largest were all that stays positive
+    return (v - thresholds.max()).clamp_min(0.0)
+
+
+def _projected_gradient(Ghat: Tensor, beta: float, p: Tensor) -> Tensor:
+    """Accelerated projected gradient from p (Nesterov 1983; Beck and Teboulle 2009).
+
+    Step downhill from a point a little ahead on λ's way, then back onto the simplex. The residual is about 1e-3 after
+    12 steps, 1e-8 after 200, but still 1e-6 to 1e-4 where lengths differ by 1e4.
+    """
+    step = 1.0 / max(2.0 * float(Ghat.trace()) + beta, 1e-300)  # f curves by at most 2 tr(Ĝ) + β; if that is 0, ∇f = 0
+    lam = ahead = p
+    for k in range(STEPS):
+        last, lam = lam, project_simplex(ahead - step * gradient(Ghat, ahead, beta, p))
+        ahead = lam + k / (k + 3) * (lam - last)
     return lam
 
 
-def _active_set(Ghat: Tensor, beta: float, p: Tensor, lam: Tensor) -> Tensor:
-    """Primal active-set method from a feasible λ (Nocedal and Wright 2006, algorithm 16.3).
+def _edges(length: Tensor, among: Tensor) -> Tensor:
+    """Moves of λ [M, F − 1]: from the shortest gradient `among` [F] to each other one, per length of the other."""
+    order = among[length[among].argsort()]
+    unit = torch.eye(len(length), dtype=torch.float64)[:, order]
+    return (unit[:, 1:] - unit[:, :1]) / length[order[1:]]  # scaled so, no long gradient hides a short one [ours]
 
-    On the current face {λ_j > 0} the QP is a linear system. Walk to its solution; if a coordinate would turn
-    negative stop there and drop it; once on the face's minimiser, let in the coordinate with the most negative
-    slope, until none is left. Strict convexity makes it finite; the bound on the loop is only a guard.
+
+def _active_set(H: Tensor, h: Tensor, lam: Tensor, B: Tensor) -> Tensor:
+    """Minimise ½λᵀHλ − hᵀλ over λ + span(B), λ ≥ 0, from a feasible λ (Nocedal and Wright 2006, algorithm 16.3).
+
+    H [M, M], h [M], λ [M], directions B [M, k]. Walk to the minimiser; where a coordinate would turn negative stop,
+    hold it at zero, and walk to the minimiser of the face that is left. There release the one that f most wants
+    positive; end where there is none.
     """
-    M = p.numel()
-    free = lam > 1e-9
-    lam = torch.where(free, lam, 0.0)
-    lam = lam / lam.sum()
-    best, best_gap = lam, residual(Ghat, lam, beta, p)
-    for _ in range(20 * M):
-        direction = _minimise_on_face(Ghat, beta, p, free) - lam
-        blocking = free & (direction < 0) & (lam + direction < 0)
-        if blocking.any():
-            lengths = torch.where(blocking, lam / direction.abs().clamp_min(1e-300), torch.inf)
-            j = int(lengths.argmin())
-            lam = (lam + lengths[j] * direction).clamp_min(0.0)
-            free = free.clone()
-            free[j] = False
-            lam[j] = 0.0
+    scale, curvature = B.norm(dim=1), B.T @ H @ B
+    active = torch.zeros(len(lam), dtype=torch.bool)  # the coordinates held at zero
+    for _ in range(10 * len(lam)):  # a guard, where rounding would hold and release one coordinate for ever
+        slope = B.T @ (H @ lam - h)  # [k]
+        noise = ROUNDING * float((B.abs().T @ (H.abs() @ lam + h.abs())).norm())
+        free = torch.linalg.qr(B[active].T, mode="complete").Q[:, int(active.sum()) :]  # moves that keep them at zero
+        downhill = -free.T @ slope
+        if float(downhill.norm()) <= noise:
+            force = torch.linalg.pinv(B[active].T) @ slope * scale[active]  # the multipliers of λ_j ≥ 0
+            if not active.any() or force.min() >= -noise:
+                break
+            active[active.nonzero()[force.argmin()]] = False
             continue
-        lam = (lam + direction).clamp_min(0.0)
-        lam = lam / lam.sum()
-        gap = residual(Ghat, lam, beta, p)
-        if gap < best_gap:
-            best, best_gap = lam, gap
-        slope = gradient(Ghat, lam, beta, p)
-        outside = torch.where(free, torch.inf, slope)
-        entering = int(outside.argmin())
-        if outside[entering] >= lam @ slope - 1e-15:
-            break
-        free = free.clone()
-        free[entering] = True
-    return best
+        values, vectors = torch.linalg.eigh(free.T @ curvature @ free)
+        move = free @ (vectors @ (vectors.T @ downhill / values.clamp_min(FLAT)))  # Newton's, [k]
+        change = B @ move
+        falling = ~active & (change < -1e-10 * scale * move.norm())  # not where the change is rounding
+        shares = torch.where(falling, -lam / change, torch.inf)  # of the way, until λ_j is 0
+        first = int(shares.argmin())
+        lam = (lam + min(1.0, float(shares[first])) * change).clamp_min(0.0)
+        active[first] |= bool(shares[first] <= 1.0)
+        lam[active] = 0.0
+    return lam / lam.sum()
 
 
-def _minimise_on_face(Ghat: Tensor, beta: float, p: Tensor, free: Tensor) -> Tensor:
-    """Minimiser over the affine hull of a face, {λ : Σλ = 1, λ_j = 0 where not free}; entries may be negative.
+def _limit(Ghat: Tensor, p: Tensor, lam: Tensor, length: Tensor) -> Tensor:
+    """β → 0⁺: of all weights with the Jᵀλ of this minimiser λ [M], the one nearest to p. [ours]
 
-    With λ = λ⁰ + Zy, λ⁰ the point of the hull nearest p and Z [F, F−1] an orthonormal basis of {v : Σv = 0}, the
-    regulariser is (β/2)‖y‖² plus a constant, so (2ZᵀĜZ + βI) y = −2ZᵀĜλ⁰. At β = 0 directions in which
-    Ĝ is flat keep y = 0: the pseudo-inverse picks the minimiser nearest p, which is the limit β → 0⁺.
+    Weights with the same Jᵀλ have the same λᵀĜλ, so for every β > 0 the minimiser is the nearest to p among them;
+    hence so is the limit. It moves λ only where Ĝ is flat: nowhere, unless gradients depend on each other.
     """
-    index = free.nonzero().flatten()
-    F = index.numel()
-    lam = torch.zeros_like(p)
-    start = p[index] + (1.0 - p[index].sum()) / F  # λ⁰ [F]
-    if F > 1:
-        ones = torch.ones(F, 1, dtype=torch.float64)
-        Z = torch.linalg.qr(ones, mode="complete").Q[:, 1:]  # [F, F-1]
-        G = Ghat[index][:, index]
-        values, vectors = torch.linalg.eigh(Z.T @ G @ Z)
-        values = values.clamp_min(0.0)
-        flat = (
-            values <= 1e-15 * F * Ghat.diagonal().sum() if beta == 0.0 else torch.zeros_like(values, dtype=torch.bool)
-        )
-        inverse = torch.where(flat, 0.0, 2.0 / (2.0 * values + beta).clamp_min(1e-300))
-        start = start - Z @ (vectors @ (inverse * (vectors.T @ (Z.T @ (G @ start)))))
-    lam[index] = start
-    return lam
+    among = torch.arange(len(p))
+    for _ in range(2):  # the second time without those that nothing but rounding moved
+        edges = _edges(length, among)
+        values, vectors = torch.linalg.eigh(2.0 * edges.T @ Ghat @ edges)
+        flat = edges @ vectors[:, values <= FLAT]  # [M, k]
+        among = ((flat * length[:, None]).norm(dim=1) > 1e-8).nonzero().flatten()
+    nearest = _active_set(torch.eye(len(p)).double(), p, lam, torch.linalg.qr(flat).Q)  # minimises ½‖λ − p‖²
+    nearest[nearest <= FLAT] = 0.0
+    rise = nearest @ Ghat @ nearest - lam @ Ghat @ lam  # Ĝ looks flat between near twins; the shorter is better still
+    return nearest if rise <= 1e-12 * (length @ nearest) ** 2 else lam
 
 
 def pareto_stationarity(Ghat: Tensor) -> float:
     """min over the simplex of λᵀĜλ = ‖Jᵀλ‖² / Σ‖g_j‖² ∈ [0, 1/M]; 0 exactly where no common descent exists.
 
-    Ghat [M, M] trace-normalised. On noisy gradients this is biased upward, since it minimises over the noise as
-    well; read it as an upper bound. [ours]
+    Ghat [M, M] trace-normalised. An upper bound on noisy gradients, since it minimises over the noise as well. [ours]
     """
     lam = solve(Ghat, 0.0)
     return float(lam @ Ghat.double() @ lam)

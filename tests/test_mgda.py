@@ -1,6 +1,8 @@
-"""The simplex QP, checked against SciPy, TorchJD, closed forms and its own optimality conditions."""
+"""The simplex QP, checked against SciPy, TorchJD, exact rational arithmetic, closed forms and its own optimality."""
 
+import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -38,6 +40,158 @@ def test_mgda_gives_torchjds_combined_gradient(M):
     theirs = aggregation.MGDA(epsilon=1e-12, max_iters=200_000)(J)
     ours = mgda.solve(mgda.normalise(mgda.gram(J)), 0.0) @ J
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def solution(A, b):
+    """One exact solution x of A x = b, by elimination over the rationals; None where there is none."""
+    rows, pivots = [[*row, value] for row, value in zip(A, b, strict=True)], []
+    for column in range(len(A[0])):
+        k = next((i for i in range(len(pivots), len(rows)) if rows[i][column]), None)
+        if k is None:
+            continue
+        rows[k], rows[len(pivots)] = rows[len(pivots)], rows[k]
+        pivot = [x / rows[len(pivots)][column] for x in rows[len(pivots)]]
+        rows = [[x - row[column] * y for x, y in zip(row, pivot, strict=True)] if row[column] else row for row in rows]
+        rows[len(pivots)] = pivot
+        pivots.append(column)
+    if any(row[-1] for row in rows[len(pivots) :]):
+        return None
+    x = [Fraction(0)] * len(A[0])
+    for row, column in zip(rows, pivots, strict=False):
+        x[column] = row[-1]
+    return x
+
+
+def best_of_all_faces(Q, c, E, e):
+    """The exact minimiser of ½xᵀQx − cᵀx over x ≥ 0, E x = e: the best of the faces' own minimisers that are ≥ 0.
+
+    Where a face has many, a smaller face has one of them that is ≥ 0, if there is any.
+    """
+    M, best = len(c), None
+    for size in range(1, M + 1):
+        for S in itertools.combinations(range(M), size):
+            kkt = [[Q[i][j] for j in S] + [row[i] for row in E] for i in S]
+            kkt += [[row[j] for j in S] + [Fraction(0)] * len(E) for row in E]
+            found = solution(kkt, [c[i] for i in S] + e)
+            if found is None or min(found[:size]) < 0:
+                continue
+            x = [dict(zip(S, found[:size], strict=True)).get(j, Fraction(0)) for j in range(M)]
+            value = dot(x, [dot(row, x) for row in Q]) / 2 - dot(c, x)
+            if best is None or value < best[0]:
+                best = (value, x)
+    return best[1]
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def exact_weights(J, beta, preference):
+    """(Ĝ, λ), both exact, from integers J [M][d]; at β = 0 of all minimisers the one nearest p."""
+    M, p = len(J), [Fraction(x, sum(preference)) for x in preference]
+    trace = sum(dot(row, row) for row in J) or 1
+    G = [[Fraction(dot(a, b), trace) for b in J] for a in J]
+    unit, beta = [[Fraction(i == j) for j in range(M)] for i in range(M)], Fraction(beta)
+    H = [[2 * G[i][j] + beta * unit[i][j] for j in range(M)] for i in range(M)]
+    lam = best_of_all_faces(H, [beta * x for x in p], [[Fraction(1)] * M], [Fraction(1)])
+    if beta == 0:  # every minimiser has this Ĝλ
+        same = [*G, [Fraction(1)] * M]
+        lam = best_of_all_faces(unit, p, same, [dot(row, lam) for row in same])
+    return G, lam
+
+
+def integer_problem(seed, M, decades, rank=None):
+    """Integers J [M][M + 1] of at most that rank, rows up to 10^decades times longer than others, and p with zeros."""
+    rng = np.random.default_rng([M, decades, seed])
+    rank = int(rng.integers(1, M + 1)) if rank is None else rank
+    J = rng.integers(-3, 4, (M, rank)) @ rng.integers(-2, 3, (rank, M + 1))
+    exponents = rng.integers(0, decades + 1, M)
+    exponents[rng.permutation(M)[:2]] = 0, decades
+    J = [[int(x) * 10 ** int(k) for x in row] for row, k in zip(J, exponents, strict=True)]
+    if seed % 3 == 0:
+        J[-1] = min(J[:-1], key=lambda row: dot(row, row))  # a twin of the shortest
+    p = rng.integers(0, 5, M)
+    p[rng.integers(M)] += 1
+    return J, [int(x) for x in p]
+
+
+def float_gram(J):
+    return mgda.normalise(torch.tensor([[dot(a, b) for b in J] for a in J], dtype=torch.float64))
+
+
+def excess(G, lam, best):
+    """How far λᵀĜλ lies above its minimum, as a share of the minimum unless that is zero."""
+    lam = [Fraction(x) for x in lam.tolist()]
+    value, least = (dot(x, [dot(row, x) for row in G]) for x in ([x / sum(lam) for x in lam], best))
+    return float((value - least) / (least or 1))
+
+
+def test_a_long_gradient_does_not_hide_the_short_ones():
+    J = [[0, -1, 0], [2, 2, 1], [100_000, 300_000, 100_000]]
+    G, best = exact_weights(J, 0, [1, 1, 1])
+    lam = mgda.solve(float_gram(J), 0.0)
+    assert excess(G, lam, best) < 1e-9
+    assert lam.tolist() == pytest.approx([0.9999973, 0.0, 2.7e-6], abs=1e-7)
+
+
+@pytest.mark.parametrize("decades", [0, 2, 4, 6, 8, 12])
+@pytest.mark.parametrize("M", [3, 4])
+def test_mgda_finds_the_exact_minimum_however_unequal_the_gradients(M, decades):
+    for seed in range(60 // M):
+        J, p = integer_problem(seed, M, decades)
+        G, best = exact_weights(J, 0, p)
+        assert excess(G, mgda.solve(float_gram(J), 0.0, p), best) < 1e-10
+
+
+@pytest.mark.parametrize("decades", [0, 2, 4, 6])
+@pytest.mark.parametrize("M", [3, 4])
+def test_at_beta_zero_the_minimiser_nearest_the_preference_is_found_exactly(M, decades):
+    several = 0
+    for seed in range(60 // M):
+        J, p = integer_problem(seed, M, decades, rank=1 + seed % (M - 1))
+        _, best = exact_weights(J, 0, p)
+        G = float_gram(J)
+        lam = mgda.solve(G, 0.0, p)
+        assert lam.tolist() == pytest.approx([float(x) for x in best], abs=1e-6)
+        several += bool((lam - mgda.solve(G, 0.0, [*p[:-1], p[-1] + 3])).abs().max() > 1e-3)
+    assert several >= 4  # else nearness decided nothing
+
+
+@pytest.mark.parametrize("beta", [1e-6, 0.01, 1.0, 10.0])
+@pytest.mark.parametrize("M", [3, 4])
+def test_with_beta_the_weights_are_the_exact_ones(M, beta):
+    for decades, seed in itertools.product([0, 2, 4, 6], range(5)):
+        J, p = integer_problem(seed, M, decades)
+        _, best = exact_weights(J, beta, p)
+        assert mgda.solve(float_gram(J), beta, p).tolist() == pytest.approx([float(x) for x in best], abs=1e-8)
+
+
+@pytest.mark.parametrize("M, beta", [(6, 0.0), (6, 0.01), (8, 0.01)])
+def test_more_objectives_are_solved_exactly_too(M, beta):
+    for seed, decades in enumerate([0, 6]):
+        J, p = integer_problem(seed, M, decades, rank=M)
+        _, best = exact_weights(J, beta, p)
+        assert mgda.solve(float_gram(J), beta, p).tolist() == pytest.approx([float(x) for x in best], abs=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 0.01, 1.0, 10.0])
+@pytest.mark.parametrize("decades", [0, 2, 4, 6])
+def test_for_two_objectives_both_solvers_give_the_exact_weights(decades, beta):
+    for seed in range(20):
+        J, preference = integer_problem(seed, 2, decades)
+        _, best = exact_weights(J, beta, preference)
+        G, p = float_gram(J), mgda.preference_vector(preference, 2)
+        for solver in (mgda._solve_two, mgda._solve_any):
+            assert solver(G, beta, p).tolist() == pytest.approx([float(x) for x in best], abs=1e-9)
+
+
+def test_projected_gradient_alone_reaches_the_minimiser_of_an_ordinary_gram(monkeypatch):
+    monkeypatch.setattr(mgda, "STEPS", 500)
+    for M in (3, 4, 8):
+        J = torch.randn(M, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(M))
+        G, p = mgda.normalise(mgda.gram(J)), mgda.preference_vector(None, M)
+        for beta in (0.0, 0.01, 1.0):
+            assert mgda.residual(G, mgda._projected_gradient(G, beta, p), beta, p) < 1e-10
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.01, 1.0])

@@ -16,19 +16,23 @@ settings.load_profile("firm")
 
 @st.composite
 def problems(draw, least=2, most=8):
-    """(Ĝ, β, p): well- and ill-conditioned, singular, with twins, over twelve decades of scale."""
+    """(Ĝ, β, p): well- and ill-conditioned, singular, with twins, over twelve decades of scale, p with a zero."""
     M = draw(st.integers(least, most))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     J = rng.standard_normal((M, draw(st.integers(1, 12))))
-    shape = draw(st.sampled_from(["plain", "scaled", "twins", "one zero"]))
-    if shape == "scaled":
+    shape = draw(st.sampled_from(["plain", "scaled", "twins", "one zero", "scaled and opposed"]))
+    if shape == "scaled and opposed":
+        J[-1] = -J[0]
+    if shape in ("scaled", "scaled and opposed"):
         J *= 10.0 ** rng.uniform(-6, 6, (M, 1))
     if shape == "twins":
         J[-1] = J[0] * (1 + 10.0 ** -rng.uniform(0, 14))
     if shape == "one zero":
         J[-1] = 0.0
     beta = draw(st.sampled_from([0.0, 1e-6, 1e-3, 0.01, 0.1, 1.0, 10.0]))
-    return mgda.normalise(mgda.gram(torch.from_numpy(J))), beta, torch.from_numpy(rng.dirichlet(np.ones(M)))
+    p = rng.dirichlet(np.ones(M))
+    p[draw(st.integers(0, M - 1))] *= draw(st.sampled_from([0.0, 1.0]))
+    return mgda.normalise(mgda.gram(torch.from_numpy(J))), beta, torch.from_numpy(p / p.sum())
 
 
 @given(problems())
@@ -38,6 +42,15 @@ def test_the_solution_lies_on_the_simplex_and_its_residual_is_below_1e_8(problem
     lam = mgda.solve(G, beta, p)
     assert lam.min() >= 0.0 and abs(float(lam.sum()) - 1.0) < 1e-12
     assert mgda.residual(G, lam, beta, p) <= 1e-8
+
+
+@given(problems())
+@settings(max_examples=400)
+def test_no_gradient_however_short_pulls_by_more_than_rounding_of_its_own_length(problem):
+    G, beta, p = problem
+    lam = mgda.solve(G, beta, p)
+    slope, length = mgda.gradient(G, lam, beta, p), (2 * G.diagonal() + beta).sqrt()
+    assert bool((lam @ slope - slope <= 1e-7 * length * (length @ lam) + 1e-30).all())
 
 
 @given(problems())
