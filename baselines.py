@@ -1,5 +1,8 @@
 """The methods FIRM is compared with: what changes in `firm.Method`, and nothing else.
 
+To add one: `replace` a method with its own parts, and append it to `settings.METHODS`; flags, help, sweeps, pictures
+and tests find it there. What a server remembers goes into `server.state`, and a checkpoint keeps it.
+
     method    a client uploads per round     who picks λ, and from what                              takes p
     morlhf    d                              nobody: Σ_j p_j R_j is one reward, with one critic      yes
     fsmgda    M·d                            server, min-norm over the M averaged updates            no
@@ -80,7 +83,7 @@ def min_norm_of_updates(updates: Tensor, prompts_held: Tensor, server: Server) -
 MORLHF = replace(LINEAR, name="morlhf", help="the one reward Σ p_j R_j", trainings=scalarised)
 FSMGDA = replace(
     LINEAR, name="fsmgda", help="a training per objective; server-side min-norm of the updates", takes_preference=False,
-    trainings=one_per_objective, server_weights=min_norm_of_updates, picked="after",
+    trainings=one_per_objective, server_mixing=min_norm_of_updates,
 )  # fmt: skip
 SOUPS = replace(
     MORLHF, name="soups", help="a specialist per objective, mixed by p; with --sweep or --compare", mixes=True
@@ -150,7 +153,7 @@ def gram_terms(A: Tensor, low_rank: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     return A @ A.T + K + K.T, D @ D.T
 
 
-def combine(known: Tensor, residual: Tensor, captured: float) -> Tensor:
+def mean_gram(known: Tensor, residual: Tensor, captured: float) -> Tensor:
     """Server: the clients' Γ and D Dᵀ [C, M, M], and Σ_c ‖C_c‖², to G [M, M], the estimated Gram of the mean."""
     C = len(known)
     G = known.sum(0)
@@ -175,7 +178,7 @@ def estimate_gram(A: Tensor, e: float, ledger: Ledger, rng: np.random.Generator)
     terms = [gram_terms(A_c.double(), expand(message, M, d), S) for A_c, message in zip(A, messages, strict=True)]
     ledger.up({}, scalars=M * (M + 1))
     known, residual = (torch.stack(parts).cpu() for parts in zip(*terms, strict=True))  # [C, M, M]
-    return combine(known, residual, captured)
+    return mean_gram(known, residual, captured)
 
 
 def descend(lam: Tensor, G: Tensor, settings: FedCMOOConfig) -> Tensor:
@@ -207,5 +210,5 @@ def fedcmoo_weights(J: Tensor, prompts_held: Tensor, server: Server) -> Tensor:
 
 FEDCMOO = replace(
     LINEAR, name="fedcmoo", help="one lambda a round, by the server, from compressed gradients", takes_preference=False,
-    server_weights=fedcmoo_weights, picked="before", settings=FedCMOOConfig(),
+    server_weights=fedcmoo_weights, settings=FedCMOOConfig(),
 )  # fmt: skip

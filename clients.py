@@ -6,11 +6,10 @@
 FIRM makes one local training a round, on all the objectives that the client holds. Some methods combine objectives
 first (k < M), or train several times from the same θ_t, once per objective, each time with a learner of its own.
 
-Nothing of a client is ever uploaded; `fedavg.Upload` is what is. Random streams hang on (seed, purpose, round, client),
-so that what a client draws does not depend on who else takes part, on the order of calls, or on a restart. [ours]
+All this stays at home; what a client sends is in `fedavg.Upload`. Random streams hang on (seed, purpose, round,
+client), so that a client's draws do not depend on who else takes part, on the order of calls, or on a restart. [ours]
 
-The records at the end are what a round leaves to whoever logs it (`app/metrics.py`, `evidence/diagnostics.py`); nothing
-that trains reads them.
+The records at the end are what a round leaves to whoever logs it (`app/metrics.py`, `evidence/diagnostics.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -121,7 +120,7 @@ class Client:
 
     def gradients(self, policy: Policy, batch: Batch) -> Tensor:
         """J [k, d] of its first training at θ_t, where the adapter must stand: for a server that picks λ from them."""
-        learner = self.trainings[0].learner
+        batch, learner = batch.combined(self.trainings[0].columns), self.trainings[0].learner
         return ppo.policy_gradients(policy, batch, learner.advantages(batch).whitened, learner).J
 
     def upload(self, updates: list["Update"], batch: Batch, numbers: dict[str, float]) -> Upload:
@@ -132,22 +131,21 @@ class Client:
 
 def make_client(
     index: int, prompts: Sequence[Any], objectives: Sequence[int], p: Tensor,
-    combine: Callable[[Tensor], list[Tensor]], learner: Callable[[int], PPO],
+    trainings: Callable[[Tensor], list[Tensor]], learner: Callable[[int], PPO],
 ) -> Client:  # fmt: skip
     """A client that holds m of the M objectives, among which p [M] is renormalised.
 
-    combine(p [m]): the matrices [m, k] of its local trainings; learner(k): how one of them learns. The preference among
-    k rewards is what their columns have of p. Raises ValueError where p has nothing for these objectives. [ours]
+    trainings(p [m]): the matrices [m, k] of its local trainings; learner(k): how one of them learns. The preference
+    among k rewards is what their columns have of p. Raises ValueError where p has nothing for these objectives. [ours]
     """
     p = p[list(objectives)]
     if not p.sum() > 0:
         raise ValueError(f"preference: client {index} holds only objectives of weight 0; give it another one")
-    p = p / p.sum()
-    trainings = []
-    for columns in combine(p):
-        shares = mgda.preference_vector(columns.to(p).T @ p, columns.shape[1])  # [k]
-        trainings.append(LocalTraining(columns, shares, learner(len(shares))))
-    return Client(index, prompts, list(objectives), trainings)
+    p, made = p / p.sum(), []
+    for columns in trainings(p):
+        among = mgda.preference_vector(columns.to(p).T @ p, columns.shape[1])  # [k]
+        made.append(LocalTraining(columns, among, learner(len(among))))
+    return Client(index, prompts, list(objectives), made)
 
 
 # ---- what a round leaves ---------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ n_c the number of prompts client c holds. η_s = 1 is plain FedAvg, Σ_c w_c θ_
 Averaging A and B separately is not averaging BA: mean(BA) − mean(B) mean(A) is what the federation loses by it, logged
 as `adapter/averaging_residual`. Every method that averages A and B separately has this residual.
 
-A client whose upload is not finite is left out of the average and counted. (A gradient that is not finite ends the run
-earlier, in `ppo.policy_gradients`: the settings are at fault then, not the client.)
+A broken client. A gradient that is not finite ends the run, in `ppo.policy_gradients`: the settings are at fault then.
+Nothing checks the last step, so an upload may still not be finite: that client is left out of θ, of λ where the server
+picks it afterwards, of κ's mean KL, and of what the log says of adapters, and it is counted; the round's other figures
+include it, and its critic and its kept moments stay as they are.
 
 Left out on purpose: secure aggregation, compression, asynchrony.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,8 +65,8 @@ class Upload:
 
     @property
     def finite(self) -> bool:
-        """Whether the server accepts it: no NaN and no infinity."""
-        return bool(torch.isfinite(self.thetas).all())
+        """Whether the server accepts it: no NaN and no infinity in any of its numbers."""
+        return bool(torch.isfinite(self.thetas).all()) and all(map(math.isfinite, (self.kl, *self.numbers.values())))
 
 
 def accept(uploads: Sequence[Upload]) -> list[Upload]:
@@ -104,7 +107,8 @@ def message_bytes(tensors: dict[str, Tensor], scalars: int = 0) -> dict[str, int
 class Ledger:
     """What one client sends (`up`, `upload`) and receives (`down`) in one round, in bytes as serialised.
 
-    Clients' messages are of equal size, so each kind of message is counted once, on one client's.
+    Clients' messages are of equal size, so each kind of message is counted once, on one client's. The calibration comes
+    once per run, before the first round, and stands in summary.json.
     """
 
     def __init__(self) -> None:

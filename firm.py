@@ -15,13 +15,11 @@
         θ_{t+1} ← θ_t + η_s Σ_c w_c (θ_c − θ_t),  w_c ∝ prompts held by c
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]
 
-A method is a few swappable parts (`Method`): what a client trains on and how it learns, where λ comes from, how uploads
-become the next θ. MGDA is FIRM with β = 0, `linear` has fixed weights, and `baselines.py` has the rest.
+A method is a few swappable parts on this engine (`Method`); `baselines.py` has those that FIRM is compared with.
 
-Two things are done for the whole cohort at once, since its clients share θ_t: responses are sampled in one batch, and
-reward models may score in one. Neither changes what a client would get alone (up to rounding at an edge of the
-sampler's CDF, see `rollout.py`); a user's own reward function sees one client's rows at a time, and everything else is
-client by client.
+Cohort-wide, since its clients share θ_t, are two things: responses are sampled in one batch, and a reward model may
+score in one. Neither changes what a client would get alone, up to rounding (`rollout.py`). All else is client by client
+on its own rows, a user's reward function too. What a broken client leaves behind: `fedavg.py`.
 
 [ours] fresh Adam on every client and round (its moments are never averaged), η_s, the critic that stays at home.
 Left out on purpose: secure aggregation, stragglers, differential privacy.
@@ -93,9 +91,10 @@ class Method:
     weights(Ĝ [k, k], p [k], config): a client's λ [k] on the simplex, once per optimizer step; Ĝ from `qp_matrix`.
     trainings(p [M]): a matrix [M, k] per local training of a client, whose rewards are scores @ it.
     learner: how a client learns (advantages, loss, what of it lasts), see `ppo.PPO`.
-    server_weights(vectors [C, M, d], prompts_held [C], server): the server's λ [M] on the simplex, once per round.
-        picked "before" the local updates, from the gradients at θ_t, it takes the place of `weights`; picked "after"
-        them, from θ_{c,i} − θ_t of M trainings, it says how much each counts.
+    server_weights(J [C, M, d], prompts_held [C], server): before the local updates, the server's λ [M] on the simplex
+        from all gradients at θ_t, in the place of `weights`.
+    server_mixing(updates [C, M, d], prompts_held [C], server): after them, its λ [M] on the simplex from θ_{c,i} − θ_t
+        of M local trainings: how much each counts.
     numbers(client, batch): named numbers that travel with the upload.
     aggregate(θ [d], uploads, server): the next θ.
     settings: the method's own, as a dataclass; its fields become flags. mixes: several runs, mixed afterwards (soups).
@@ -108,7 +107,7 @@ class Method:
     trainings: Callable[[Tensor], list[Tensor]] = lambda p: [torch.eye(len(p))]  # one, on every objective
     learner: Callable[..., PPO] = PPO
     server_weights: Callable[[Tensor, Tensor, Server], Tensor] | None = None
-    picked: Literal["before", "after"] | None = None
+    server_mixing: Callable[[Tensor, Tensor, Server], Tensor] | None = None
     numbers: Callable[[Client, Batch], dict[str, float]] = lambda client, batch: {}
     aggregate: Callable[[Tensor, Sequence[Upload], Server], Tensor] = fedavg.federated_average
     settings: Any = None
@@ -172,8 +171,11 @@ class Federation:
         self.policy, self.names, self.score, self.method, self.config = policy, list(names), score, method, config
         p = mgda.preference_vector(config.firm.preference, len(self.names))
         held = held or [range(len(p)) for _ in shares]
-        if method.server_weights and len(set(map(tuple, held))) > 1:
-            raise ValueError(f"objectives: {method.name}'s server needs them all of every client; give equal lists")
+        if len(set(map(tuple, held))) > 1 and (
+            method.server_weights or method.server_mixing or config.firm.diagnostics
+        ):
+            who = "diagnostics" if config.firm.diagnostics else f"{method.name}'s server"
+            raise ValueError(f"objectives: {who} cannot compare clients that hold unequal lists; give equal ones")
         learner = partial(method.learner, policy.hidden_size, config.ppo, policy.device)
         self.clients = [
             clients.make_client(c, prompts, objectives, p, method.trainings, learner)
@@ -201,10 +203,10 @@ class Federation:
         server.ledger.down({"theta": self.theta}, scalars=1)  # and κ
         responses = self.respond(cohort, clients.TRAINING)
         batches = self.prepare(cohort, responses)
-        if method.picked == "before":
+        if method.server_weights:
             J = torch.stack([c.gradients(self.policy, batch) for c, batch in zip(cohort, batches, strict=True)])
             lam = method.server_weights(J, fedavg.prompts_held(cohort), server)  # from J [C, M, d]
-            method = replace(method, weights=lambda Ghat, p, config: lam)
+            method = replace(method, weights=lambda *_: lam)
 
         updates, uploads = [], []
         for client, batch in zip(cohort, batches, strict=True):
@@ -216,21 +218,21 @@ class Federation:
         server.ledger.upload(uploads[0])
 
         accepted = fedavg.accept(uploads)
-        if method.picked == "after":
+        if method.server_mixing:
             moved = torch.stack([upload.thetas - self.theta for upload in accepted])  # [C, M, d]
-            server.mixing = method.server_weights(moved, fedavg.prompts_held(accepted), server)
+            server.mixing = method.server_mixing(moved, fedavg.prompts_held(accepted), server)
         self.theta = method.aggregate(self.theta, accepted, server)
         self.policy.adapter.assign(self.theta)
         seconds = time.perf_counter() - started
         record = Round(t, cohort, responses, updates, uploads, server.mixing, self.kl_coef, server.ledger, seconds)
 
         kl = float(np.mean([upload.kl for upload in accepted]))
-        self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(responses.rollout), config.ppo)
+        self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(accepted) * config.firm.batch_size, config.ppo)
         self.rounds_done += 1
         return record
 
     def respond(self, cohort: Sequence[Client], purpose: int) -> Responses:
-        """One response to every prompt of each client's batch, drawn in one batch from θ_t, and their raw rewards."""
+        """One response to every prompt of each client's batch, from the adapter as it stands, and their raw rewards."""
         size, seed = self.config.firm.batch_size, self.config.firm.seed
         streams = [stream(seed, purpose, self.rounds_done, client.index) for client in cohort]
         prompts = [p for client, rng in zip(cohort, streams, strict=True) for p in client.draw(size, rng)]
@@ -242,9 +244,6 @@ class Federation:
 
     def prepare(self, cohort: Sequence[Client], responses: Responses) -> list[Batch]:
         """Each client's batch at θ_t: calibrated scores of the objectives that it holds, log π_old, log π_ref."""
-        policy, scores = self.policy, self.calibration.apply(responses.raw)  # [N, M]
-        return [
-            ppo.prepare(policy, rollout, scores[rows][:, client.objectives], self.kl_coef, self.config.ppo)
-            for client, rows in zip(cohort, responses.rows, strict=True)
-            for rollout in [responses.rollout.rows(rows)]
-        ]
+        rollout, scores = responses.rollout, self.calibration.apply(responses.raw)  # [N, M]
+        own = [(rollout.rows(r), scores[r][:, c.objectives]) for c, r in zip(cohort, responses.rows, strict=True)]
+        return [ppo.prepare(self.policy, *rows, self.kl_coef, self.config.ppo) for rows in own]

@@ -172,7 +172,7 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base model exactly: this is π_ref."""
+        """Inside, no layer adds its adapter: this is π_ref, unless the weights are merged."""
         before = self.enabled
         try:
             for layer in self.layers.values():

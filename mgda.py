@@ -16,7 +16,7 @@ that is the paper's cure for "client disagreement drift".
         ‖λ − 1/M‖² = ‖λ‖² − 1/M on the simplex), β = 0 as the limit β → 0⁺ (the minimiser nearest p), the solver.
 
 What the guarantee is not: it is Euclidean and first-order. Adam preconditions the step, so common descent is not
-assured; `diagnostics.first_order_gain` measures what really happened. And β = 0.01 is small: with
+assured; every step logs `first_order_gain`, what it promises as taken. And β = 0.01 is small: with
 D = ‖g₁ − g₂‖² / tr G, M = 2 and away from the clip, β moves λ by the share β/(D + β) of its way to p. That is half the
 way at D = 0.01, gradients that nearly coincide, and 1 % of it at D = 1, orthogonal ones.
 

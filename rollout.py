@@ -1,9 +1,9 @@
 """From prompts to responses and their log-probabilities.
 
-Sampling (`sampler.py`) turns uniforms into tokens. A client's uniforms depend on (seed, round, client) alone, so its
-responses do not depend on who shares its batch, on early stops, or on a restart, except where a uniform lies within
-rounding of an edge of the CDF: hardly ever in float32, but in most longer responses in 16 bits, where another batch
-rounds otherwise; they then have the same distribution. [ours]
+Sampling (`sampler.py`) turns uniforms into tokens. A client draws its uniforms from a stream of its own
+(`clients.stream`), so its responses do not depend on who shares its batch, on early stops, or on a restart, except
+where a uniform lies within rounding of an edge of the CDF: hardly ever in float32, but in most longer responses in 16
+bits, where another batch rounds otherwise; they then have the same distribution. [ours]
 
     prompts   [N, P]  left-padded, so that every row's last prompt token stands at P − 1
     responses [N, L]  right-padded; mask [N, L] is 1 up to and including the first EOS, which is trained like any token
@@ -11,7 +11,7 @@ rounds otherwise; they then have the same distribution. [ours]
 
 Position ids come from the mask. Log-softmax runs in float32 and only over response positions: the backbone's hidden
 states first, then the output embedding, on the slice that is needed and a chunk of tokens at a time (`TokenLogProbs`).
-Only sampling is cohort-wide; a client's log-probs run on its own rows, cut to its own width and to micro-batches, for
+Sampling is cohort-wide; a client's log-probs run on its own rows, cut to its own width and to micro-batches, for
 π_old and π_new alike. All this rests on a model that gives a row the same log-probs however it is computed; one that
 does not is found out when its policy is made (`unfit`), and refused.
 """

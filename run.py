@@ -61,7 +61,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
             lines = do_rounds(session, before, out, title)
         after = session.evaluate("trained model")
     except BaseException:
-        say(f"\n{federation.rounds_done} rounds are kept; python run.py --resume {out} goes on from there")
+        say(f"\nwhat is done is kept; python run.py --resume {out} goes on from there")
         raise
 
     session.policy.adapter.save(out / "adapter", session.base_model)
@@ -110,7 +110,7 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
     shown = {"desc": title or "round", "disable": not session.progress, "dynamic_ncols": True}
     with tqdm(range(done, rounds), initial=done, total=rounds, **shown) as bar:
         for _ in bar:
-            record = federation.round()
+            record = federation.round()  # holds every client's batch and, with --diagnostics, gradients
             lines.append(metrics.line(record, session.names, session.policy.adapter))
             if session.config.firm.diagnostics:
                 from evidence import diagnostics  # here, so that nothing that trains knows of it
@@ -122,6 +122,7 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(lines[-1]) + "\n")
             session.save(out / "checkpoint", before)
+            del record  # before the next round makes its own
             bar.set_postfix_str(report.progress_line(lines[-1], session.names))
     return lines
 

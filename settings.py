@@ -24,7 +24,7 @@ from lora import LoRAConfig
 from ppo import PPOConfig
 from rollout import RolloutConfig
 
-METHODS: dict[str, Method] = {  # the one registry: help, sweeps, experiments, pictures and tests all walk it
+METHODS: dict[str, Method] = {  # the one registry: flags, help, sweeps, pictures, experiments, tests
     method.name: method
     for method in (firm.FIRM, firm.MGDA, firm.LINEAR, baselines.MORLHF, baselines.FSMGDA, baselines.FEDCMOO,
                    baselines.SOUPS)

@@ -21,7 +21,6 @@ def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[st
         tensors |= {f"{prefix}{name}": t for name, t in training.state().items()}
     values = {"rounds_done": federation.rounds_done, "kl_coef": federation.kl_coef, "shape": shape(federation)}
     values["calibration"] = federation.calibration.to_dict() if federation.calibration else None
-    values["on_cpu"] = [name for name, t in federation.server_state.items() if t.device.type == "cpu"]
     return tensors, values
 
 
@@ -38,7 +37,8 @@ def shape(federation: Federation) -> list[int]:
 
 
 def restore_federation(federation: Federation, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Take back what `federation_state` gave, each tensor on the device where it was: the CPU, or the policy's.
+    """Take back what `federation_state` gave. What the server remembers in θ's length goes where θ is, the rest, a few
+    float64 numbers, stays on the CPU.
 
     Raises ValueError where the checkpoint is of another federation.
     """
@@ -49,10 +49,10 @@ def restore_federation(federation: Federation, tensors: dict[str, Tensor], value
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     device, server = federation.policy.device, under("server.")
-    on_cpu = values.get("on_cpu", server)  # all of it in checkpoints that do not say
     federation.theta = tensors["theta"].to(device)
     federation.rounds_done, federation.kl_coef = values["rounds_done"], values["kl_coef"]
-    federation.server_state = {name: t if name in on_cpu else t.to(device) for name, t in server.items()}
+    long = federation.theta.shape
+    federation.server_state = {name: t.to(device) if t.shape[-1:] == long else t for name, t in server.items()}
     calibration = values["calibration"]
     federation.calibration = Calibration.from_dict(calibration) if calibration else None
     for prefix, training in trainings(federation):

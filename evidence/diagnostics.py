@@ -78,12 +78,8 @@ def observe(record: Round) -> tuple[dict[str, float], dict[str, Tensor]]:
     steps [C, trainings, K, k, k]   the Gram matrix JJᵀ of every optimizer step, as it is
     start [C, 2, l, C, 2, l]        of the half-batch gradients at θ_t of all clients and their l = trainings · k losses
     weights [C]                     prompts held, 0 for a rejected client
-    Raises ValueError where clients hold unequal lists of objectives.
+    Clients must hold equal lists of objectives; `Federation` refuses others with diagnostics.
     """
-    if len({tuple(client.objectives) for client in record.cohort}) > 1:
-        raise ValueError(
-            "diagnostics: clients hold unequal objectives, whose gradients cannot be compared; leave it out"
-        )
     weights = prompts_held(record.uploads) * torch.tensor([upload.finite for upload in record.uploads])
     halves = [torch.cat([update.halves for update in of_client], 1) for of_client in record.updates]  # [2, l, d] each
     shape = (len(halves), *halves[0].shape[:2])  # C, 2, l

@@ -70,7 +70,7 @@ def test_fsmgda_trains_on_each_objective_alone():
 def fsmgda_server(theta, thetas, held, lr=1.0):
     """FSMGDA's server on uploads thetas [C, M, d]: the next θ and λ."""
     server = Server(lr, {}, np.random.default_rng(0))
-    server.mixing = FSMGDA.server_weights(thetas - theta, torch.tensor(held), server)
+    server.mixing = FSMGDA.server_mixing(thetas - theta, torch.tensor(held), server)
     uploads = [Upload(of_client, n, 0.0) for of_client, n in zip(thetas, held, strict=True)]
     return FSMGDA.aggregate(theta, uploads, server), server.mixing
 
@@ -161,7 +161,7 @@ def matrices(C=4, M=3, d=30, residual=1.0):
 def combined(A, low_rank, S):
     terms = [baselines.gram_terms(*pair, S) for pair in zip(A, low_rank, strict=True)]
     known, residual = (torch.stack(parts) for parts in zip(*terms, strict=True))
-    return baselines.combine(known, residual, float(low_rank.square().sum()))
+    return baselines.mean_gram(known, residual, float(low_rank.square().sum()))
 
 
 def test_with_nothing_left_out_the_clients_terms_add_up_to_the_exact_gram():

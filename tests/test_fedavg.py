@@ -41,6 +41,11 @@ def test_nan_and_infinite_uploads_are_not_accepted():
     assert fedavg.accept(uploads) == uploads[:1]
 
 
+@pytest.mark.parametrize("numbers", [{"kl": float("nan")}, {"numbers": {"accuracy": float("inf")}}])
+def test_an_upload_with_any_number_that_is_not_finite_is_not_accepted(numbers):
+    assert not Upload(**{"thetas": torch.zeros(1, 2), "prompts_held": 1, "kl": 0.0, **numbers}).finite
+
+
 def test_a_named_number_in_an_upload_is_on_the_bill():
     bills = []
     for numbers in ({}, {"accuracy": 0.5, "share": 0.25}):

@@ -275,7 +275,7 @@ def test_a_cross_gram_of_a_single_row_is_refused_by_name():
 def several(*columns):
     """Firm with these rewards per local training, each counting the same."""
     equal = lambda updates, held, server: torch.full((len(columns),), 1 / len(columns), dtype=torch.float64)  # noqa: E731
-    return replace(FIRM, trainings=lambda p: list(columns), server_weights=equal, picked="after")
+    return replace(FIRM, trainings=lambda p: list(columns), server_mixing=equal)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adam-keep"])
@@ -458,7 +458,7 @@ def test_gradients_at_theta_t_are_taken_only_for_a_server_that_asks(method):
         asked = []
         patch.setattr(clients.Client, "gradients", lambda client, *_: asked.append(client) or torch.ones(2, 5))
         federation(method=method, ppo={"epochs": 1}).round()
-    assert bool(asked) == (method.picked == "before")
+    assert bool(asked) == bool(method.server_weights)
 
 
 def test_a_methods_own_numbers_are_in_the_upload_and_on_the_bill():
@@ -518,13 +518,13 @@ def test_a_client_whose_objectives_all_have_weight_zero_is_refused():
 @pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
 def test_unequal_objectives_are_refused_by_the_methods_whose_server_needs_them_all(method):
     held = [[0], [1], [0, 1]]
-    if method.server_weights:
-        with pytest.raises(ValueError, match=f"{method.name}'s server needs them all"):
+    if method.server_weights or method.server_mixing:
+        with pytest.raises(ValueError, match=f"{method.name}'s server cannot compare"):
             federation(method=method, held=held)
     else:
         assert torch.isfinite(torch.tensor(federation(method=method, held=held).round()["lambda/even"]))
 
 
 def test_diagnostics_of_unequal_objectives_are_refused():
-    with pytest.raises(ValueError, match="diagnostics"):
-        federation(held=[[0], [1], [0, 1]], diagnostics=True).round()
+    with pytest.raises(ValueError, match="diagnostics cannot compare"):
+        federation(held=[[0], [1], [0, 1]], diagnostics=True)

@@ -255,9 +255,10 @@ def test_a_federation_goes_on_from_its_checkpoint(gpu, method):
     assert (whole.theta - resumed.theta).abs().mean() <= 1e-5  # a step moves a number by 1e-2
 
 
-def test_what_the_server_remembers_comes_back_to_where_it_was(gpu):
-    whole, resumed = federation(device=gpu), federation(device=gpu)
-    whole.server_state = {"momentum": torch.ones(3, device=gpu), "lambda": torch.ones(2)}
+@pytest.mark.parametrize("saved_on", ["gpu", "cpu"])
+def test_what_the_server_remembers_comes_back_to_where_it_is_used(gpu, saved_on):
+    whole, resumed = federation(device=gpu if saved_on == "gpu" else "cpu"), federation(device=gpu)
+    whole.server_state = {"momentum": torch.ones_like(whole.theta), "lambda": torch.ones(2)}
     tensors, values = federation_state(whole)
     restore_federation(resumed, {name: tensor.cpu().clone() for name, tensor in tensors.items()}, values)
     devices = {name: tensor.device.type for name, tensor in resumed.server_state.items()}

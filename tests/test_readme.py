@@ -72,8 +72,9 @@ def test_the_readmes_table_of_methods_is_the_registry():
 def test_the_readme_says_of_every_method_whether_and_when_the_server_picks_lambda():
     for name, _, who, *_ in table(README, "method"):
         method = METHODS[name.strip("`")]
-        assert who.startswith("the server") == (method.server_weights is not None)
-        assert method.picked is None or f"{method.picked} the local runs" in who
+        picks = {"before": method.server_weights, "after": method.server_mixing}
+        assert who.startswith("the server") == any(picks.values())
+        assert all(f"{when} the local runs" in who for when, part in picks.items() if part)
 
 
 def test_the_readme_names_every_module_and_every_folder_of_code():
