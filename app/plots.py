@@ -146,7 +146,7 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     ], out / "rewards.png")  # fmt: skip
     panels([
         Panel("round", "λ, mean over clients", "Weights of the objectives", weights, limits=(-0.02, 1.02)),
-        Panel("round", "mean ‖λ_c − λ̄‖", "Disagreement between clients", apart, limits=(0.0, None)),
+        Panel("round", "mean distance from λ̄", "Disagreement between clients", apart, limits=(0.0, None)),
     ], out / "weights.png")  # fmt: skip
 
 
