@@ -129,6 +129,23 @@ class Client:
         return Upload(thetas, self.prompts_held, float(ppo.sequence_kl(batch).mean()), numbers)
 
 
+def check_held(held: Sequence[Sequence[int]], names: Sequence[str], compared_by: str | None) -> None:
+    """Raise ValueError unless every client holds some of the objectives, each once, and every objective is held.
+
+    compared_by: who needs the same list of all clients, if anybody.
+    """
+    for client, own in enumerate(held):
+        if not own or len(set(own)) < len(own) or not set(own) <= set(range(len(names))):
+            raise ValueError(
+                f"objectives: client {client} holds {list(own)}; give numbers below {len(names)}, each once"
+            )
+    for j, name in enumerate(names):
+        if not any(j in own for own in held):
+            raise ValueError(f"objectives: no client holds {name}; leave it out")
+    if compared_by and len(set(map(tuple, held))) > 1:
+        raise ValueError(f"objectives: {compared_by} cannot compare clients that hold unequal lists; give equal ones")
+
+
 def make_client(
     index: int, prompts: Sequence[Any], objectives: Sequence[int], p: Tensor,
     trainings: Callable[[Tensor], list[Tensor]], learner: Callable[[int], PPO],

@@ -83,7 +83,14 @@ def prompts_held(clients: Sequence[Any]) -> Tensor:
 
 
 def mean_update(theta: Tensor, uploads: Sequence[Upload], mixing: Tensor) -> Tensor:
-    """Σ_c w_c Σ_i m_i (θ_{c,i} − θ) [d]; theta [d], mixing m [trainings]: how much each local training counts."""
+    """Σ_c w_c Σ_i m_i (θ_{c,i} − θ) [d]; theta [d], mixing m [trainings]: how much each local training counts.
+
+    Raises ValueError where a client uploads another number of adapters.
+    """
+    if any(len(upload.thetas) != len(mixing) for upload in uploads):
+        raise ValueError(
+            f"mean_update: uploads of {[len(u.thetas) for u in uploads]} adapters for {len(mixing)} shares"
+        )
     updates = [torch.einsum("i,id->d", mixing.to(upload.thetas), upload.thetas - theta) for upload in uploads]
     return average(torch.stack(updates), prompts_held(uploads))
 

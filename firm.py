@@ -89,7 +89,7 @@ class Method:
     """A federated multi-objective method: swappable parts on one engine. The defaults are FIRM's.
 
     weights(Ĝ [k, k], p [k], config): a client's λ [k] on the simplex, once per optimizer step; Ĝ from `qp_matrix`.
-    trainings(p [M]): a matrix [M, k] per local training of a client, whose rewards are scores @ it.
+    trainings(p [M]): a matrix [M, k] per local training of a client, whose rewards are scores @ it; one k for all.
     learner: how a client learns (advantages, loss, what of it lasts), see `ppo.PPO`.
     server_weights(J [C, M, d], prompts_held [C], server): before the local updates, the server's λ [M] on the simplex
         from all gradients at θ_t, in the place of `weights`.
@@ -160,7 +160,7 @@ class Federation:
     """The server and its clients, simulated in one process. `round` is Algorithm 1's outer loop body.
 
     shares: each client's prompts; held: the numbers of each client's objectives, all of them where not given.
-    score(prompts, rollout, clients) gives raw rewards [N, M], see `rewards.score`; nothing here knows of texts.
+    score(prompts, rollout, holdings) gives raw rewards [N, M], see `rewards.score`; nothing here knows of texts.
     State: theta [d], kl_coef, calibration, rounds_done, server_state, the clients' trainings (app/checkpoint.py).
     """
 
@@ -171,11 +171,8 @@ class Federation:
         self.policy, self.names, self.score, self.method, self.config = policy, list(names), score, method, config
         p = mgda.preference_vector(config.firm.preference, len(self.names))
         held = held or [range(len(p)) for _ in shares]
-        if len(set(map(tuple, held))) > 1 and (
-            method.server_weights or method.server_mixing or config.firm.diagnostics
-        ):
-            who = "diagnostics" if config.firm.diagnostics else f"{method.name}'s server"
-            raise ValueError(f"objectives: {who} cannot compare clients that hold unequal lists; give equal ones")
+        server = f"{method.name}'s server" if method.server_weights or method.server_mixing else None
+        clients.check_held(held, self.names, "diagnostics" if config.firm.diagnostics else server)
         learner = partial(method.learner, policy.hidden_size, config.ppo, policy.device)
         self.clients = [
             clients.make_client(c, prompts, objectives, p, method.trainings, learner)

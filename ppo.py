@@ -173,8 +173,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 class PPO:
     """How a client learns: its critic, the advantages, the loss, and what of all that lasts from round to round.
 
-    Another learner (groups of responses, say) has the same `config` and five methods; only `advantages` may depend on
-    the past.
+    Another learner (groups of responses, say) has the same `config` and five methods. `advantages` may depend on the
+    past but leaves no trace: a server that picks λ from gradients has it called twice in a round.
     """
 
     def __init__(self, hidden_size: int, config: PPOConfig, device: torch.device | str, k: int) -> None:

@@ -264,18 +264,18 @@ def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size:
 
 def score(
     objectives: list[Objective], prompts: list[Prompt], completions: list[str], completion_ids: list[list[int]],
-    clients: Sequence[tuple[slice, Sequence[int]]] | None = None,
+    holdings: Sequence[tuple[slice, Sequence[int]]] | None = None,
 ) -> Tensor:  # fmt: skip
     """Raw rewards [N, M] in float64 of N completions, each with its prompt; NaN where a client lacks the objective.
 
-    clients: the rows of each client, and the indices of the objectives it holds; None: one client that holds all.
+    holdings: the rows of each client, and the indices of the objectives it holds; None: one client that holds all.
     A function is called once for every client that holds it, a `cohort` objective once for all of them.
 
     Raises ValueError naming the objective, and the prompt, for anything but one finite number a completion;
     ObjectiveFailed where a function raises.
     """
-    if clients is None:
-        clients = [(slice(None), range(len(objectives)))]
+    if holdings is None:
+        holdings = [(slice(None), range(len(objectives)))]
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)  # the same for every client
     given = {name: [prompt.columns.get(name) for prompt in prompts] for name in names} | {
         "prompts": [prompt.text for prompt in prompts],
@@ -286,7 +286,7 @@ def score(
     }
     scores = torch.full((len(prompts), len(objectives)), math.nan, dtype=torch.float64)
     for j, objective in enumerate(objectives):
-        calls = [range(len(prompts))[rows] for rows, held in clients if j in held]
+        calls = [range(len(prompts))[rows] for rows, held in holdings if j in held]
         if objective.cohort and calls:
             calls = [[i for rows in calls for i in rows]]
         for rows in calls:

@@ -4,7 +4,7 @@
     python run.py --preset tinyllama                         the paper's setup on one GPU
     python run.py --model DIR --prompts FILE --objectives hf:DIR hf:DIR --out runs/mine
     python run.py --resume runs/firm-tiny                    go on after a crash, same result
-    python run.py --sweep 0.1 0.3 0.5 0.7 0.9                a run per preference, the trade-off as a picture (sweep.py)
+    python run.py --sweep 0.1 0.3 0.5 0.7 0.9                a run per preference: the trade-off (app/sweep.py)
     python run.py --compare firm linear morlhf soups         methods side by side; with --sweep at every preference
 
 Every setting is a flag (settings.py). `train(config)` is the whole run as a function: prepare (all that can

@@ -6,6 +6,7 @@ and its name is unique. A preset is a set of plain overrides of the defaults. Ba
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -94,7 +95,7 @@ SETTINGS = {  # the dataclasses whose fields are flags
     "run": RunConfig, "rollout": RolloutConfig, "data": DataConfig, "firm": FIRMConfig, "client": ClientConfig,
     "ppo": PPOConfig, "lora": LoRAConfig, **OWN_SETTINGS,
 }  # fmt: skip
-REMOVED = {"entropy_coef"}  # settings that older versions wrote into config.json
+REMOVED = {"entropy_coef": 0.0}  # settings that older versions wrote into config.json, and their neutral value
 
 
 @dataclass
@@ -121,8 +122,7 @@ class Config(TrainingConfig):
     @property
     def front_is_known(self) -> bool:
         """Whether this is the embedded world with its own two objectives, whose exact Pareto front is known."""
-        specs = [spec.replace("worlds/", "") for spec in self.run.objectives]  # older runs have it without
-        return not self.rollout.model and specs == ["py:toy.py:helpful", "py:toy.py:harmless"]
+        return not self.rollout.model and self.run.objectives == PRESETS["tiny"]["objectives"]
 
     def flat(self) -> dict[str, Any]:
         """Every field by its own name; names are unique."""
@@ -131,14 +131,20 @@ class Config(TrainingConfig):
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `flat`. A field that did not exist when the values were written takes its default, one that
-        has been removed since is left out with a line. Raises ValueError for an unknown one.
+        """The inverse of `flat`. A field that did not exist when the values were written takes its default; one that
+        has been removed since is left out with a line. Raises ValueError for an unknown one, and for a removed one
+        that had an effect.
         """
         known = {f.name for group in SETTINGS.values() for f in fields(group)}
         for name in sorted(values.keys() - known):
             if name not in REMOVED:
                 raise ValueError(f"config: unknown setting {name!r}; was it written by a newer version?")
-            print(f"note: the setting {name} does not exist any more and is left out")
+            if values[name] != REMOVED[name]:
+                raise ValueError(f"config: {name} {values[name]} does not exist any more; go on with an older version")
+            print(f"note: the setting {name} does not exist any more and is left out; it had no effect")
+        if "objectives" in values:  # the embedded world lay at the root once
+            moved = [re.sub(r"py:toy\.py:", "py:worlds/toy.py:", spec) for spec in values["objectives"]]
+            values = values | {"objectives": moved}
         return cls.of(
             {
                 name: group(**{f.name: values[f.name] for f in fields(group) if f.name in values})

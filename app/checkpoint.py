@@ -16,10 +16,12 @@ from rewards import Calibration
 
 def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All that changes in a federation: tensors by dotted names, and JSON values."""
-    tensors = {"theta": federation.theta} | {f"server.{name}": t for name, t in federation.server_state.items()}
+    server = {f"server.{name}": t.clone() for name, t in federation.server_state.items()}  # it may be θ itself
+    tensors = {"theta": federation.theta} | server
     for prefix, training in trainings(federation):
         tensors |= {f"{prefix}{name}": t for name, t in training.state().items()}
     values = {"rounds_done": federation.rounds_done, "kl_coef": federation.kl_coef, "shape": shape(federation)}
+    values |= {"method": federation.method.name, "held": [client.objectives for client in federation.clients]}
     values["calibration"] = federation.calibration.to_dict() if federation.calibration else None
     return tensors, values
 
@@ -42,7 +44,11 @@ def restore_federation(federation: Federation, tensors: dict[str, Tensor], value
 
     Raises ValueError where the checkpoint is of another federation.
     """
-    if tensors["theta"].shape != federation.theta.shape or values["shape"] != shape(federation):
+    _, own = federation_state(federation)
+    same = all(
+        values.get(key, own[key]) == own[key] for key in ("shape", "method", "held")
+    )  # older ones have no method
+    if tensors["theta"].shape != federation.theta.shape or not same:
         raise ValueError("resume: the checkpoint is of another federation; resume with its own settings")
 
     def under(prefix: str) -> dict[str, Tensor]:

@@ -1,15 +1,17 @@
 """What a round leaves in metrics.jsonl: one flat line of figures, made from its record (`clients.Round`). [ours]
 
 A figure of one objective is `KIND/NAME`; no other figure begins with one of these kinds and a slash, but for
-`lambda/disagreement` (so that no objective may have that name). Nothing here is read by what trains, and nothing is
+`lambda/disagreement` (so that no objective may have that name); a figure of a loss on several objectives joins their
+names by +, which no name has. Nothing here is read by what trains, and nothing is
 sent: a server that wanted these figures would have to ask for more than an upload.
 
 Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients by
-the prompts they hold; it and dispersion leave rejected clients out. `kl_weight` is κ Σ_j λ_j / max(σ_j, 0.1): what the
-KL weighs in a step after whitening. A method is measured by its own losses: `first_order_gain` of morlhf and fsmgda is
-that of a local training's own loss.
+the prompts they hold; it and dispersion leave rejected clients out. `kl` is the whole cohort's; κ adapts to that of the
+accepted clients. `kl_weight` is κ Σ_j λ_j / max(σ_j, 0.1): what the KL weighs in a step after whitening. A method is
+measured by its own losses: `first_order_gain` of morlhf and fsmgda is that of a local training's own loss.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -112,7 +114,8 @@ def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, flo
     metrics["kl_weight"] = record.kl_coef * float(np.mean(weighed))
     for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
         metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
-    metrics["cosine"] = float(np.mean([mean_cosine(step.gram) for step in steps]))
+    cosines = [mean_cosine(step.gram) for step in steps if len(step.gram) > 1]  # where there is a pair
+    metrics["cosine"] = float(np.mean(cosines)) if cosines else math.nan
     metrics["logp_gap"] = float(np.mean([update.batch.logp_gap() for update in updates]))
     metrics |= by_loss(record, names)
     metrics["ended"] = float(rollout.ended.double().mean())

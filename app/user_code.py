@@ -14,8 +14,11 @@ from pathlib import Path
 from types import ModuleType
 
 
-class ObjectiveFailed(RuntimeError):
-    """A user's function raised; the message names the objective, the error and the line, the cause has it all."""
+class ObjectiveFailed(Exception):  # noqa: N818
+    """A user's function raised; the message names the objective, the error and the line, the cause has it all.
+
+    It is no RuntimeError, since contextlib would take one that a StopIteration caused for Python's own.
+    """
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def user_errors(name: str, spec: str) -> Iterator[None]:
     """Within, a user's code runs: what it raises, be it anything, becomes the cause of an ObjectiveFailed."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ObjectiveFailed(

@@ -178,15 +178,60 @@ def test_the_kl_coefficient_adapts_after_the_round_and_serves_the_next():
     assert {update.batch.kl_coef for (update,) in built.record.updates} == {0.5 * (1 - 0.2 * 0.18)}
 
 
-def test_the_kl_coefficient_adapts_to_the_clients_that_were_accepted():
-    settings = {"kl_coef": 0.5, "kl_target": 1.0, "kl_horizon": 100}
-    built = federation(ppo=settings)
-    built.round()
-    before = built.kl_coef
-    with broken_clients(0):
+def test_the_kl_coefficient_adapts_to_the_clients_that_were_accepted_and_to_their_responses():
+    def last_two(kl_target):
+        built = federation(ppo={"kl_coef": 0.5, "kl_target": kl_target, "kl_horizon": 100})
         built.round()
-    kl = np.mean([upload.kl for upload in built.record.uploads[1:]])
-    assert built.kl_coef == pytest.approx(ppo.adapt_kl(before, kl, 12, built.config.ppo), rel=1e-12)
+        before = built.kl_coef
+        with broken_clients(0):
+            line = built.round()
+        return built, before, line
+
+    _, _, line = last_two(1.0)
+    built, before, line = last_two(line["kl"])  # so that the error is not clipped
+    every, kept = (np.mean([upload.kl for upload in uploads])
+                   for uploads in (built.record.uploads, built.record.uploads[1:]))  # fmt: skip
+    expected, wrong = (ppo.adapt_kl(before, kl, 12, built.config.ppo) for kl in (kept, every))
+    assert built.kl_coef == pytest.approx(expected, rel=1e-12) and abs(expected - wrong) > 1e-4
+    assert line["kl"] == pytest.approx(every) and line["kl_coef"] == before  # what is logged
+
+
+def test_every_round_samples_its_clients_anew():
+    built = federation(clients=5, clients_per_round=2)
+    cohorts = []
+    for _ in range(4):
+        built.round()
+        cohorts.append(tuple(client.index for client in built.record.cohort))
+    assert len(set(cohorts)) > 1
+
+
+def server_calls(method, part, **settings):
+    """Two rounds of a method: what this part of its server was called with, and the federation."""
+    calls, real = [], getattr(method, part)
+    watched = lambda vectors, held, server: calls.append((held, server.rng)) or real(vectors, held, server)  # noqa: E731
+    built = federation(method=replace(method, **{part: watched}), **settings)
+    with broken_clients(*([0] if part == "server_mixing" else [])):
+        built.round()
+        held = [client.prompts_held for client in built.record.cohort]
+        built.round()
+    return calls, held, built
+
+
+def test_a_server_that_picks_lambda_from_gradients_weighs_the_clients_it_sampled():
+    calls, held, built = server_calls(FEDCMOO, "server_weights", clients=5, clients_per_round=2)
+    assert calls[0][0].tolist() == held and held != [c.prompts_held for c in built.clients[:2]]
+
+
+def test_a_server_draws_anew_in_every_round():
+    draws = []
+    for _, rng in server_calls(FEDCMOO, "server_weights")[0]:
+        draws.append(rng.random())
+    assert len(set(draws)) == 2
+
+
+def test_a_server_that_mixes_updates_weighs_the_clients_it_accepted():
+    calls, held, _ = server_calls(FSMGDA, "server_mixing")
+    assert calls[0][0].tolist() == held[1:]
 
 
 def test_every_round_and_client_draws_anew():

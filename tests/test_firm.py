@@ -516,8 +516,8 @@ def test_a_client_whose_objectives_all_have_weight_zero_is_refused():
 
 
 @pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
-def test_unequal_objectives_are_refused_by_the_methods_whose_server_needs_them_all(method):
-    held = [[0], [1], [0, 1]]
+@pytest.mark.parametrize("held", [[[0], [1], [0, 1]], [[0], [1], [0]]])
+def test_unequal_objectives_are_refused_by_the_methods_whose_server_needs_them_all(method, held):
     if method.server_weights or method.server_mixing:
         with pytest.raises(ValueError, match=f"{method.name}'s server cannot compare"):
             federation(method=method, held=held)
@@ -528,3 +528,48 @@ def test_unequal_objectives_are_refused_by_the_methods_whose_server_needs_them_a
 def test_diagnostics_of_unequal_objectives_are_refused():
     with pytest.raises(ValueError, match="diagnostics cannot compare"):
         federation(held=[[0], [1], [0, 1]], diagnostics=True)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [([[-1], [0], [1]], "client 0 holds"), ([[0, 0], [1], [1]], "client 0 holds"), ([[5], [0], [1]], "client 0 holds"),
+     ([[], [0], [1]], "client 0 holds"), ([[0], [0], [0]], "no client holds low")],
+)  # fmt: skip
+def test_lists_of_objectives_that_make_no_sense_are_refused_by_name(held, message):
+    with pytest.raises(ValueError, match=message):
+        federation(held=held)
+
+
+def test_one_client_with_a_single_objective_leaves_the_others_their_cosine():
+    assert -1.0 <= federation(held=[[0], [0, 1], [0, 1]]).round()["cosine"] <= 1.0
+
+
+def test_several_trainings_need_a_server_that_mixes_them():
+    method = replace(several(*torch.eye(2).split(1, dim=1)), server_mixing=None)
+    with pytest.raises(ValueError, match="2 adapters for 1 shares|adapters for 1 shares"):
+        federation(method=method).round()
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [({}, {"method": MGDA}), ({"method": fedcmoo(iterations=5)}, {"method": LINEAR}),
+     ({"held": [[0], [1], [0, 1]]}, {"held": [[1], [0], [0, 1]]})],
+)  # fmt: skip
+def test_a_checkpoint_of_another_method_or_of_other_holdings_is_refused(saved, resumed):
+    with pytest.raises(ValueError, match="another federation"):
+        restore_federation(federation(**resumed), *federation_state(federation(**saved)))
+
+
+def test_a_server_may_remember_the_adapter_that_it_returns():
+    def remember(theta, uploads, server):
+        server.state["last"] = FIRM.aggregate(theta, uploads, server)
+        return server.state["last"]
+
+    built = federation(method=replace(FIRM, aggregate=remember))
+    built.round()
+    assert "server.last" in safetensors.torch.load(safetensors.torch.save(federation_state(built)[0]))
+
+
+def test_the_download_bills_the_adapter_and_the_kl_coefficient():
+    line = federation().round()
+    assert (line["download/payload"], line["download/scalars"]) == (4 * len(federation().theta), 8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rewards
+from app.user_code import ObjectiveFailed
 from data import Prompt
 from rewards import RULES, Calibration, Objective, calibration_sums, combine, load_objectives, parse_spec, score
 
@@ -178,13 +179,20 @@ def test_a_function_that_cannot_be_called_is_refused_at_once(tmp_path, monkeypat
 def test_what_a_users_code_raises_surfaces_with_the_objectives_name(tmp_path, monkeypatch):
     user_file(tmp_path, monkeypatch, "1 / 0\n")
     for _ in range(2):  # a file that failed is not taken for imported
-        with pytest.raises(RuntimeError, match="objective 'f' .*ZeroDivisionError") as caught:
+        with pytest.raises(ObjectiveFailed, match="objective 'f' .*ZeroDivisionError") as caught:
             load_objectives(["py:mine.py:f"])
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
     Path("mine.py").write_text("def f(**columns):\n    return columns['nope']\n")
-    with pytest.raises(RuntimeError, match="objective 'f' .*KeyError: 'nope'") as caught:
+    with pytest.raises(ObjectiveFailed, match="objective 'f' .*KeyError: 'nope'") as caught:
         score(load_objectives(["py:mine.py:f"]), make_prompts({}), ["a"], [[1]])
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("code", ["next(x for x in ())", "sys.exit(0)"])
+def test_a_function_that_stops_the_loop_or_the_program_has_failed_too(tmp_path, monkeypatch, code):
+    user_file(tmp_path, monkeypatch, f"import sys\ndef f(**columns):\n    {code}\n")
+    with pytest.raises(ObjectiveFailed, match="objective 'f' .*(StopIteration|SystemExit)"):
+        score(load_objectives(["py:mine.py:f"]), make_prompts({}), ["a"], [[1]])
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------
@@ -204,7 +212,7 @@ def test_the_wrong_number_of_rewards_is_refused():
 
 
 def test_rewards_that_are_no_list_fail_by_the_objectives_name():
-    with pytest.raises(RuntimeError, match="objective 'mine' .*TypeError"):
+    with pytest.raises(ObjectiveFailed, match="objective 'mine' .*TypeError"):
         score(returning(3.0), make_prompts({}), ["a"], [[1]])
 
 

@@ -302,9 +302,11 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(finished, 
 
 
 def test_a_setting_that_was_removed_since_is_left_out_with_a_line(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("settings.REMOVED", frozenset({"momentum"}))
-    assert run.main(["--resume", str(edited_copy(finished, tmp_path / "old", momentum=0.9))]) == 0
+    monkeypatch.setattr("settings.REMOVED", {"momentum": 0.0})
+    assert run.main(["--resume", str(edited_copy(finished, tmp_path / "old", momentum=0.0))]) == 0
     assert "momentum does not exist any more" in capsys.readouterr().out
+    out = edited_copy(finished, tmp_path / "other", momentum=0.9)
+    assert "momentum 0.9 does not exist any more" in refused(capsys, ["--resume", str(out)])
 
 
 def test_a_setting_that_nobody_knows_is_refused_by_name(finished, tmp_path, capsys):
@@ -447,6 +449,12 @@ def test_a_sampler_that_draws_from_another_policy_is_reported(world, tmp_path, m
     monkeypatch.setattr(Policy, "sample", shifted)
     assert run.main(command(world, rounds=1, out=tmp_path / "shifted")) == 0
     assert "differ by up to 0.2 nats" in capsys.readouterr().out
+
+
+def test_objectives_of_the_embedded_world_are_found_where_older_runs_name_them():
+    older = {"objectives": ["py:toy.py:helpful", "short=py:toy.py:twin", "py:my/toy.py:own"]}
+    moved = ["py:worlds/toy.py:helpful", "short=py:worlds/toy.py:twin", "py:my/toy.py:own"]
+    assert Config.from_flat(older).run.objectives == moved
 
 
 def test_a_flag_overrides_its_preset():
