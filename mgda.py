@@ -236,12 +236,3 @@ def _limit(Ghat: Tensor, p: Tensor, lam: Tensor, length: Tensor) -> Tensor:
     nearest[nearest <= FLAT] = 0.0
     rise = nearest @ Ghat @ nearest - lam @ Ghat @ lam  # Ĝ looks flat between near twins; the shorter is better still
     return nearest if rise <= 1e-12 * (length @ nearest) ** 2 else lam
-
-
-def pareto_stationarity(Ghat: Tensor) -> float:
-    """min over the simplex of λᵀĜλ = ‖Jᵀλ‖² / Σ‖g_j‖² ∈ [0, 1/M]; 0 exactly where no common descent exists.
-
-    Ghat [M, M] trace-normalised. An upper bound on noisy gradients, since it minimises over the noise as well. [ours]
-    """
-    lam = solve(Ghat, 0.0)
-    return float(lam @ Ghat.double() @ lam)

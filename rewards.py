@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from app.user_code import ObjectiveFailed, load_function, user_errors  # noqa: F401 - for run.py
+from app.user_code import load_function, user_errors
 from data import REPLY, Prompt, to_messages
 
 # ---- rules ---------------------------------------------------------------------------------------------------

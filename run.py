@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import rewards
 from app import metrics, plots, report, sweep
 from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
 from app.stopwatch import Stopwatch, peak_memory
+from app.user_code import ObjectiveFailed
 from settings import Config, parse
 from worlds import toy
 
@@ -44,7 +44,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     """One whole run. Returns what summary.json holds. With a title, all it shows is a bar of that name.
 
     Raises ValueError on bad input before any long work, and during the run for rewards that are not finite numbers and
-    updates that have diverged; rewards.ObjectiveFailed where a user's function raises.
+    updates that have diverged; ObjectiveFailed where a user's function raises.
     """
     started = time.perf_counter()
     say = print if progress and not title else lambda *_: None
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sweep.sweep(config, preferences, methods, train)
         else:
             train(config, resume)
-    except (ValueError, rewards.ObjectiveFailed) as error:
+    except (ValueError, ObjectiveFailed) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
