@@ -82,11 +82,11 @@ def min_norm_of_updates(updates: Tensor, prompts_held: Tensor, server: Server) -
 
 MORLHF = replace(LINEAR, name="morlhf", help="the one reward Σ p_j R_j", trainings=scalarised)
 FSMGDA = replace(
-    LINEAR, name="fsmgda", help="a training per objective; server-side min-norm of the updates", takes_preference=False,
+    LINEAR, name="fsmgda", help="a training per objective, server-side min-norm of the updates", takes_preference=False,
     trainings=one_per_objective, server_mixing=min_norm_of_updates,
 )  # fmt: skip
 SOUPS = replace(
-    MORLHF, name="soups", help="a specialist per objective, mixed by p; with --sweep or --compare", mixes=True
+    MORLHF, name="soups", help="a specialist per objective, mixed by p (with --sweep or --compare)", mixes=True
 )
 
 
