@@ -510,6 +510,12 @@ def test_the_preference_among_a_clients_objectives_is_that_of_all_renormalised()
     assert lambdas[1] == pytest.approx([1 / 7, 2 / 7, 4 / 7])
 
 
+def test_a_reward_combined_of_some_objectives_is_their_weighted_mean():
+    built = federation(method=MORLHF, M=3, held=[[0, 2], [0, 1, 2], [1]], preference=[1, 2, 4])
+    columns = [client.trainings[0].columns.flatten().tolist() for client in built.clients]
+    assert columns[0] == pytest.approx([0.2, 0.8]) and columns[1] == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+
+
 def test_a_client_whose_objectives_all_have_weight_zero_is_refused():
     with pytest.raises(ValueError, match="preference: client 1 "):
         federation(held=[[0], [1], [0, 1]], preference=[1, 0])
