@@ -45,10 +45,10 @@ def restore_federation(federation: Federation, tensors: dict[str, Tensor], value
     Raises ValueError where the checkpoint is of another federation.
     """
     _, own = federation_state(federation)
-    same = all(
+    fits = [
         values.get(key, own[key]) == own[key] for key in ("shape", "method", "held")
-    )  # older ones have no method
-    if tensors["theta"].shape != federation.theta.shape or not same:
+    ]  # older ones lack the last two
+    if tensors["theta"].shape != federation.theta.shape or not all(fits):
         raise ValueError("resume: the checkpoint is of another federation; resume with its own settings")
 
     def under(prefix: str) -> dict[str, Tensor]:

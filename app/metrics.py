@@ -2,8 +2,8 @@
 
 A figure of one objective is `KIND/NAME`; no other figure begins with one of these kinds and a slash, but for
 `lambda/disagreement` (so that no objective may have that name); a figure of a loss on several objectives joins their
-names by +, which no name has. Nothing here is read by what trains, and nothing is
-sent: a server that wanted these figures would have to ask for more than an upload.
+names by +, which no name has. Nothing that trains reads what is here, and but for `kl`, the adapters' figures and the
+bytes a server could not make it from the uploads.
 
 Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients by
 the prompts they hold; it and dispersion leave rejected clients out. `kl` is the whole cohort's; κ adapts to that of the
