@@ -25,7 +25,7 @@ import ppo
 from app.fields import Checked, NonNegative, Positive, setting
 from fedavg import Ledger, Upload
 from lora import Adapter
-from ppo import PPO, Advantages, Batch, Gradients
+from ppo import PPO, Advantages, Batch, Gradients, PPOConfig
 from rollout import Policy, Rollout
 
 CLIENT_SAMPLING, TRAINING, CALIBRATION, EVALUATION, SERVER = 1, 2, 3, 4, 5  # what a stream is for: its first key
@@ -76,12 +76,16 @@ class LocalTraining:
 
     def state(self) -> dict[str, Tensor]:
         """All that changes from round to round, by dotted names."""
-        return self.learner.state() | ppo.moments_to_tensors("adam", self.moments)
+        moments = {f"adam.{i}.{name}": t for i, entry in self.moments.items() for name, t in entry.items()}
+        return self.learner.state() | moments
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
         self.learner.restore(tensors)
-        self.moments = ppo.moments_from_tensors("adam", tensors)
+        self.moments = {}
+        for key in (key for key in tensors if key.startswith("adam.")):
+            _, i, name = key.split(".")
+            self.moments.setdefault(int(i), {})[name] = tensors[key]
 
 
 def optimizer_step(
@@ -118,10 +122,10 @@ class Client:
         """n_c, what the server's average weighs it by."""
         return len(self.prompts)
 
-    def gradients(self, policy: Policy, batch: Batch) -> Tensor:
+    def gradients(self, policy: Policy, batch: Batch, config: PPOConfig) -> Tensor:
         """J [k, d] of its first training at θ_t, where the adapter must stand: for a server that picks λ from them."""
         batch, learner = batch.combined(self.trainings[0].columns), self.trainings[0].learner
-        return ppo.policy_gradients(policy, batch, learner.advantages(batch).whitened, learner).J
+        return ppo.policy_gradients(policy, batch, learner.advantages(batch).normalised, config).J
 
     def upload(self, updates: list["Update"], batch: Batch, numbers: dict[str, float]) -> Upload:
         """What it sends after its local trainings."""
@@ -199,9 +203,9 @@ class Update:
 
 @dataclass
 class Responses:
-    """One response to every prompt of a cohort: N = clients · batch rows."""
+    """The responses of a cohort: N = clients · batch rows."""
 
-    prompts: list[Any]  # N
+    prompts: list[Any]  # N, that of every row
     rollout: Rollout
     rows: list[slice]  # each client's
     raw: Tensor  # [N, M] rewards in raw units, NaN for objectives that a client does not hold

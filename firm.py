@@ -10,7 +10,7 @@
                 J  ← rows g_j = ∇_θ L_j(θ), PPO's clipped loss of objective j
                 λ* ← argmin over the simplex of λᵀĜλ + (β/2)‖λ − p‖²,  Ĝ = JJᵀ / tr(JJᵀ)
                 θ  ← one optimizer step along −Σ_j λ*_j g_j
-                critic ← one step towards its returns
+            fit the critic to the returns of these responses, for the rounds to come
             upload θ_c: d numbers, whatever M is (and n_c and a mean KL)
         θ_{t+1} ← θ_t + η_s Σ_c w_c (θ_c − θ_t),  w_c ∝ prompts held by c
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]
@@ -55,7 +55,10 @@ class FIRMConfig(Checked):
     rounds: Count = setting(16, "T, communication rounds [paper: 16]")
     clients: Count = setting(8, "C, clients that hold prompts [paper: 8]")
     clients_per_round: Count | None = setting(None, "clients sampled per round; all if not given")
-    batch_size: Count = setting(16, "prompts per client and round [paper: 16]")
+    batch_size: Count = setting(16, "responses per client and round [paper: 16]")
+    group_size: Count | None = setting(
+        None, "S, how many of them answer one prompt; if not given 4 with groups, 1 with a critic [paper: 1]"
+    )
     beta: NonNegative = setting(0.01, "weight of the regulariser [paper: 0.01]; 0 is MGDA")
     preference: list[float] | None = setting(None, "p, a weight per objective; uniform if not given")
     gram: Literal["normalised", "raw", "cross"] = setting(
@@ -69,10 +72,19 @@ class FIRMConfig(Checked):
         super().__post_init__()
         if (self.clients_per_round or 1) > self.clients:
             raise ValueError(f"clients_per_round: {self.clients_per_round} is more than clients, {self.clients}")
-        if self.gram == "cross" and self.batch_size < 2:
-            raise ValueError("gram: cross needs two half-batches; use a batch_size of at least 2")
         if self.preference is not None:
             mgda.preference_vector(self.preference, len(self.preference))  # normalised where it is used
+
+    def responses_per_prompt(self, learner: Callable[..., PPO]) -> int:
+        """S, with this learner. Raises ValueError where it does not go with the learner, the batch or the Gram."""
+        S = self.group_size or learner.group_size
+        if S == 1 < learner.group_size:
+            raise ValueError("group_size: a group of 1 has nothing to compare with; use at least 2, or advantages ppo")
+        if self.batch_size % S:
+            raise ValueError(f"group_size: {S} does not divide batch_size, {self.batch_size}, which counts responses")
+        if self.gram == "cross" and self.batch_size < 2 * S:
+            raise ValueError(f"gram: cross needs two half-batches; use a batch_size of at least {2 * S}")
+        return S
 
 
 @dataclass
@@ -90,7 +102,7 @@ class Method:
 
     weights(Ĝ [k, k], p [k], config): a client's λ [k] on the simplex, once per optimizer step; Ĝ from `qp_matrix`.
     trainings(p [M]): a matrix [M, k] per local training of a client, whose rewards are scores @ it; one k for all.
-    learner: how a client learns (advantages, loss, what of it lasts), see `ppo.PPO`.
+    learner: how a client learns (advantages, and what lasts of a round), `ppo.PPO` or one of `grpo.py`.
     server_weights(J [C, M, d], prompts_held [C], server): before the local updates, the server's λ [M] on the simplex
         from all gradients at θ_t, in the place of `weights`.
     server_mixing(updates [C, M, d], prompts_held [C], server): after them, its λ [M] on the simplex from θ_{c,i} − θ_t
@@ -135,15 +147,15 @@ def local_update(
     for epoch in range(config.ppo.epochs):
         observe = config.firm.diagnostics and epoch == 0
         halves = observe or config.firm.gram == "cross"
-        gradients = ppo.policy_gradients(policy, batch, advantages.whitened, learner, halves)  # with J [k, d]
+        gradients = ppo.policy_gradients(policy, batch, advantages.normalised, config.ppo, halves)  # with J [k, d]
         G = mgda.gram(gradients.J)  # [k, k]
         lam = method.weights(qp_matrix(G, gradients, config.firm), training.preference, config.firm)  # [k]
         direction = lam.to(gradients.J) @ gradients.J  # [d]
         moved = clients.optimizer_step(optimizer, adapter, direction, config.client.max_grad_norm)  # [d], Δθ as taken
-        learner.fit(gradients.hidden, advantages, batch.rollout.mask)
         update.steps.append(Step.of(gradients, G, lam, moved))
         if observe:
             update.halves = gradients.halves
+    learner.fit(batch, advantages)
     training.keep(optimizer, config.client)
     update.theta = adapter.vector()
     return update
@@ -174,6 +186,7 @@ class Federation:
         server = f"{method.name}'s server" if method.server_weights or method.server_mixing else None
         clients.check_held(held, self.names, "diagnostics" if config.firm.diagnostics else server)
         learner = partial(method.learner, policy.hidden_size, config.ppo, policy.device)
+        self.group_size = config.firm.responses_per_prompt(method.learner)
         self.clients = [
             clients.make_client(c, prompts, objectives, p, method.trainings, learner)
             for c, (prompts, objectives) in enumerate(zip(shares, held, strict=True))
@@ -198,10 +211,11 @@ class Federation:
 
         self.policy.adapter.assign(self.theta)  # broadcast θ_t
         server.ledger.down({"theta": self.theta}, scalars=1)  # and κ
-        responses = self.respond(cohort, clients.TRAINING)
+        responses = self.respond(cohort, clients.TRAINING, self.group_size)
         batches = self.prepare(cohort, responses)
         if method.server_weights:
-            J = torch.stack([c.gradients(self.policy, batch) for c, batch in zip(cohort, batches, strict=True)])
+            asked = zip(cohort, batches, strict=True)
+            J = torch.stack([client.gradients(self.policy, batch, config.ppo) for client, batch in asked])
             lam = method.server_weights(J, fedavg.prompts_held(cohort), server)  # from J [C, M, d]
             method = replace(method, weights=lambda *_: lam)
 
@@ -228,13 +242,14 @@ class Federation:
         self.rounds_done += 1
         return record
 
-    def respond(self, cohort: Sequence[Client], purpose: int) -> Responses:
-        """One response to every prompt of each client's batch, from the adapter as it stands, and their raw rewards."""
+    def respond(self, cohort: Sequence[Client], purpose: int, group_size: int = 1) -> Responses:
+        """Each client's batch of responses, so many to a prompt, from the adapter as it stands; their raw rewards."""
         size, seed = self.config.firm.batch_size, self.config.firm.seed
         streams = [stream(seed, purpose, self.rounds_done, client.index) for client in cohort]
-        prompts = [p for client, rng in zip(cohort, streams, strict=True) for p in client.draw(size, rng)]
+        drawn = [p for client, rng in zip(cohort, streams, strict=True) for p in client.draw(size // group_size, rng)]
+        prompts = [p for p in drawn for _ in range(group_size)]
         uniforms = np.concatenate([rng.random((size, self.policy.max_new_tokens)) for rng in streams])  # [N, L]
-        rollout = self.policy.sample([p.token_ids for p in prompts], uniforms)
+        rollout = replace(self.policy.sample([p.token_ids for p in prompts], uniforms), group_size=group_size)
         rows = [slice(i * size, (i + 1) * size) for i in range(len(cohort))]
         holdings = [(part, client.objectives) for part, client in zip(rows, cohort, strict=True)]
         return Responses(prompts, rollout, rows, self.score(prompts, rollout, holdings))
@@ -243,4 +258,5 @@ class Federation:
         """Each client's batch at θ_t: calibrated scores of the objectives that it holds, log π_old, log π_ref."""
         rollout, scores = responses.rollout, self.calibration.apply(responses.raw)  # [N, M]
         own = [(rollout.rows(r), scores[r][:, c.objectives]) for c, r in zip(cohort, responses.rows, strict=True)]
-        return [ppo.prepare(self.policy, *rows, self.kl_coef, self.config.ppo) for rows in own]
+        keep_hidden = self.method.learner.reads_hidden
+        return [ppo.prepare(self.policy, *rows, self.kl_coef, self.config.ppo, keep_hidden) for rows in own]

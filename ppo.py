@@ -3,7 +3,7 @@
 For every reward j, on the tokens t of one response (Schulman et al. 2017; Ziegler et al. 2019):
 
     r_{j,t} = −κ (log π_old − log π_ref)_t + R_j [t is the last token]          token reward, k1 KL
-    A_{j,t} = Σ_l (γ μ)^l δ_{j,t+l},   δ_{j,t} = r_{j,t} + γ V_j(t+1) − V_j(t)    GAE, μ is `gae_lambda`
+    A_{j,t} = Σ_l μ^l δ_{j,t+l},   δ_{j,t} = r_{j,t} + V_j(t+1) − V_j(t)          GAE, μ is `gae_lambda`
     Â_j     = (A_j − mean) / max(σ_j, 0.1 σ_j⁰)                                  whitening per reward
     L_j(θ)  = −mean_t min(ρ_t Â_{j,t}, clip(ρ_t, 1 − ε, 1 + ε) Â_{j,t}),         ρ_t = π_θ / π_old
     g_j     = ∇_θ L_j                                                          row j of J [k, d]
@@ -12,24 +12,29 @@ FIRM's rewards are its M objectives; methods that combine objectives before they
 
 [paper] PPO per objective, the KL watched against a target.
 [code: RiC] adaptive κ: initial 0.2, target 3 per sequence.
+[VC-PPO, arXiv 2503.01491] the critic's targets have a λ of their own, 1: it fits the returns Σ_{u ≥ t} r_{j,u} as they
+were, so that the reward at the end reaches the first token undiminished.
 [ours] the KL in every objective's reward; whitening and its floor (σ_j⁰ = 1, the scale of a calibrated score on the
 base policy, stands for that of its advantages: a near-constant objective must not be blown up into noise); the critic,
-one linear layer with k outputs on detached hidden states, zero at the start, with its own optimizer.
+linear in detached hidden states, zero at the start, fitted once a round, after the advantages have been taken, by a few
+conjugate gradients: no rate to choose whatever the scale of the states, and stopping early is its regulariser.
 
-Means over tokens are over the tokens of the whole client batch, whatever the micro-batches. Left out on purpose: an
-entropy bonus.
+`grpo.py` learns without a critic. Means over tokens are over the tokens of the whole client batch, whatever the
+micro-batches. Left out on purpose: an entropy bonus, a discount per token, a clip of the value's movement (it kept the
+critic from learning).
 """
 
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.fields import Checked, Count, NonNegative, Positive, Share, setting
 from app.stopwatch import phase
 from rollout import Policy, Rollout, assemble
 
 SCALE_FLOOR = 0.1  # of σ_j⁰, in calibrated units: an advantage is never divided by less
+TINY = torch.finfo(torch.float64).tiny  # 0 / 0 is 0: a critic that fits exactly stays
 
 
 @dataclass
@@ -38,10 +43,8 @@ class PPOConfig(Checked):
 
     epochs: Count = setting(3, "K, optimizer steps on each batch [paper: 3]")
     clip_range: Positive = setting(0.2, "epsilon of the clipped surrogate [ours: the usual 0.2]")
-    value_clip: Positive = setting(0.2, "how far a value may move in one round before its gradient is cut off [ours]")
-    gamma: Share = setting(1.0, "discount per token")
     gae_lambda: Share = setting(0.95, "GAE: 0 trusts the critic, 1 the sampled return [ours: the usual 0.95]")
-    critic_lr: NonNegative = setting(1e-3, "Adam rate of the critic [ours]")
+    critic_steps: Count = setting(6, "conjugate-gradient steps of the critic on each batch [ours]")
     kl_coef: NonNegative = setting(0.2, "kappa, weight of the KL in the reward, at the start [code: RiC, 0.2]")
     kl_target: NonNegative = setting(
         3.0, "KL per sequence, in nats, that kappa adapts to; 0 keeps kappa fixed [code: RiC, 3]"
@@ -59,7 +62,7 @@ class Batch:
     scores: Tensor  # [B, k] calibrated
     logp_old: Tensor  # [B, L] log π_θt of every token
     logp_ref: Tensor  # [B, L] log π_ref
-    hidden: Tensor  # [B, L, H] the states that the tokens were predicted from
+    hidden: Tensor | None  # [B, L, H] the states that the tokens were predicted from, where a critic reads them
     kl_coef: float  # κ
 
     def combined(self, columns: Tensor) -> "Batch":
@@ -72,14 +75,16 @@ class Batch:
 
 
 @phase("reference")
-def prepare(policy: Policy, rollout: Rollout, scores: Tensor, kl_coef: float, config: PPOConfig) -> Batch:
+def prepare(
+    policy: Policy, rollout: Rollout, scores: Tensor, kl_coef: float, config: PPOConfig, keep_hidden: bool = True
+) -> Batch:
     """The batch at θ_t, where the adapter must stand. scores [B, k] calibrated, the penalty not yet taken off."""
     scores = scores.to(policy.device, torch.float32)
     logp_old, hidden = policy.logprobs_in_pieces(rollout, config.micro_batch_size)  # [B, L], [B, L, H]
     with policy.adapter.disabled():
         logp_ref, _ = policy.logprobs_in_pieces(rollout, config.micro_batch_size)  # [B, L]
     scores = scores - config.missing_eos_penalty * (~rollout.ended)[:, None]
-    return Batch(rollout, scores, logp_old, logp_ref, hidden, kl_coef)
+    return Batch(rollout, scores, logp_old, logp_ref, hidden if keep_hidden else None, kl_coef)
 
 
 # ---- advantages ----------------------------------------------------------------------------------------------
@@ -104,11 +109,16 @@ def token_rewards(batch: Batch) -> Tensor:
     return rewards
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016), per reward.
+def to_go(rewards: Tensor) -> Tensor:
+    """Σ_{u ≥ t} r_u, what every token still has before it: the Monte Carlo return. rewards [B, L, ...] -> alike."""
+    return rewards.flip(1).cumsum(1).flip(1)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016), undiscounted, per reward.
 
     rewards, values [B, L, k], mask [B, L], 1 on a prefix of each row; the value after the last real token is 0.
-    Returns advantages and returns (their sum with the values), [B, L, k], 0 where masked.
+    Returns advantages [B, L, k], 0 where masked.
     """
     m = mask[..., None].to(values.dtype)  # [B, L, 1]
     values = values * m
@@ -116,11 +126,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     ahead = torch.zeros_like(values[:, 0])  # A_{t+1}  [B, k]
     next_value = torch.zeros_like(ahead)
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        ahead = (delta + gamma * gae_lambda * ahead) * m[:, t]
+        delta = rewards[:, t] + next_value - values[:, t]
+        ahead = (delta + gae_lambda * ahead) * m[:, t]
         advantages[:, t] = ahead
         next_value = values[:, t]
-    return advantages, advantages + values
+    return advantages
 
 
 def whiten(advantages: Tensor, mask: Tensor, floor: float) -> Tensor:
@@ -133,8 +143,8 @@ def whiten(advantages: Tensor, mask: Tensor, floor: float) -> Tensor:
 class Advantages:
     """What a learner makes of a batch: one column per reward. A learner without a critic has no returns and values."""
 
-    whitened: Tensor  # [B, L, k]
-    scale: Tensor  # [k] σ before whitening
+    normalised: Tensor  # [B, L, k] Â
+    scale: Tensor  # [k] σ, what they were divided by (the floor aside)
     returns: Tensor | None = None  # [B, L, k] what the critic fits
     values: Tensor | None = None  # [B, L, k] what the critic said before the update
 
@@ -142,90 +152,77 @@ class Advantages:
 # ---- how a client learns: with a critic ----------------------------------------------------------------------
 
 
-class Critic(nn.Linear):
-    """V_j(t), j = 1..k: one linear layer on the policy's detached hidden states, zero at the start, float32."""
+class Critic:
+    """V_j(t) = w_jᵀ h_t + b_j, j = 1..k, on the policy's detached hidden states h; zero at the start, float32."""
 
     def __init__(self, hidden_size: int, k: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(hidden_size, k, device=device)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.weight = torch.zeros(hidden_size + 1, k, device=device)  # the last row is b
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [B, L, H] of any type -> values [B, L, k]."""
-        return super().forward(hidden.float())
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] of any type -> values [..., k]."""
+        return hidden.float() @ self.weight[:-1] + self.weight[-1]
+
+    def fit(self, hidden: Tensor, returns: Tensor, steps: int) -> None:
+        """Conjugate gradients on Σ_t (V_j(t) − R_j(t))², each j by itself, from where the critic stands.
+
+        hidden [n, H], returns [n, k]. CGLS (Hestenes and Stiefel 1952), which never forms the normal equations; in
+        float64, since hidden states are badly conditioned and steps on rounding would be steps on noise.
+        """
+        X = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1).double()  # [n, H + 1]
+        weight = self.weight.double()
+        residual = returns.double() - X @ weight
+        slope = X.T @ residual  # [H + 1, k], minus half the gradient
+        direction, size = slope, slope.square().sum(0)
+        for _ in range(steps):
+            along = X @ direction  # [n, k]
+            step = size / along.square().sum(0).clamp_min(TINY)
+            weight = weight + step * direction
+            residual = residual - step * along
+            slope, before = X.T @ residual, size
+            size = slope.square().sum(0)
+            direction = slope + size / before.clamp_min(TINY) * direction
+        self.weight = weight.float()
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """½ max((V − R)², (clip(V, V_old ± clip) − R)²), mean over tokens, summed over rewards: a scalar.
-
-    values, old, returns [B, L, k], mask [B, L].
-    """
-    cut = old + (values - old).clamp(-clip, clip)
-    worst = torch.maximum((values - returns).square(), (cut - returns).square())
-    return 0.5 * masked_mean(worst, mask).sum()
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var(R − V) / Var(R), [k]; 0 for a critic that knows nothing, NaN where the returns do not vary."""
-    return 1.0 - (masked_std(returns - values, mask) / masked_std(returns, mask)).square()
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 − Var(R − V) / Var(R) over tokens [n]; 0 for a critic that knows nothing, NaN where R is constant."""
+    spread = returns.double().var(correction=0)
+    return float(1.0 - (returns - values).double().var(correction=0) / spread)
 
 
 class PPO:
-    """How a client learns: its critic, the advantages, the loss, and what of all that lasts from round to round.
+    """How a client learns: its critic, the advantages, and what of all that lasts from round to round.
 
-    Another learner (groups of responses, say) has the same `config` and five methods. `advantages` may depend on the
-    past but leaves no trace: a server that picks λ from gradients has it called twice in a round.
+    Another learner (`grpo.Groups`) has the same two constants and four methods. `advantages` may depend on the past but
+    leaves no trace: a server that picks λ from gradients has it called twice in a round.
     """
+
+    group_size = 1  # responses to each prompt, where the settings leave it open
+    reads_hidden = True  # whether a batch keeps its hidden states
 
     def __init__(self, hidden_size: int, config: PPOConfig, device: torch.device | str, k: int) -> None:
         self.config = config
         self.critic = Critic(hidden_size, k, device)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr)
 
     def advantages(self, batch: Batch) -> Advantages:
         """Token rewards with KL, GAE on the critic as it stands, whitening; σ⁰ = 1, so the floor is 0.1."""
-        mask, config = batch.rollout.mask, self.config
-        with torch.no_grad():
-            values = self.critic(batch.hidden)  # [B, L, k]
-        advantages, returns = gae(token_rewards(batch), values, mask, config.gamma, config.gae_lambda)
-        return Advantages(whiten(advantages, mask, SCALE_FLOOR), masked_std(advantages, mask), returns, values)
+        mask, rewards = batch.rollout.mask, token_rewards(batch)
+        values = self.critic(batch.hidden)  # [B, L, k]
+        advantages = gae(rewards, values, mask, self.config.gae_lambda)
+        return Advantages(whiten(advantages, mask, SCALE_FLOOR), masked_std(advantages, mask), to_go(rewards), values)
 
-    def losses(self, ratio: Tensor, advantages: Tensor) -> Tensor:
-        """The k losses per token, before their mean: ratio ρ [b, l], advantages [b, l, k] -> [b, l, k]."""
-        return surrogate(ratio, advantages, self.config.clip_range)
-
-    def fit(self, hidden: Tensor, advantages: Advantages, mask: Tensor) -> None:
-        """After each optimizer step: one step of the critic towards its returns. hidden [B, L, H], mask [B, L]."""
-        loss = value_loss(self.critic(hidden), advantages.values, advantages.returns, mask, self.config.value_clip)
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        self.critic_optimizer.step()
+    def fit(self, batch: Batch, advantages: Advantages) -> None:
+        """Once a round, after its advantages: the critic towards the returns of all real tokens."""
+        real = batch.rollout.mask.bool()
+        self.critic.fit(batch.hidden[real], advantages.returns[real], self.config.critic_steps)
 
     def state(self) -> dict[str, Tensor]:
-        """The critic and its optimizer's moments, by dotted names."""
-        tensors = {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
-        return tensors | moments_to_tensors("critic_adam", self.critic_optimizer.state_dict()["state"])
+        """The critic, by its dotted name."""
+        return {"critic.weight": self.critic.weight}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
-        self.critic.load_state_dict({name: tensors[f"critic.{name}"] for name in self.critic.state_dict()})
-        moments = moments_from_tensors("critic_adam", tensors)
-        self.critic_optimizer.load_state_dict(self.critic_optimizer.state_dict() | {"state": moments})
-
-
-def moments_to_tensors(owner: str, moments: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """An optimizer's state as flat names: OWNER.PARAMETER.NAME."""
-    return {f"{owner}.{i}.{name}": tensor for i, entry in moments.items() for name, tensor in entry.items()}
-
-
-def moments_from_tensors(owner: str, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The inverse of `moments_to_tensors`; other owners' tensors are passed over."""
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith(f"{owner}."):
-            i, name = key.removeprefix(f"{owner}.").split(".")
-            moments.setdefault(int(i), {})[name] = tensor
-    return moments
+        self.critic.weight = tensors["critic.weight"].to(self.critic.weight)
 
 
 # ---- the gradients -------------------------------------------------------------------------------------------
@@ -252,8 +249,7 @@ class Gradients:
     """The k gradients of one optimizer step, and what their forward pass showed."""
 
     J: Tensor  # [k, d]
-    first_half: Tensor | None  # [k, d] the part of J that the first half of the rows gave, where it was asked for
-    hidden: Tensor  # [B, L, H]
+    first_half: Tensor | None  # [k, d] the part of J from the first half of the rows, `Rollout.half`, if asked for
     entropy: float  # nats per token
     clip_fraction: float  # share of the tokens whose ratio left [1 − ε, 1 + ε]
     approx_kl: float  # KL(π_old ‖ π_θ) per token, the k3 estimate ρ − 1 − log ρ ≥ 0 (Schulman 2020)
@@ -264,22 +260,24 @@ class Gradients:
         return torch.stack([self.first_half, self.J - self.first_half])
 
 
-def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, learner: PPO, halves: bool = False) -> Gradients:
-    """J: per micro-batch one forward pass and k backward passes. advantages [B, L, k].
+def policy_gradients(
+    policy: Policy, batch: Batch, advantages: Tensor, config: PPOConfig, halves: bool = False
+) -> Gradients:
+    """J: per micro-batch one forward pass and k backward passes. advantages [B, L, k], normalised.
 
     With halves, the first half's part of J too: k more backward passes where the batch is one micro-batch, none else,
     and J is the same to the last bit. Raises ValueError where a gradient is not finite.
     """
-    config, rollout, adapter = learner.config, batch.rollout, policy.adapter
+    rollout, adapter = batch.rollout, policy.adapter
     J = adapter.vector().new_zeros(advantages.shape[-1], adapter.size)
     J_first = torch.zeros_like(J) if halves else None
-    hiddens, ratios, entropies = [], [], []
+    ratios, entropies = [], []
     for rows, piece in rollout.micro_batches(config.micro_batch_size):
         l = piece.mask.shape[1]
-        logp, entropy, hidden = policy.logprobs(piece)  # [b, l], [b, l], [b, l, H]
+        logp, entropy, _ = policy.logprobs(piece)  # [b, l] each
         ratio = (logp - batch.logp_old[rows, :l]).exp()  # [b, l]
-        losses = learner.losses(ratio, advantages[rows, :l]) * piece.mask[..., None]  # [b, l, k]
-        first = rows < (len(rollout) + 1) // 2  # [b]
+        losses = surrogate(ratio, advantages[rows, :l], config.clip_range) * piece.mask[..., None]  # [b, l, k]
+        first = rows < rollout.half  # [b]
         mixed = halves and bool(first.any()) and not bool(first.all())
         gradients = jacobian(losses.sum((0, 1)), adapter.leaves(), keep_graph=mixed)
         J += gradients
@@ -287,8 +285,8 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, learner: 
             J_first += jacobian(losses[first].sum((0, 1)), adapter.leaves())
         elif halves and bool(first.all()):
             J_first += gradients
-        for kept, values in ((hiddens, hidden), (ratios, ratio), (entropies, entropy)):
-            kept.append((rows, values.detach()))
+        ratios.append((rows, ratio.detach()))
+        entropies.append((rows, entropy))
     tokens = rollout.mask.sum()
     J /= tokens  # only now: 16-bit weights pass back what a 16-bit number holds
     if not torch.isfinite(J).all():
@@ -297,7 +295,6 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, learner: 
     return Gradients(
         J,
         J_first / tokens if halves else None,
-        assemble(rollout, hiddens),
         entropy=float(assemble(rollout, entropies).sum() / tokens),
         clip_fraction=float(((ratio - 1.0).abs() > config.clip_range).sum() / tokens),
         approx_kl=float((ratio - 1.0 - ratio.log()).sum() / tokens),

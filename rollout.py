@@ -73,6 +73,7 @@ class Rollout:
     sampled_logp: Tensor  # [N, L] as the sampler saw it; only to watch the gap to `Policy.logprobs`
     ended: Tensor  # [N] bool, whether the response came to an EOS
     lengths: Tensor | None = None  # [N, 2] of prompt and response, always on the CPU: cutting asks no GPU for them
+    group_size: int = 1  # S, so many rows in a row answer one prompt; no half-batch cuts them apart
 
     def __post_init__(self) -> None:
         if self.lengths is None:
@@ -81,9 +82,17 @@ class Rollout:
     def __len__(self) -> int:
         return self.prompts.shape[0]
 
+    @property
+    def half(self) -> int:
+        """Rows of the first half-batch: whole groups, the larger half of an odd number of them."""
+        return (len(self) // self.group_size + 1) // 2 * self.group_size
+
     def rows(self, rows: slice | Tensor) -> "Rollout":
-        """Some rows, cut to their own prompt and response width. rows: a slice, or indices on the CPU."""
-        cut = Rollout(*(getattr(self, f.name)[rows] for f in fields(self)))
+        """Some rows, cut to their own prompt and response width. rows: a slice of whole groups, or indices on the CPU,
+        of which a micro-batch is made: its `half` means nothing.
+        """
+        tensors = [f.name for f in fields(self) if f.name != "group_size"]
+        cut = replace(self, **{name: getattr(self, name)[rows] for name in tensors})
         P, L = cut.lengths.amax(0).tolist()
         return replace(
             cut,
@@ -103,7 +112,7 @@ class Rollout:
         if size is None or size >= len(self):
             yield torch.arange(len(self)), self
             return
-        for half in torch.arange(len(self)).split((len(self) + 1) // 2):
+        for half in torch.arange(len(self)).split(self.half):
             order = half[self.lengths[half].sum(1).argsort(descending=True, stable=True)]
             for rows in order.split(size):
                 yield rows, self.rows(rows)

@@ -48,7 +48,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     """
     started = time.perf_counter()
     say = print if progress and not title else lambda *_: None
-    new = new_directory(config.run.out, f"{config.run.method}-{config.run.preset}")
+    name = "-".join(filter(None, (config.run.method, config.run.advantages, config.run.preset)))
+    new = new_directory(config.run.out, name)
     with nullcontext(resume) if resume else new as out:
         session = Session(config, progress)
         say(report.header(session, out))

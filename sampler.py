@@ -3,7 +3,8 @@
 Sampling is inverse-CDF: the token at step t is the first whose cumulative probability exceeds a uniform u_t drawn
 up front. So a response depends on its prompt and its own uniforms, and not on who shares the batch. [ours]
 
-    prefill   the prompts, sorted by length, in pieces padded to their own width: keys and values go into the cache
+    prefill   the distinct prompts, sorted by length, in pieces padded to their own width: keys and values go into the
+              cache, into all rows that begin with them
     choose    hidden state of the last token -> distribution -> token t         [N, H] -> [N, V] -> [N]
     advance   token t -> the model, which reads and extends the cache -> hidden state        [N] -> [N, H]
 
@@ -99,13 +100,21 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Every prompt's keys and values into the table, its last hidden state into `hidden`; step 0 comes next."""
+        """Every prompt's keys and values into the table, its last hidden state into `hidden`; step 0 comes next.
+
+        Rows with equal prompts are read once: a group of responses costs one prompt.
+        """
         for buffer in (self.t, self.position, self.seen, self.mask):
             buffer.zero_()
         self.column.fill_(self.P)
         self.seen[:, self.P - 1] = True  # rows without a prompt see something: attention to nothing would be NaN
-        for rows in by_length(prompts, PREFILL_TOKENS):
-            ids, mask = pad_left([prompts[i] for i in rows], self.sampler.pad, self.sampler.device)
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(tuple(prompt), []).append(row)
+        distinct = list(rows_of)
+        for numbers in by_length(distinct, PREFILL_TOKENS):
+            read = [distinct[i] for i in numbers]
+            ids, mask = pad_left(read, self.sampler.pad, self.sampler.device)
             out = self.sampler.model.base_model(
                 input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=True
             )
@@ -115,14 +124,15 @@ class Decoder:
             if self.cache is None:
                 self.hidden, self.minus_infinity = last.new_zeros(self.rows, last.shape[1]), torch.finfo(last.dtype).min
                 self.cache = Cache([TableLayer(layer, self.rows, self.P + self.L, self.column) for layer in grown])
-            index = torch.tensor(rows, device=self.sampler.device)
+            pairs = [(row, i) for i, prompt in enumerate(read) for row in rows_of[prompt]]
+            rows, source = torch.tensor(pairs, device=self.sampler.device).unbind(1)  # a table row, and what it repeats
             columns = slice(self.P - ids.shape[1], self.P)
             for table, layer in zip(self.cache.layers, grown, strict=True):
-                table.keys[index, :, columns] = layer.keys
-                table.values[index, :, columns] = layer.values
-            self.hidden[index] = last
-            self.seen[index, columns] = mask.bool()
-            self.position[index, 0] = mask.sum(1)
+                table.keys[rows, :, columns] = layer.keys[source]
+                table.values[rows, :, columns] = layer.values[source]
+            self.hidden[rows] = last[source]
+            self.seen[rows, columns] = mask[source].bool()
+            self.position[rows, 0] = mask[source].sum(1)
 
     def choose(self) -> None:
         """Token t of every row, from the hidden state before it."""

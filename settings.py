@@ -17,12 +17,13 @@ from transformers import HfArgumentParser
 
 import baselines
 import firm
+import grpo
 from app.fields import Checked, Count, Index, setting
 from clients import ClientConfig
 from data import DataConfig
 from firm import FIRMConfig, Method, TrainingConfig
 from lora import LoRAConfig
-from ppo import PPOConfig
+from ppo import PPO, PPOConfig
 from rollout import RolloutConfig
 
 METHODS: dict[str, Method] = {  # the one registry: flags, help, sweeps, pictures, experiments, tests
@@ -30,13 +31,13 @@ METHODS: dict[str, Method] = {  # the one registry: flags, help, sweeps, picture
     for method in (firm.FIRM, firm.MGDA, firm.LINEAR, baselines.MORLHF, baselines.FSMGDA, baselines.FEDCMOO,
                    baselines.SOUPS)
 }  # fmt: skip
+LEARNERS = {"ppo": PPO, "group": grpo.Groups, "grpo": grpo.GRPO}
 PRESETS = {
     "tiny": {  # the embedded world: a laptop CPU, about a minute
         "objectives": ["py:worlds/toy.py:helpful", "py:worlds/toy.py:harmless"],
         "max_new_tokens": 12,
         "lora_rank": 8,
         "lr": 3e-3,
-        "critic_lr": 1e-2,
         "kl_coef": 0.01,
         "kl_target": 0.0,
         "threads": 1,
@@ -73,6 +74,10 @@ class RunConfig(Checked):
         "tiny", "settings to start from; paper, the defaults of all fields, is what --model alone starts from"
     )
     method: Literal[tuple(METHODS)] = setting("firm", "; ".join(f"{m.name}: {m.help}" for m in METHODS.values()))
+    advantages: Literal[tuple(LEARNERS)] | None = setting(
+        None, "how a client learns: ppo, with a critic; group, from --group_size responses to a prompt, without one; "
+        "grpo, the same over the group's deviation; the method's own if not given"
+    )  # fmt: skip
     objectives: list[str] = setting([], "[NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION, one or more")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to run; auto takes a GPU where there is one")
     threads: Index = setting(0, "CPU threads; 0 leaves torch's choice")
@@ -95,7 +100,10 @@ SETTINGS = {  # the dataclasses whose fields are flags
     "run": RunConfig, "rollout": RolloutConfig, "data": DataConfig, "firm": FIRMConfig, "client": ClientConfig,
     "ppo": PPOConfig, "lora": LoRAConfig, **OWN_SETTINGS,
 }  # fmt: skip
-REMOVED = {"entropy_coef": 0.0}  # settings that older versions wrote into config.json, and their neutral value
+REMOVED = {  # settings that older versions wrote into config.json, and their neutral value
+    "entropy_coef": 0.0, "gamma": 1.0,
+    "value_clip": None, "critic_lr": None,  # there was none: a run with the older critic cannot go on
+}  # fmt: skip
 
 
 @dataclass
@@ -116,8 +124,10 @@ class Config(TrainingConfig):
 
     @property
     def method(self) -> Method:
-        """The chosen method, with its own settings."""
-        return replace(METHODS[self.run.method], settings=self.own.get(self.run.method))
+        """The chosen method, with its own settings, and how its clients learn."""
+        method = METHODS[self.run.method]
+        learner = LEARNERS[self.run.advantages] if self.run.advantages else method.learner
+        return replace(method, learner=learner, settings=self.own.get(self.run.method))
 
     @property
     def front_is_known(self) -> bool:

@@ -57,5 +57,5 @@ class Checked:
                 limits = next((x for x in getattr(kind, "__metadata__", ()) if isinstance(x, Limits)), None)
                 if limits and value is not None and not limits.allow(value):
                     raise ValueError(f"{f.name}: {value} {limits}")
-                if get_origin(kind) is Literal and value not in get_args(kind):
+                if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
                     raise ValueError(f"{f.name}: {value!r} is none of {', '.join(map(str, get_args(kind)))}")

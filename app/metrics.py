@@ -80,22 +80,24 @@ def objective_weights(client: Client, updates: Sequence[Update], mixing: Tensor,
 
 
 def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
-    """Figures of every loss, mean over the clients that have it: one of an objective by its name, one of several as
-    their names joined by +.
+    """Figures of every loss: one of an objective by its name, one of several as their names joined by +.
+
+    The scale is a mean over the clients that have the loss; the explained variance is pooled over all their tokens: 1 −
+    Var(R − V) / Var(R), R the Monte Carlo return and V what the critic said before it was fitted to it.
     """
-    found: dict[str, list[float]] = defaultdict(list)
+    scales, values, returns = (defaultdict(list) for _ in range(3))
     for client, updates in zip(record.cohort, record.updates, strict=True):
         for training, update in zip(client.trainings, updates, strict=True):
-            made = update.advantages
-            figures = {"advantage_scale": made.scale}
-            if made.returns is not None:
-                mask = update.batch.rollout.mask
-                figures["explained_variance"] = ppo.explained_variance(made.values, made.returns, mask)
-            labels = ["+".join(names[client.objectives[j]] for j in c.nonzero().flatten()) for c in training.columns.T]
-            for kind, values in figures.items():
-                for label, value in zip(labels, values.tolist(), strict=True):
-                    found[f"{kind}/{label}"].append(value)
-    return {key: float(np.mean(values)) for key, values in found.items()}
+            made, real = update.advantages, update.batch.rollout.mask.bool()
+            for j, column in enumerate(training.columns.T):
+                label = "+".join(names[client.objectives[i]] for i in column.nonzero().flatten())
+                scales[label].append(float(made.scale[j]))
+                if made.values is not None:
+                    values[label].append(made.values[real][:, j])
+                    returns[label].append(made.returns[real][:, j])
+    figures = {f"advantage_scale/{label}": float(np.mean(scale)) for label, scale in scales.items()}
+    pooled = {label: (torch.cat(values[label]), torch.cat(returns[label])) for label in values}
+    return figures | {f"explained_variance/{label}": ppo.explained_variance(*pair) for label, pair in pooled.items()}
 
 
 @phase("metrics")

@@ -53,7 +53,8 @@ def header(session: Session, out: Path) -> str:
         f"  prompts     {counts['kept']:,} kept of {counts['rows']:,} rows"
         + (f" ({', '.join(dropped)})" if dropped else "") + f", {len(session.held_out)} of them held out",
         f"  federation  {config.firm.clients} clients of {sizes[0]} to {sizes[-1]} prompts ({config.data.split}), "
-        f"{config.firm.rounds} rounds",
+        f"{config.firm.rounds} rounds of {config.firm.batch_size} responses each, "
+        f"{session.federation.group_size} to a prompt",
         f"  run         {out}",
     ])  # fmt: skip
 

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from app.files import write_text
 from app.session import quiet_libraries
 from evidence.comparisons import BATCH, CLIENTS, PARTS
+from evidence.lab import commit
 from lora import LoRAConfig
 from rollout import Policy, RolloutConfig
 
@@ -178,10 +179,10 @@ class Bench:
 
 
 def keep(rows: list[dict], out: Path) -> None:
-    """Puts rows into the list on disk, in place of those of the same name, device and type."""
+    """Puts rows into the list on disk, in place of those of the same name, device and type; each says its commit."""
     key = lambda row: (row["device"], row["dtype"], row["name"])  # noqa: E731
     kept = {key(row): row for row in (json.loads(out.read_text("utf-8")) if out.is_file() else [])}
-    kept |= {key(row): row for row in rows}
+    kept |= {key(row): row | {"commit": commit()} for row in rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, json.dumps(sorted(kept.values(), key=key), indent=1) + "\n")
 

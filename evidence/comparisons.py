@@ -16,6 +16,7 @@ import gc
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from app.session import quiet_libraries
 from clients import ClientConfig
 from data import Prompt
 from firm import Federation, FIRMConfig, TrainingConfig
+from grpo import Groups
 from lora import LoRALinear
 from ppo import PPOConfig
 from rewards import Calibration
@@ -151,7 +153,7 @@ def d_jacobian(bench: Bench) -> None:
     def gradients(M: int) -> Callable[[], object]:
         batch = ppo.prepare(policy, rollout, torch.randn(BATCH, M), 0.1, config)
         learner = ppo.PPO(policy.hidden_size, config, policy.device, M)
-        return partial(ppo.policy_gradients, policy, batch, learner.advantages(batch).whitened, learner)
+        return partial(ppo.policy_gradients, policy, batch, learner.advantages(batch).normalised, config)
 
     for M in (2, 4):
         bench.compare(f"d J of {M} objectives, time / one objective's", gradients(M), gradients(1), inverse=True)
@@ -197,7 +199,7 @@ def e_qp(bench: Bench) -> None:
 def grpo_trainers(bench: Bench, out: str) -> list:
     """TRL's GRPO with PEFT's adapter, a trainer per client, kept between rounds.
 
-    8 prompts × 2 responses of the same length, 2 rewards, 3 steps on them, reference log-probs, no checkpointing,
+    4 prompts × 4 responses of the same length, 2 rewards, 3 steps on them, reference log-probs, no checkpointing,
     batches of 16 (smaller ones are no faster there).
     """
     from datasets import Dataset
@@ -212,7 +214,8 @@ def grpo_trainers(bench: Bench, out: str) -> list:
 
     texts = [" ".join(f"w{i}" for i in p) for p in bench.prompts(CLIENTS * BATCH)]
     settings = dict(
-        output_dir=out, per_device_train_batch_size=BATCH, num_generations=2, num_iterations=3, max_steps=3,
+        output_dir=out, per_device_train_batch_size=BATCH, num_generations=Groups.group_size, num_iterations=3,
+        max_steps=3,
         max_completion_length=bench.shape.L, generation_kwargs={"min_new_tokens": bench.shape.L}, beta=0.04,
         top_k=0, learning_rate=2e-4, use_cpu=bench.device == "cpu", bf16=bench.dtype == "bfloat16",
         gradient_checkpointing=False, save_strategy="no", report_to="none", logging_strategy="no",
@@ -231,7 +234,8 @@ def grpo_trainers(bench: Bench, out: str) -> list:
 def f_round(bench: Bench) -> None:
     """A round of FIRM (8 clients × 16 responses, 2 objectives, 3 epochs) against GRPO's by TRL and PEFT.
 
-    GRPO takes one gradient a step and has no critic, FIRM takes M: MORLHF, which takes one, stands beside it.
+    GRPO takes one gradient a step and has no critic, FIRM takes M and has one: FIRM with groups of the same size stands
+    beside it, and MORLHF with them, which takes one.
     """
     inside = []  # a round's seconds in training steps, which generate too; the rest is the start of a trainer
 
@@ -255,7 +259,9 @@ def f_round(bench: Bench) -> None:
         for trainer in trainers:
             trainer.train()
 
-    for label, method in (("FIRM", firm.FIRM), ("MORLHF", baselines.MORLHF)):
+    methods = {"FIRM": firm.FIRM, "FIRM with groups": replace(firm.FIRM, learner=Groups)}
+    methods["MORLHF with groups"] = replace(baselines.MORLHF, learner=Groups)
+    for label, method in methods.items():
         name = f"f a round of {label} / TRL's GRPO + PEFT, client by client"
         bench.compare(name, federation(bench, method=method).round, round_of_trl, pairs=min(bench.pairs, 10))
     bench.add("f TRL's round, inside its training steps", float(np.median(inside)), "s")

@@ -47,19 +47,19 @@ def federated_gram(gram: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("c,chmdin,d->hmin", w, gram, w)
 
 
-def half_batch_stationarity(gram: Tensor, lambdas: Tensor, rows: int) -> float:
+def half_batch_stationarity(gram: Tensor, lambdas: Tensor, first: int, second: int) -> float:
     """‖Jᵀλ‖² estimated on independent halves, λ_aᵀ J_a J_bᵀ λ_a, mean over the two choices of the half a.
 
-    gram [2, M, 2, M] from `federated_gram`; lambdas [2, M], each chosen on one half alone; rows, the size of the whole
-    batch, whose halves' gradients add up to J. On one batch ‖Jᵀλ‖² is biased upward by the squared noise of J; two
+    gram [2, M, 2, M] from `federated_gram`; lambdas [2, M], each chosen on one half alone; first and second, the rows
+    of the halves, whose gradients add up to J. On one batch ‖Jᵀλ‖² is biased upward by the squared noise of J; two
     halves have independent noise, so for a λ chosen elsewhere this has no bias (a λ fitted to a half keeps a little,
-    downward). It may be negative where the true value is near 0. NaN for a single row.
+    downward). It may be negative where the true value is near 0. NaN where there is no second half.
     """
-    if rows < 2:
+    if not second:
         return float("nan")
     cross = gram[0, :, 1, :]  # [M, M]
     mean = sum(lam @ cross @ lam for lam in lambdas) / 2.0
-    return float(mean * rows**2 / ((rows + 1) // 2 * (rows // 2)))  # undoes the halves' shares, counted in rows
+    return float(mean * (first + second) ** 2 / (first * second))  # undoes the halves' shares, counted in rows
 
 
 def roughness(curve: Sequence[float]) -> float:
@@ -88,9 +88,10 @@ def observe(record: Round) -> tuple[dict[str, float], dict[str, Tensor]]:
     first = (record.mixing[:, None] * lam).flatten(1)  # weights of the losses in the first step [C, l]
     federated = federated_gram(start, weights)  # [2, l, 2, l]
     own = torch.stack([mgda.solve(mgda.normalise(federated[half, :, half]), 0.0) for half in (0, 1)])  # [2, l]
+    rollout = record.updates[0][0].batch.rollout
     figures = {
         "drift": drift(start.sum((1, 4)), first, weights),
-        "stationarity": half_batch_stationarity(federated, own, len(record.updates[0][0].batch.rollout)),
+        "stationarity": half_batch_stationarity(federated, own, rollout.half, len(rollout) - rollout.half),
     }
     grams = [torch.stack([step.gram for step in update.steps]) for of_client in record.updates for update in of_client]
     steps = torch.stack(grams).unflatten(0, lam.shape[:2])

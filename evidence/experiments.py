@@ -24,7 +24,22 @@ from scipy.stats import spearmanr
 from app import plots, sweep
 from app.session import Session
 from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_volume
-from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
+from evidence.statistics import (
+    LABELS,
+    against,
+    cell,
+    column,
+    curves,
+    gap_at_equal_kl,
+    interval,
+    measured,
+    number,
+    paired,
+    points,
+    show,
+    table,
+    where,
+)  # fmt: skip
 from settings import METHODS, Config
 from worlds import toy
 
@@ -32,10 +47,22 @@ PREFERENCES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # p₁, of helpful
 GRID = {"lr": (1.5e-3, 3e-3, 6e-3), "server_lr": (1.0, 2.0), "kl_coef": (0.003, 0.01)}
 TUNING_SEEDS = (101, 102)
 COMMON = {"lr": 3e-3, "server_lr": 2.0, "kl_coef": 0.003}  # the best of `tuning`, on average over its first 7 methods
-VARIANTS = {"firm": {"method": "firm"}, "firm β=1": {"method": "firm", "beta": 1.0}}
-VARIANTS |= {method: {"method": method} for method in METHODS if method != "firm"}
-VARIANTS["soups"]["preferences"] = [0.5]  # p₁ of what is evaluated
 ROUNDS = 16  # [paper]
+KL_COEFS = (0.003, 0.01, 0.03)  # of the curves that are compared at equal KL
+
+
+def variant(label: str) -> dict:
+    """The settings that a label names: `firm β=10 groups` is FIRM at β = 10 with groups of 4 in place of the critic."""
+    label, groups = label.removesuffix(" groups"), label.endswith(" groups")
+    method, _, beta = label.partition(" β=")
+    found = {"method": method} | ({"beta": float(beta)} if beta else {})
+    return found | ({"advantages": "group"} if groups else {})
+
+
+VARIANTS = {
+    label: variant(label) for label in ("firm", "firm β=1", *(method for method in METHODS if method != "firm"))
+}
+VARIANTS["soups"]["preferences"] = [0.5]  # p₁ of what is evaluated
 
 
 # ---- one tuning budget for every method -----------------------------------------------------------------------
@@ -147,10 +174,63 @@ def agreement(lab: Lab) -> None:
     plots.panels(points(groups, drawn), lab.results / "agreement.png", legend=False)
 
 
+def groups(lab: Lab) -> None:
+    """The critic against groups of 4 responses, at equal rollouts: at the common setting, and at equal KL.
+
+    On seeds of its own, 10 to 19: the update was designed on 0 to 9.
+    """
+    labels = [f"{m}{update}" for m in ("firm", "firm β=1", "firm β=10", "mgda", "linear") for update in ("", " groups")]
+    setting, seeds, common = {"rounds": ROUNDS} | COMMON, lab.some(range(10, 20)), COMMON["kl_coef"]
+    jobs = {
+        (label, kl_coef): [setting | variant(label) | {"kl_coef": kl_coef, "seed": s} for s in seeds]
+        for label in labels for kl_coef in KL_COEFS
+        if kl_coef == common or label.removesuffix(" groups") in ("firm", "linear")
+    }  # fmt: skip
+    rows, lines = lab.groups("groups", jobs), []
+    explained = [f"explained_variance_{name}" for name in NAMES]
+    for label in labels:
+        own, test = rows[label, common], ("", "")
+        if label.endswith(" groups"):
+            gain, half, p = paired(own, rows[label.removesuffix(" groups"), common], "worst_gain")
+            test = (f"{gain:+.3f} ± {number(half)}", f"{p:.2g}")
+        shown = [cell(own, figure) if own[0][figure] == own[0][figure] else "–" for figure in explained]
+        lines.append([label, *(cell(own, figure) for figure in (*NAMES, "worst_gain", "kl")), *shown, *test])
+    shown = (LABELS[figure] for figure in (*NAMES, "worst_gain", "kl", *explained))
+    head = ["method", *shown, "worst gain, groups − critic", "p"]
+    note = (
+        f"{len(seeds)} seeds from {seeds[0]}, paired; ± is half a 95 % interval; equal rollouts. Explained variance: "
+    )
+    note += (
+        "of Monte Carlo returns by the critic before it is fitted to them, pooled over clients, mean of rounds 4 to 16."
+    )
+    show(lab.results, "groups", head, lines, note)
+    at_equal_kl(lab, {label: [rows[label, k] for k in KL_COEFS] for label in labels if (label, KL_COEFS[-1]) in rows})
+
+
+def at_equal_kl(lab: Lab, curves: dict[str, list[list[dict]]]) -> None:
+    """The worst gain against KL: a curve over `KL_COEFS` per label, and how far two such curves lie apart."""
+    lines, table = {}, []
+    for label, groups in curves.items():
+        gains = [interval(column(rows, "worst_gain")) for rows in groups]
+        lines[label] = ([np.mean(column(rows, "kl")) for rows in groups], *zip(*gains, strict=True))
+        critic = label.removesuffix(" groups")
+        if label != critic:
+            low, high, gap, *interval_of_gap = gap_at_equal_kl(groups, curves[critic])
+            gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(gap, *interval_of_gap)
+            table.append([f"{label} − {critic}", f"{low:.2f} to {high:.2f}", gap])
+    panel = plots.Panel("KL to the base model (nats per response)", LABELS["worst_gain"], "", lines)
+    plots.panels([panel], lab.results / "groups.png")
+    note = f"Curves over κ = {', '.join(f'{k:g}' for k in KL_COEFS)}, of seed means joined by straight lines, compared "
+    note += (
+        "over the KL that both reach; in brackets the 95 % bootstrap interval, over seeds, the same for both curves."
+    )
+    show(lab.results, "equal_kl", ["worst normalised gain", "KL", "mean difference at equal KL"], table, note)
+
+
 def pareto(lab: Lab) -> None:
     """Preference sweeps of 9 points: the trade-offs by hypervolume, and whether a preference is followed."""
-    labels = ("firm β=10", "firm β=1", "linear", "morlhf", "soups")
-    means = preference_sweeps(lab, "pareto", ROUNDS, lab.some(range(10)), labels)
+    labels = ("firm β=10", "firm β=10 groups", "linear", "linear groups", "morlhf", "soups")
+    means = preference_sweeps(lab, "pareto", ROUNDS, lab.some(range(10, 15)), labels)
     lines = {label: (lab.some(PREFERENCES), means[label]["lambda"], None) for label in labels if "β" in label}
     panel = plots.Panel("requested p of helpful", "realised mean λ of helpful", "", lines, diagonal=True)
     plots.panels([panel], lab.results / "pareto_weights.png")
@@ -158,7 +238,8 @@ def pareto(lab: Lab) -> None:
 
 def long(lab: Lab) -> None:
     """The sweep with four times the rounds: how far towards the front?"""
-    preference_sweeps(lab, "long", 4 * ROUNDS, lab.some(range(3)), ("firm β=10", "linear", "morlhf"))
+    labels = ("firm β=10 groups", "linear groups", "firm β=10", "linear")
+    preference_sweeps(lab, "long", 4 * ROUNDS, lab.some(range(10, 13)), labels)
 
 
 def preference_sweeps(lab: Lab, name: str, rounds: int, seeds: Sequence[int], labels: Sequence[str]) -> dict[str, dict]:
@@ -169,9 +250,8 @@ def preference_sweeps(lab: Lab, name: str, rounds: int, seeds: Sequence[int], la
     preferences, setting = lab.some(PREFERENCES), {"rounds": rounds} | COMMON
 
     def jobs(label: str, seed: int) -> list[dict]:
-        method, _, beta = label.partition(" β=")
-        shared = setting | {"method": method, "seed": seed} | ({"beta": float(beta)} if beta else {})
-        if method == "soups":
+        shared = setting | variant(label) | {"seed": seed}
+        if label == "soups":
             return [shared | {"preferences": list(preferences)}]
         return [shared | {"preference": [p, round(1.0 - p, 1)]} for p in preferences]
 
@@ -335,7 +415,7 @@ def communication(lab: Lab) -> None:
 
 
 EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
-                                       trace, optimizer, rank, clients, pareto, long)}  # fmt: skip
+                                       trace, optimizer, rank, clients, groups, pareto, long)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
 A job is a dict of settings that differ from the preset `tiny`; `Lab.rows` turns jobs into rows of results/NAME.csv,
 each an ordinary run through `run.train`, on worker processes of one thread each. A finished run is a row at once, and a
-row that is there is not run again.
+row that is there is not run again: it is found by its settings and the version of the update, `UPDATE`. Every row says
+which commit made it.
 
 Progress is measured against the exact Pareto front of the held-out prompts: a gain is normalised by what the ideal
 point would gain, gain_j / (ideal_j − base_j), and of a sweep `sweep.normalised_hypervolume` counts.
@@ -13,6 +14,7 @@ import io
 import json
 import math
 import multiprocessing
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,6 +37,7 @@ from worlds import toy
 
 BASE = PRESETS["tiny"] | {"preset": "tiny", "diagnostics": True}  # what a job's settings change
 NAMES = ("helpful", "harmless")
+UPDATE = 2  # raise it with every change that alters more than the rounding of a run of equal settings
 BETAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
 LOGGED = {  # columns of a row, and the names under which metrics.jsonl has them for every round
     "lambda_helpful": "lambda/helpful", "lambda_harmless": "lambda/harmless", "disagreement": "lambda/disagreement",
@@ -73,14 +76,14 @@ class Lab:
     def run_jobs(self, name: str, jobs: list[dict], path: Path) -> None:
         """Run the jobs on the workers, and add the rows of each to the file as it finishes."""
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
-        pool, failed = ProcessPoolExecutor(self.workers, spawn), []
+        pool, failed, made_by = ProcessPoolExecutor(self.workers, spawn), [], commit()
         try:
             futures = {pool.submit(run_job, job): key(job) for job in jobs}
             for future in tqdm(as_completed(futures), name, total=len(jobs), unit="run"):
                 if error := future.exception():
                     failed.append((futures[future], error))
                 else:
-                    append_rows(path, [{"settings": futures[future]} | row for row in future.result()])
+                    append_rows(path, [{"settings": futures[future], "commit": made_by} | r for r in future.result()])
         finally:
             pool.shutdown(cancel_futures=True)  # a stop waits for the runs under way, not for those in the queue
         if failed:
@@ -94,8 +97,21 @@ class Lab:
 
 
 def key(job: dict) -> str:
-    """A job's settings as text: what a row is found by."""
-    return json.dumps(job, sort_keys=True)
+    """A job's settings and the version of the update as text: what a row is found by."""
+    return json.dumps(job | {"update": UPDATE}, sort_keys=True)
+
+
+def commit() -> str:
+    """The commit that is checked out, with a + where code has changed since; `unknown` outside of git."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("log", "-1", "--format=%h") + "+" * bool(git("status", "--porcelain", "--", ":/*.py"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
@@ -121,7 +137,7 @@ def read_rows(path: Path) -> dict[str, list[dict]]:
     if path.exists():
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                numbers = {k: float(v) for k, v in row.items() if k not in ("settings", "method") and v != ""}
+                numbers = {k: float(v) for k, v in row.items() if k not in ("settings", "commit", "method") and v != ""}
                 found.setdefault(row["settings"], []).append(row | numbers | json.loads(row["settings"]))
     return found
 
@@ -188,6 +204,7 @@ def byte_figures(metrics: list[dict]) -> dict:
 def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
     """Means over the rounds of what is logged every round. Movement is ‖λ̄_t − λ̄_{t−1}‖, λ̄ [M] the logged weights.
 
+    The explained variance is that of rounds 4 to the last, NaN for a method without a critic for each objective.
     The averaging residual is relative to ‖mean(ΔW)‖, stationarity is that of the second half of the rounds. Roughness
     is in deviations of the base policy's rewards; `net_roughness` is without what sampling the round's N responses
     alone would make, √max(roughness² − mean(s² / N), 0), s the deviation of the round's rewards.
@@ -205,6 +222,8 @@ def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
         floor = float(np.mean([m[f"reward_sd/{name}"] ** 2 for m in metrics])) / N
         row[f"roughness_{name}"] = rough / scale
         row[f"net_roughness_{name}"] = max(rough**2 - floor, 0.0) ** 0.5 / scale
+        explained = [m.get(f"explained_variance/{name}", math.nan) for m in metrics[3:] or metrics]
+        row[f"explained_variance_{name}"] = float(np.mean(explained))
     return row | {"training_seconds": sum(m["seconds"] for m in metrics)}
 
 

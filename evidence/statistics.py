@@ -31,6 +31,7 @@ LABELS = {
     "lambda1_reference": "λ₁, reference", "stationarity": "stationarity ‖Jᵀλ‖²",
     "gap_small": "share of steps with a gap ≤ 1e-6", "net_roughness_helpful": "roughness of helpful, net of sampling",
     "net_roughness_harmless": "roughness of harmless, net of sampling",
+    "explained_variance_helpful": "explained variance of helpful", "explained_variance_harmless": "… of harmless",
 }  # fmt: skip
 
 
@@ -64,6 +65,27 @@ def paired(a: list[dict], b: list[dict], figure: str) -> tuple[float, float, flo
     if len(d) < 2 or np.ptp(d) == 0.0:
         return float(d.mean()), float("nan"), float("nan")  # nothing to test
     return *interval(d), float(stats.ttest_1samp(d, 0.0).pvalue)
+
+
+def gap_at_equal_kl(ours: list[list[dict]], other: list[list[dict]], draws: int = 2000) -> tuple[float, ...]:
+    """How much more worst gain ours has than the other at equal KL: (lowest KL, highest KL, gap, its 95 % interval).
+
+    Each is a curve, a group of rows per point with the same seeds in the same order: means of gain over means of KL,
+    joined by straight lines. The gap is the mean over the KL that both curves reach, NaN where there is none; its
+    interval is that of a bootstrap over seeds, drawn alike for all points of both curves.
+    """
+
+    def gap(seeds: np.ndarray) -> tuple[float, float, float]:
+        kl, gain = (np.array([[np.array(column(rows, f))[seeds].mean() for rows in curve] for curve in (ours, other)])
+                    for f in ("kl", "worst_gain"))  # fmt: skip
+        low, high = kl.min(1).max(), kl.max(1).min()
+        x = np.linspace(low, high, 101) if low < high else np.array([np.nan])
+        curve = [np.interp(x, k[np.argsort(k)], g[np.argsort(k)]) for k, g in zip(kl, gain, strict=True)]
+        return low, high, float((curve[0] - curve[1]).mean())
+
+    n, rng = len(ours[0]), np.random.default_rng(0)
+    spread = [gap(rng.integers(n, size=n))[2] for _ in range(draws)]
+    return *gap(np.arange(n)), *np.quantile([g for g in spread if g == g] or [np.nan], [0.025, 0.975])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

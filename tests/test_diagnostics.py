@@ -76,14 +76,14 @@ def test_stationarity_is_four_times_the_mean_product_of_the_halves_directions():
     J, lambdas, _ = clients()
     a, b = J[:2]
     by_hand = 4 * (((lambdas[0] @ a) @ (lambdas[0] @ b)) + ((lambdas[1] @ a) @ (lambdas[1] @ b))) / 2
-    assert diagnostics.half_batch_stationarity(products(J[:2]), lambdas[:2], 16) == pytest.approx(float(by_hand))
+    assert diagnostics.half_batch_stationarity(products(J[:2]), lambdas[:2], 8, 8) == pytest.approx(float(by_hand))
 
 
 def test_stationarity_on_equal_halves_is_the_squared_norm_of_the_direction():
     J, lambdas, _ = clients()
     both = J[:1].expand(2, -1, -1)
     direction = lambdas[0] @ (2 * J[0])
-    ours = diagnostics.half_batch_stationarity(products(both), lambdas[:1].expand(2, -1), 16)
+    ours = diagnostics.half_batch_stationarity(products(both), lambdas[:1].expand(2, -1), 8, 8)
     assert ours == pytest.approx(float(direction @ direction))
 
 
@@ -91,7 +91,7 @@ def test_noise_raises_the_squared_norm_on_one_batch_and_not_stationarity_on_halv
     g, draws = torch.Generator().manual_seed(0), 2000
     J, lam = 3 * torch.eye(2, 50, dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
     halves = J / 2 + torch.randn(draws, 2, 2, 50, dtype=torch.float64, generator=g)
-    on_halves = torch.tensor([diagnostics.half_batch_stationarity(products(h), lam.expand(2, 2), 16) for h in halves])
+    on_halves = torch.tensor([diagnostics.half_batch_stationarity(products(h), lam.expand(2, 2), 8, 8) for h in halves])
     on_one_batch = (lam @ halves.sum(1)).square().sum(-1)
     true, noise = 9 * float(lam @ lam), 2 * 50 * float(lam @ lam)  # 5.2 and 58: two halves' noise adds up
     error = 4 * float(on_halves.std()) / math.sqrt(draws)
@@ -103,13 +103,13 @@ def test_stationarity_of_unequal_halves_of_one_gradient_is_its_squared_norm():
     # Five rows of equal gradients: three in one half, two in the other.
     J, lambdas, _ = clients()
     halves = torch.stack([0.6 * J[0], 0.4 * J[0]])
-    ours = diagnostics.half_batch_stationarity(products(halves), lambdas[:1].expand(2, -1), 5)
+    ours = diagnostics.half_batch_stationarity(products(halves), lambdas[:1].expand(2, -1), 3, 2)
     assert ours == pytest.approx(float((lambdas[0] @ J[0]).square().sum()))
 
 
 def test_a_single_row_has_no_halves():
     J, lambdas, _ = clients()
-    assert math.isnan(diagnostics.half_batch_stationarity(products(J[:2]), lambdas[:2], 1))
+    assert math.isnan(diagnostics.half_batch_stationarity(products(J[:2]), lambdas[:2], 1, 0))
 
 
 # Roughness of a curve

@@ -264,11 +264,6 @@ def test_bad_settings_are_refused_by_name(field, value):
         (ClientConfig if field in CLIENT_FIELDS else FIRMConfig)(**{field: value})
 
 
-def test_a_cross_gram_of_a_single_row_is_refused_by_name():
-    with pytest.raises(ValueError, match="gram: cross needs two half-batches"):
-        FIRMConfig(gram="cross", batch_size=1)
-
-
 # Local trainings
 
 
@@ -393,7 +388,7 @@ def at_gradient_scale(factor, **settings):
     class Scaled(PPO):
         def advantages(self, batch):
             made = super().advantages(batch)
-            return replace(made, whitened=factor * made.whitened)
+            return replace(made, normalised=factor * made.normalised)
 
     built = federation(method=replace(FIRM, learner=Scaled), ppo={"epochs": 1}, preference=[0.2, 0.8], **settings)
     metrics = built.round()

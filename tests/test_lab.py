@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +69,46 @@ def test_another_setting_is_another_row(bench):
     made, calls = bench
     made.rows("x", [{"method": "firm", "seed": 0}])
     assert made.rows("x", [{"method": "firm", "seed": 0, "beta": 1.0}])[0]["beta"] == 1.0 and len(calls) == 2
+
+
+def test_a_row_of_another_version_of_the_update_is_not_found(bench, monkeypatch):
+    made, calls = bench
+    made.rows("x", [{"method": "firm", "seed": 0}])
+    monkeypatch.setattr(lab, "UPDATE", lab.UPDATE + 1)
+    made.rows("x", [{"method": "firm", "seed": 0}])
+    assert len(calls) == 2
+
+
+def test_every_row_says_which_commit_made_it(bench, monkeypatch):
+    made, _ = bench
+    monkeypatch.setattr(lab, "commit", lambda: "1234567")  # all digits, and still no number
+    assert made.rows("x", [{"method": "firm", "seed": 0}])[0]["commit"] == "1234567"
+
+
+@pytest.mark.parametrize("rows", sorted(RESULTS.glob("**/*.csv")), ids=lambda path: str(path.relative_to(RESULTS)))
+def test_every_row_that_is_kept_says_which_commit_made_it(rows):
+    with open(rows, encoding="utf-8", newline="") as file:
+        assert all(re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) for row in csv.DictReader(file))
+
+
+def test_every_row_of_the_bench_says_which_commit_made_it():
+    rows = json.loads((RESULTS / "bench.json").read_text("utf-8"))
+    assert rows and all(re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) for row in rows)
+
+
+def test_a_commit_with_code_changed_since_is_marked(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)  # noqa: E731
+    monkeypatch.setattr(lab, "__file__", str(tmp_path / "lab.py"))
+    assert lab.commit() == "unknown"  # outside of git
+    (tmp_path / "lab.py").write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "m")
+    clean = lab.commit()
+    (tmp_path / "rows.csv").write_text("a result\n")
+    assert lab.commit() == clean and re.fullmatch(r"[0-9a-f]{7,}", clean)
+    (tmp_path / "lab.py").write_text("2\n")
+    assert lab.commit() == clean + "+"
 
 
 def test_rows_come_in_the_order_of_the_jobs(bench):
@@ -211,5 +253,5 @@ def test_a_new_row_has_the_columns_of_those_that_are_there(round_of_firm, tmp_pa
     job = {"method": "firm", "seed": 0}
     row = lab.progress_figures(job, summary, tmp_path) | lab.round_figures(job, [metrics], summary)
     row |= lab.byte_figures([metrics]) | lab.gram_figures(job, [grams])
-    with open(RESULTS / "beta.csv", encoding="utf-8", newline="") as file:
-        assert {"settings", *row} == set(next(csv.reader(file)))
+    with open(RESULTS / "groups.csv", encoding="utf-8", newline="") as file:
+        assert {"settings", "commit", *row} == set(next(csv.reader(file)))

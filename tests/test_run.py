@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import WORDS, make_model, make_tokenizer
 from huggingface_hub.utils import close_session, get_session
@@ -309,6 +310,31 @@ def test_a_setting_that_was_removed_since_is_left_out_with_a_line(finished, tmp_
     assert "momentum 0.9 does not exist any more" in refused(capsys, ["--resume", str(out)])
 
 
+@pytest.mark.parametrize("setting", ["value_clip", "critic_lr"])
+def test_a_run_of_the_older_critic_cannot_go_on(finished, tmp_path, capsys, setting):
+    out = edited_copy(finished, tmp_path / "old", **{setting: 0.2})
+    assert f"{setting} 0.2 does not exist any more; go on with an older version" in refused(
+        capsys, ["--resume", str(out)]
+    )
+
+
+def test_a_run_with_groups_keeps_no_critic_anywhere_and_goes_on_bit_for_bit(world, tmp_path):
+    arguments = command(world, out=tmp_path / "whole", advantages="group", group_size=2)
+    assert run.main(arguments) == 0
+    assert run.main([*command(world, out=tmp_path / "half", advantages="group", group_size=2), "--rounds", "1"]) == 0
+    kept = safetensors.torch.load_file(tmp_path / "half" / "checkpoint" / "state.safetensors")
+    assert set(kept) == {"theta", "before.scores", "before.kl"}
+    assert run.main(["--resume", str(tmp_path / "half"), "--rounds", "2"]) == 0
+    assert adapter_of(tmp_path / "half") == adapter_of(tmp_path / "whole")
+    assert not any("explained_variance" in key for key in metrics_without_times(tmp_path / "whole")[0])
+
+
+def test_a_run_with_other_advantages_says_so_in_its_directory_and_its_header(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["--advantages", "group", "--rounds", "1", "--held_out", "4", "--eval_samples", "1"]) == 0
+    assert Path("runs/firm-group-tiny").is_dir() and "16 responses each, 4 to a prompt" in capsys.readouterr().out
+
+
 def test_a_setting_that_nobody_knows_is_refused_by_name(finished, tmp_path, capsys):
     out = edited_copy(finished, tmp_path / "newer", momentum=0.9)
     assert "momentum" in refused(capsys, ["--resume", str(out)])
@@ -507,6 +533,8 @@ BAD_INPUT = {
     "no module of that name": ({"lora_targets": "query"}, "lora_targets"),
     "a response longer than the context": ({"max_new_tokens": 64}, "max_new_tokens"),
     "a missing model": ({"model": "nobody/no-such-model"}, "--model DIR"),
+    "groups that do not fill a batch": ({"advantages": "group", "group_size": 3}, "group_size: 3 does not divide"),
+    "groups of one": ({"advantages": "group", "group_size": 1}, "group_size: a group of 1"),
 }
 
 

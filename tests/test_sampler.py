@@ -71,6 +71,22 @@ def test_prefilling_in_pieces_changes_nothing(policy, monkeypatch):
     assert_agree(policy.sampler.draw(PROMPTS, UNIFORMS), whole)
 
 
+def test_rows_with_equal_prompts_are_read_once_and_drawn_as_if_each_had_been(policy, monkeypatch):
+    prompts, read = [p for p in PROMPTS[:3] for _ in range(2)], []
+    base = policy.model.base_model
+    forward = base.forward
+
+    def counted(*args, **kwargs):
+        if kwargs["input_ids"].shape[1] > 1:
+            read.extend(kwargs["input_ids"].tolist())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(base, "forward", counted)
+    drawn = policy.sampler.draw(prompts, UNIFORMS)
+    assert len(read) == 3
+    assert_agree(drawn, policy.sampler.draw_growing(prompts, UNIFORMS))
+
+
 @pytest.mark.parametrize("tokens", [1, 20, 24, 1000])
 def test_pieces_hold_every_row_once_longest_first_within_the_budget(tokens):
     pieces = list(by_length(PROMPTS, tokens))

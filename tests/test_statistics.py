@@ -88,3 +88,38 @@ def test_curves_that_share_an_x_stand_beside_each_other_and_single_points_on_the
     assert lines["a"][0][0] < 0 < lines["b"][0][0] and lines["a"][0][1] < 1 < lines["b"][0][1]
     lines = statistics.points({label: [{"v": 1.0}] for label in "ab"}, ["v"])[0].lines
     assert (lines["a"][0], lines["b"][0]) == ([0], [1])
+
+
+def curve_of(kls, gains, seeds=6, noise=0.0, rng=None):
+    """Rows of a curve of three points, each seed with a noise of its own in the gain."""
+    shift = noise * (rng or np.random.default_rng(0)).normal(size=seeds)
+    return [[{"kl": kl, "worst_gain": gain + s} for s in shift] for kl, gain in zip(kls, gains, strict=True)]
+
+
+def test_two_curves_on_one_line_have_no_gap_at_equal_kl_however_far_each_goes():
+    further, nearer = curve_of((4.0, 2.0, 1.0), (0.8, 0.4, 0.2)), curve_of((2.0, 1.0, 0.5), (0.4, 0.2, 0.1))
+    low, high, gap, *interval = statistics.gap_at_equal_kl(further, nearer)
+    assert (low, high) == (1.0, 2.0) and [gap, *interval] == pytest.approx([0.0] * 3, abs=1e-12)
+
+
+def test_the_gap_at_equal_kl_is_the_height_between_parallel_curves_whatever_the_order_of_the_points():
+    above, below = curve_of((1.0, 4.0, 2.0), (0.3, 0.9, 0.5)), curve_of((3.0, 1.0, 2.0), (0.6, 0.2, 0.4))
+    assert statistics.gap_at_equal_kl(above, below)[2] == pytest.approx(0.1)
+
+
+def test_the_interval_of_the_gap_is_that_of_paired_seeds():
+    # Equal noise in both curves cancels; in one of them it is the noise of a mean of seeds.
+    rng, seeds = np.random.default_rng(1), 40
+    below = curve_of((1.0, 2.0, 3.0), (0.2, 0.4, 0.6), seeds)
+    noisy = curve_of((1.0, 2.0, 3.0), (0.3, 0.5, 0.7), seeds, noise=0.2, rng=rng)
+    shifts = [row["worst_gain"] - 0.3 for row in noisy[0]]
+    _, _, gap, low, high = statistics.gap_at_equal_kl(noisy, below)
+    assert gap == pytest.approx(0.1 + np.mean(shifts))
+    assert high - low == pytest.approx(2 * 1.96 * np.std(shifts) / np.sqrt(seeds), rel=0.15)
+    same = [[row | {"worst_gain": row["worst_gain"] - 0.1} for row in rows] for rows in noisy]
+    assert statistics.gap_at_equal_kl(noisy, same)[2:] == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_curves_that_share_no_kl_have_no_gap():
+    gap = statistics.gap_at_equal_kl(curve_of((1.0, 2.0), (0.1, 0.2)), curve_of((3.0, 4.0), (0.1, 0.2)))[2]
+    assert np.isnan(gap)

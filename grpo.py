@@ -1,0 +1,79 @@
+"""Advantages from groups of responses, without a critic: S responses to a prompt are each other's baseline.
+
+For response i of a group, its objective j and its token t:
+
+    D_j(i)   = R_j(i) − mean of R_j over the other S − 1                              leave-one-out (RLOO)
+    A_{j,t}  = D_j − κ Σ_{u ≥ t} (log π_old − log π_ref)_u                    the KL per token, outside the baseline
+    Â_{j,t}  = A_{j,t} / max(σ_j, 0.1)                                        `Groups`
+    Â_{j,t}  = D_j / max(σ_j(group), 0.1) − κ Σ_{u ≥ t} (…)_u                 `GRPO`
+
+Most of a reward's variance lies between prompts, where no response can change it; a critic has to learn that part, a
+group knows it. D_j is (S / (S − 1)) (R_j − mean of the group), and unbiased but for the division.
+
+[RLOO, arXiv 2402.14740] the baseline. [GRPO, arXiv 2402.03300] σ_j(group), the deviation within a group, which favours
+prompts that are nearly solved or nearly hopeless (Dr. GRPO, arXiv 2503.20783): here to compare with.
+[ours] per objective (as GDPO, arXiv 2601.05242: rewards that are added up before they are normalised let different ones
+pass for the same); σ_j, the deviation over the real tokens of the client's batch, and its floor in calibrated units; no
+centring over the batch, so that a group of equal scores gives exactly no gradient where κ = 0; κ in the reward, as with
+a critic, and not as a second loss.
+
+Left out on purpose: what GRPO's successors change in the loss (clipping from one side only, lengths).
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ppo import SCALE_FLOOR, Advantages, Batch, PPOConfig, masked_std, to_go, token_rewards
+
+
+def leave_one_out(scores: Tensor, S: int) -> Tensor:
+    """D [B, k]: each score less the mean of the other S − 1 of its group, S consecutive rows of scores [B, k].
+
+    Summed over differences, so that equal scores give 0 and nothing else.
+    """
+    groups = scores.unflatten(0, (-1, S))  # [B / S, S, k]
+    return ((groups[:, :, None] - groups[:, None]).sum(2) / (S - 1)).flatten(0, 1)
+
+
+def per_token(batch: Batch, relative: Tensor) -> Tensor:
+    """A [B, L, k]: D [B, k] on every token, and the KL reward that it still has before it."""
+    return to_go(token_rewards(replace(batch, scores=relative))) * batch.rollout.mask[..., None]
+
+
+class Groups:
+    """How a client learns from groups; the counterpart of `ppo.PPO`, with nothing that lasts from round to round."""
+
+    group_size = 4  # responses to each prompt, where the settings leave it open
+    reads_hidden = False
+
+    def __init__(self, hidden_size: int, config: PPOConfig, device: torch.device | str, k: int) -> None:
+        pass
+
+    def advantages(self, batch: Batch) -> Advantages:
+        """Leave-one-out per objective, with the KL that is still to come, over their deviation in the batch."""
+        advantages = per_token(batch, leave_one_out(batch.scores, batch.rollout.group_size))
+        scale = masked_std(advantages, batch.rollout.mask)
+        return Advantages(advantages / scale.clamp_min(SCALE_FLOOR), scale)
+
+    def fit(self, batch: Batch, advantages: Advantages) -> None:
+        """There is nothing to fit."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing lasts."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing was kept."""
+
+
+class GRPO(Groups):
+    """The same with every group's own deviation, as GRPO has it."""
+
+    def advantages(self, batch: Batch) -> Advantages:
+        """The scores of a group over their own deviation; the KL as it is."""
+        S = batch.rollout.group_size
+        spread = batch.scores.unflatten(0, (-1, S)).std(1, correction=0).repeat_interleave(S, 0)  # [B, k]
+        relative = leave_one_out(batch.scores, S) / spread.clamp_min(SCALE_FLOOR)
+        return Advantages(per_token(batch, relative), torch.ones_like(relative[0]))
