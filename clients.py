@@ -150,6 +150,21 @@ def check_held(held: Sequence[Sequence[int]], names: Sequence[str], compared_by:
         raise ValueError(f"objectives: {compared_by} cannot compare clients that hold unequal lists; give equal ones")
 
 
+def responses_per_prompt(config: Any, learner: Callable[..., PPO]) -> int:
+    """S, from a `firm.FIRMConfig`, or the learner's own where that leaves it open.
+
+    Raises ValueError where it does not go with the learner, the batch or the Gram.
+    """
+    S, batch = config.group_size or learner.group_size, config.batch_size
+    if S == 1 < learner.group_size:
+        raise ValueError("group_size: a group of 1 has nothing to compare with; use at least 2, or advantages ppo")
+    if batch % S:
+        raise ValueError(f"group_size: {S} does not divide batch_size, {batch}, which counts responses")
+    if config.gram == "cross" and batch < 2 * S:
+        raise ValueError(f"gram: cross needs two half-batches; use a batch_size of at least {2 * S}")
+    return S
+
+
 def make_client(
     index: int, prompts: Sequence[Any], objectives: Sequence[int], p: Tensor,
     trainings: Callable[[Tensor], list[Tensor]], learner: Callable[[int], PPO],

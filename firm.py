@@ -75,17 +75,6 @@ class FIRMConfig(Checked):
         if self.preference is not None:
             mgda.preference_vector(self.preference, len(self.preference))  # normalised where it is used
 
-    def responses_per_prompt(self, learner: Callable[..., PPO]) -> int:
-        """S, with this learner. Raises ValueError where it does not go with the learner, the batch or the Gram."""
-        S = self.group_size or learner.group_size
-        if S == 1 < learner.group_size:
-            raise ValueError("group_size: a group of 1 has nothing to compare with; use at least 2, or advantages ppo")
-        if self.batch_size % S:
-            raise ValueError(f"group_size: {S} does not divide batch_size, {self.batch_size}, which counts responses")
-        if self.gram == "cross" and self.batch_size < 2 * S:
-            raise ValueError(f"gram: cross needs two half-batches; use a batch_size of at least {2 * S}")
-        return S
-
 
 @dataclass
 class TrainingConfig:
@@ -186,7 +175,7 @@ class Federation:
         server = f"{method.name}'s server" if method.server_weights or method.server_mixing else None
         clients.check_held(held, self.names, "diagnostics" if config.firm.diagnostics else server)
         learner = partial(method.learner, policy.hidden_size, config.ppo, policy.device)
-        self.group_size = config.firm.responses_per_prompt(method.learner)
+        self.group_size = clients.responses_per_prompt(config.firm, method.learner)
         self.clients = [
             clients.make_client(c, prompts, objectives, p, method.trainings, learner)
             for c, (prompts, objectives) in enumerate(zip(shares, held, strict=True))
@@ -214,8 +203,7 @@ class Federation:
         responses = self.respond(cohort, clients.TRAINING, self.group_size)
         batches = self.prepare(cohort, responses)
         if method.server_weights:
-            asked = zip(cohort, batches, strict=True)
-            J = torch.stack([client.gradients(self.policy, batch, config.ppo) for client, batch in asked])
+            J = torch.stack([c.gradients(self.policy, b, config.ppo) for c, b in zip(cohort, batches, strict=True)])
             lam = method.server_weights(J, fedavg.prompts_held(cohort), server)  # from J [C, M, d]
             method = replace(method, weights=lambda *_: lam)
 

@@ -88,11 +88,8 @@ class Rollout:
         return (len(self) // self.group_size + 1) // 2 * self.group_size
 
     def rows(self, rows: slice | Tensor) -> "Rollout":
-        """Some rows, cut to their own prompt and response width. rows: a slice of whole groups, or indices on the CPU,
-        of which a micro-batch is made: its `half` means nothing.
-        """
-        tensors = [f.name for f in fields(self) if f.name != "group_size"]
-        cut = replace(self, **{name: getattr(self, name)[rows] for name in tensors})
+        """Some rows, cut to their own width. rows: a slice of whole groups, or a micro-batch's indices, on the CPU."""
+        cut = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "group_size"})
         P, L = cut.lengths.amax(0).tolist()
         return replace(
             cut,

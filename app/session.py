@@ -162,7 +162,7 @@ def check(config: Config) -> None:
     if not config.run.objectives:
         raise ValueError("objectives: name at least one, as [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")
     names = [rewards.parse_spec(spec)[0] for spec in config.run.objectives]
-    config.firm.responses_per_prompt(method.learner)
+    clients.responses_per_prompt(config.firm, method.learner)
     p = mgda.preference_vector(config.firm.preference, len(names))
     if not method.takes_preference and p.std(correction=0) > 1e-9:
         raise ValueError(f"preference: {method.name} takes none; leave it out, or use firm, linear or morlhf")

@@ -7,9 +7,7 @@ Each leaves results/NAME.csv (a row a run), NAME.md (the table) and, but for `tu
 conclusions. A stopped experiment goes on where it was, and drawing a table or a picture again costs nothing. --quick
 writes to runs/quick instead, and its figures mean nothing.
 
-Rules of comparison: one tuning grid and budget for every method (`tuning`, on seeds of its own), and beside every
-method's own best setting a common one, since a difference between methods that run at different rates may be one of the
-rates; a fixed KL coefficient; all else in `statistics.py`. Needs requirements-dev.txt (SciPy).
+What is compared with what is in `rules.py`. Needs requirements-dev.txt (SciPy).
 """
 
 import argparse
@@ -23,7 +21,9 @@ from scipy.stats import spearmanr
 
 from app import plots, sweep
 from app.session import Session
+from evidence import rules
 from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_volume
+from evidence.rules import COMMON, GRID, KL_COEFS, ROUNDS, TUNING_SEEDS, VARIANTS
 from evidence.statistics import (
     LABELS,
     against,
@@ -44,36 +44,15 @@ from settings import METHODS, Config
 from worlds import toy
 
 PREFERENCES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # p₁, of helpful
-GRID = {"lr": (1.5e-3, 3e-3, 6e-3), "server_lr": (1.0, 2.0), "kl_coef": (0.003, 0.01)}
-TUNING_SEEDS = (101, 102)
-COMMON = {"lr": 3e-3, "server_lr": 2.0, "kl_coef": 0.003}  # the best of `tuning`, on average over its first 7 methods
-ROUNDS = 16  # [paper]
-KL_COEFS = (0.003, 0.01, 0.03)  # of the curves that are compared at equal KL
-
-
-def variant(label: str) -> dict:
-    """The settings that a label names: `firm β=10 groups` is FIRM at β = 10 with groups of 4 in place of the critic."""
-    label, groups = label.removesuffix(" groups"), label.endswith(" groups")
-    method, _, beta = label.partition(" β=")
-    found = {"method": method} | ({"beta": float(beta)} if beta else {})
-    return found | ({"advantages": "group"} if groups else {})
-
-
-VARIANTS = {
-    label: variant(label) for label in ("firm", "firm β=1", *(method for method in METHODS if method != "firm"))
-}
-VARIANTS["soups"]["preferences"] = [0.5]  # p₁ of what is evaluated
-
-
 # ---- one tuning budget for every method -----------------------------------------------------------------------
 
 
 def tuning(lab: Lab) -> None:
     """The same grid and seeds for every method, judged by the worst normalised gain at uniform p after 16 rounds."""
-    jobs, lines = tuning_jobs(lab), []
+    jobs, lines = rules.tuning_jobs(lab), []
     rows = lab.rows("tuning", jobs)
     for method in METHODS:
-        ranked = ranking(where(rows, method=method))
+        ranked = rules.ranking(where(rows, method=method))
         scores = [f"{ranked[i][0]:.3f}" for i in (0, min(1, len(ranked) - 1), -1)]
         kl = np.mean(column(where(rows, method=method, **ranked[0][1]), "kl"))
         lines.append([method, *(f"{v:g}" for v in ranked[0][1].values()), *scores, f"{kl:.2f}"])
@@ -82,34 +61,7 @@ def tuning(lab: Lab) -> None:
     show(lab.results, "tuning", head, lines, note)
 
 
-def tuning_jobs(lab: Lab) -> list[dict]:
-    """Every method at every point of the grid, on the tuning seeds; one run each in miniature."""
-    grid = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())]
-    trials = [setting | {"seed": s} for setting in grid for s in TUNING_SEEDS]
-    return [VARIANTS[method] | trial for method in METHODS for trial in (trials[:1] if lab.quick else trials)]
-
-
-def ranking(rows: list[dict]) -> list[tuple[float, dict]]:
-    """(mean worst gain over the seeds, setting), best first."""
-    values = dict.fromkeys(tuple(row[name] for name in GRID) for row in rows)
-    settings = [dict(zip(GRID, v, strict=True)) for v in values]
-    scored = [(float(np.mean(column(where(rows, **setting), "worst_gain"))), setting) for setting in settings]
-    return sorted(scored, key=lambda pair: -pair[0])
-
-
-def best_setting(lab: Lab, method: str) -> dict:
-    """The best of one method's grid. Runs the tuning first where that is missing."""
-    return ranking(where(lab.rows("tuning", tuning_jobs(lab)), method=method))[0][1]
-
-
 # ---- FIRM and the baselines -----------------------------------------------------------------------------------
-
-
-def at_common_setting(lab: Lab, name: str, n_seeds: int, variants: dict[tuple, dict]) -> dict[tuple, list[dict]]:
-    """Rows of FIRM at the common setting with each variant's changes (of the method, perhaps), on n seeds."""
-    firm, seeds = {"method": "firm"} | COMMON, lab.some(range(n_seeds))
-    jobs = {label: [firm | {"seed": s} | changes for s in seeds] for label, changes in variants.items()}
-    return lab.groups(name, jobs)
 
 
 VERSUS = ["budget", "method", "rounds", *NAMES, "worst normalised gain", "KL", "firm − method: helpful", "harmless",
@@ -136,7 +88,7 @@ def baselines(lab: Lab) -> None:
     }  # fmt: skip
     seeds, jobs, lines = lab.some(range(10)), {}, []
     for label, changes in VARIANTS.items():
-        setting = best_setting(lab, changes["method"]) | changes
+        setting = rules.best_setting(lab, changes["method"]) | changes
         for budget, methods in halved.items():
             rounds = ROUNDS // 2 if label in methods else ROUNDS
             jobs[budget, label] = [setting | {"rounds": rounds, "seed": s} for s in seeds]
@@ -155,7 +107,7 @@ def agreement(lab: Lab) -> None:
     """Every method at one common setting: how smooth, how unanimous, how far; what differs is the method alone."""
     variants = {label: {"rounds": ROUNDS} | changes for label, changes in VARIANTS.items()}
     variants["soups"]["rounds"] = ROUNDS // 2
-    groups = at_common_setting(lab, "agreement", 10, variants)
+    groups = rules.at_common_setting(lab, "agreement", 10, variants)
     at = ", ".join(f"{name} {value:g}" for name, value in COMMON.items())
     at = f"{len(groups['firm'])} seeds, paired, all at {at}"
     show(lab.results, "common", VERSUS, versus_firm("common setting", groups), f"{at}; equal rollouts.")
@@ -182,7 +134,7 @@ def groups(lab: Lab) -> None:
     labels = [f"{m}{update}" for m in ("firm", "firm β=1", "firm β=10", "mgda", "linear") for update in ("", " groups")]
     setting, seeds, common = {"rounds": ROUNDS} | COMMON, lab.some(range(10, 20)), COMMON["kl_coef"]
     jobs = {
-        (label, kl_coef): [setting | variant(label) | {"kl_coef": kl_coef, "seed": s} for s in seeds]
+        (label, kl_coef): [setting | rules.variant(label) | {"kl_coef": kl_coef, "seed": s} for s in seeds]
         for label in labels for kl_coef in KL_COEFS
         if kl_coef == common or label.removesuffix(" groups") in ("firm", "linear")
     }  # fmt: skip
@@ -250,7 +202,7 @@ def preference_sweeps(lab: Lab, name: str, rounds: int, seeds: Sequence[int], la
     preferences, setting = lab.some(PREFERENCES), {"rounds": rounds} | COMMON
 
     def jobs(label: str, seed: int) -> list[dict]:
-        shared = setting | variant(label) | {"seed": seed}
+        shared = setting | rules.variant(label) | {"seed": seed}
         if label == "soups":
             return [shared | {"preferences": list(preferences)}]
         return [shared | {"preference": [p, round(1.0 - p, 1)]} for p in preferences]
@@ -294,7 +246,7 @@ def ablate(
 
     A figure `same_NAME` is NAME under a row's β on the Grams of its seed's run at β = 0, over the same at β = 0.
     """
-    groups = at_common_setting(lab, name, n_seeds, variants)
+    groups = rules.at_common_setting(lab, name, n_seeds, variants)
     for figure in (figure.removeprefix("same_") for figure in figures if figure.startswith("same_")):
         at_zero = {row["seed"]: row for row in groups["firm", "0"]}
         for row in (row for rows in groups.values() for row in rows):
@@ -317,7 +269,7 @@ def twins(lab: Lab) -> None:
     """M = 3, the third objective a near copy of the first: where unregularised weights jump. p = (¼, ½, ¼)."""
     changes = {"objectives": [*BASE["objectives"], "py:worlds/toy.py:twin"], "preference": [0.25, 0.5, 0.25]}
     variants = {("firm", f"{b:g}"): {"beta": b} | changes for b in lab.some((0.0, 0.01, 0.1, 1.0))}
-    at_zero = at_common_setting(lab, "twins", 5, variants)["firm", "0"]
+    at_zero = rules.at_common_setting(lab, "twins", 5, variants)["firm", "0"]
     mean, largest = np.mean(column(at_zero, "gap")), max(column(at_zero, "gap_max"))
     note = f"Gap ‖g₁ − g₃‖² / tr G at β = 0: mean {mean:.1e}, largest {largest:.1e}."
     figures = ("same_twin_disagreement", "same_drift", "twin_disagreement", "drift", *NAMES, "kl", "gap", "gap_small")
@@ -366,7 +318,7 @@ def noise(lab: Lab) -> None:
     variants = {
         (label, b): {"gram": grams[label], "batch_size": b, "split": "iid"} for label, b in product(grams, sizes)
     }
-    groups = at_common_setting(lab, "noise", 3, variants)
+    groups = rules.at_common_setting(lab, "noise", 3, variants)
     figures = ("half_cosine", "error_batch", "error_cross", "error_constant", "lambda1_batch", "lambda1_cross",
                "lambda1_reference", "disagreement", "drift", "worst_gain", "kl")  # fmt: skip
     note = "The reference is λ of the other clients' mean gradient."
@@ -377,22 +329,6 @@ def noise(lab: Lab) -> None:
     x_label = "prompts per client and round"
     panels = curves(errors, x_label, ["error"]) + curves(groups, x_label, ("disagreement", "worst_gain"))
     plots.panels(panels, lab.results / "noise.png")
-
-
-def optimizer(lab: Lab) -> None:
-    """The client's optimizer: Adam fresh every round, Adam kept, SGD; each with a rate from a grid of its own."""
-    rates = {"adam": GRID["lr"], "adam-keep": GRID["lr"], "sgd": (0.3, 1.0, 3.0)}
-    trials = [{"method": "firm"} | COMMON | {"optimizer": name, "lr": lr, "seed": s}
-              for name, grid in rates.items() for lr in (grid[1:2] if lab.quick else grid)
-              for s in TUNING_SEEDS]  # fmt: skip
-    rows, variants = lab.rows("optimizer", trials), {}
-    for name in rates:
-        best = ranking(where(rows, optimizer=name))[0][1]
-        variants[name, f"{best['lr']:g}"] = {"optimizer": name} | best
-    figures = (*NAMES, "worst_gain", "disagreement", "dispersion", "averaging_residual", "kl")
-    note = f"Rates tuned on seeds {TUNING_SEEDS}, server rate and KL coefficient those that are best with Adam."
-    drawn = ("worst_gain", "kl", "dispersion")
-    ablate(lab, "optimizer", ("optimizer", "rate"), variants, figures, drawn, n_seeds=5, note=note)
 
 
 def communication(lab: Lab) -> None:
@@ -415,7 +351,7 @@ def communication(lab: Lab) -> None:
 
 
 EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
-                                       trace, optimizer, rank, clients, groups, pareto, long)}  # fmt: skip
+                                       trace, rank, clients, groups, pareto, long)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("scipy.stats", reason="the experiments need SciPy, see requirements-dev.txt")
 
 from app import plots  # noqa: E402
-from evidence import experiments, lab  # noqa: E402
+from evidence import experiments, lab, rules  # noqa: E402
 
 RESULTS = Path(experiments.__file__).parents[1] / "results"
 RUN = [name for name in experiments.EXPERIMENTS if (RESULTS / f"{name}.csv").is_file()]  # older ones are in older/
@@ -31,7 +31,7 @@ def test_every_table_is_that_of_the_rows_and_no_run_is_missing(name, tmp_path, m
 
 
 def test_every_method_gets_the_same_tuning_budget():
-    jobs = experiments.tuning_jobs(lab.Lab(None, quick=False, workers=1))
+    jobs = rules.tuning_jobs(lab.Lab(None, quick=False, workers=1))
     budgets = {m: sum(job["method"] == m for job in jobs) for m in experiments.METHODS}
     assert len(set(budgets.values())) == 1 and not {job["seed"] for job in jobs} & set(range(10))
 
@@ -40,7 +40,7 @@ def test_the_best_setting_is_that_of_the_best_mean_over_seeds():
     common = {"server_lr": 1.0, "kl_coef": 0.01}
     scores = {1e-3: (0.1, 0.5), 3e-3: (0.35, 0.4), 6e-3: (0.6, 0.0)}
     rows = [common | {"lr": lr, "seed": s, "worst_gain": v} for lr, pair in scores.items() for s, v in enumerate(pair)]
-    assert experiments.ranking(rows)[0][1]["lr"] == 3e-3
+    assert rules.ranking(rows)[0][1]["lr"] == 3e-3
 
 
 def test_an_unknown_experiment_is_refused_by_name(capsys):
@@ -51,7 +51,7 @@ def test_an_unknown_experiment_is_refused_by_name(capsys):
 
 def test_the_common_setting_is_the_best_on_average_of_the_tuning_that_is_kept():
     rows = [row for found in lab.read_rows(RESULTS / "older" / "tuning.csv").values() for row in found]
-    assert experiments.ranking(rows)[0][1] == experiments.COMMON
+    assert rules.ranking(rows)[0][1] == rules.COMMON
 
 
 def test_a_method_is_tuned_by_its_own_rows(monkeypatch):
@@ -62,4 +62,4 @@ def test_a_method_is_tuned_by_its_own_rows(monkeypatch):
         for (m, lr), v in scores.items()
     ]
     monkeypatch.setattr(lab.Lab, "rows", lambda *_: rows)
-    assert [experiments.best_setting(made, m)["lr"] for m in ("firm", "mgda")] == [1e-3, 3e-3]
+    assert [rules.best_setting(made, m)["lr"] for m in ("firm", "mgda")] == [1e-3, 3e-3]

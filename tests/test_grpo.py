@@ -220,11 +220,11 @@ def test_a_single_group_has_no_second_half_and_no_stationarity():
 )  # fmt: skip
 def test_a_group_size_that_does_not_go_is_refused_by_name(settings, learner, message):
     with pytest.raises(ValueError, match=message):
-        FIRMConfig(**{"batch_size": 6, **settings}).responses_per_prompt(learner)
+        clients.responses_per_prompt(FIRMConfig(**{"batch_size": 6, **settings}), learner)
 
 
 def test_if_left_open_a_group_has_four_and_a_critic_gets_one_response_to_a_prompt():
-    assert FIRMConfig().responses_per_prompt(Groups) == 4 and FIRMConfig().responses_per_prompt(ppo.PPO) == 1
+    assert [clients.responses_per_prompt(FIRMConfig(), learner) for learner in (Groups, GRPO, ppo.PPO)] == [4, 4, 1]
 
 
 def test_a_local_update_from_groups_is_the_formulas_row_by_row():
