@@ -23,27 +23,12 @@ from app import plots, sweep
 from app.session import Session
 from evidence import rules
 from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_volume
-from evidence.rules import COMMON, GRID, KL_COEFS, ROUNDS, TUNING_SEEDS, VARIANTS
-from evidence.statistics import (
-    LABELS,
-    against,
-    cell,
-    column,
-    curves,
-    gap_at_equal_kl,
-    interval,
-    measured,
-    number,
-    paired,
-    points,
-    show,
-    table,
-    where,
-)  # fmt: skip
+from evidence.rules import COMMON, GRID, PREFERENCES, ROUNDS, TUNING_SEEDS, VARIANTS
+from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
+from evidence.update import cooled, groups
 from settings import METHODS, Config
 from worlds import toy
 
-PREFERENCES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # p₁, of helpful
 # ---- one tuning budget for every method -----------------------------------------------------------------------
 
 
@@ -124,59 +109,6 @@ def agreement(lab: Lab) -> None:
     show(lab.results, "agreement", ["figure", "method", "mean", "firm − method", "p (Holm)"], lines, note)
     drawn = ("disagreement", "drift", "movement", "net_roughness_helpful", "net_roughness_harmless", "kl")
     plots.panels(points(groups, drawn), lab.results / "agreement.png", legend=False)
-
-
-def groups(lab: Lab) -> None:
-    """The critic against groups of 4 responses, at equal rollouts: at the common setting, and at equal KL.
-
-    On seeds of its own, 10 to 19: the update was designed on 0 to 9.
-    """
-    labels = [f"{m}{update}" for m in ("firm", "firm β=1", "firm β=10", "mgda", "linear") for update in ("", " groups")]
-    setting, seeds, common = {"rounds": ROUNDS} | COMMON, lab.some(range(10, 20)), COMMON["kl_coef"]
-    jobs = {
-        (label, kl_coef): [setting | rules.variant(label) | {"kl_coef": kl_coef, "seed": s} for s in seeds]
-        for label in labels for kl_coef in KL_COEFS
-        if kl_coef == common or label.removesuffix(" groups") in ("firm", "linear")
-    }  # fmt: skip
-    rows, lines = lab.groups("groups", jobs), []
-    explained = [f"explained_variance_{name}" for name in NAMES]
-    for label in labels:
-        own, test = rows[label, common], ("", "")
-        if label.endswith(" groups"):
-            gain, half, p = paired(own, rows[label.removesuffix(" groups"), common], "worst_gain")
-            test = (f"{gain:+.3f} ± {number(half)}", f"{p:.2g}")
-        shown = [cell(own, figure) if own[0][figure] == own[0][figure] else "–" for figure in explained]
-        lines.append([label, *(cell(own, figure) for figure in (*NAMES, "worst_gain", "kl")), *shown, *test])
-    shown = (LABELS[figure] for figure in (*NAMES, "worst_gain", "kl", *explained))
-    head = ["method", *shown, "worst gain, groups − critic", "p"]
-    note = (
-        f"{len(seeds)} seeds from {seeds[0]}, paired; ± is half a 95 % interval; equal rollouts. Explained variance: "
-    )
-    note += (
-        "of Monte Carlo returns by the critic before it is fitted to them, pooled over clients, mean of rounds 4 to 16."
-    )
-    show(lab.results, "groups", head, lines, note)
-    at_equal_kl(lab, {label: [rows[label, k] for k in KL_COEFS] for label in labels if (label, KL_COEFS[-1]) in rows})
-
-
-def at_equal_kl(lab: Lab, curves: dict[str, list[list[dict]]]) -> None:
-    """The worst gain against KL: a curve over `KL_COEFS` per label, and how far two such curves lie apart."""
-    lines, table = {}, []
-    for label, groups in curves.items():
-        gains = [interval(column(rows, "worst_gain")) for rows in groups]
-        lines[label] = ([np.mean(column(rows, "kl")) for rows in groups], *zip(*gains, strict=True))
-        critic = label.removesuffix(" groups")
-        if label != critic:
-            low, high, gap, *interval_of_gap = gap_at_equal_kl(groups, curves[critic])
-            gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(gap, *interval_of_gap)
-            table.append([f"{label} − {critic}", f"{low:.2f} to {high:.2f}", gap])
-    panel = plots.Panel("KL to the base model (nats per response)", LABELS["worst_gain"], "", lines)
-    plots.panels([panel], lab.results / "groups.png")
-    note = f"Curves over κ = {', '.join(f'{k:g}' for k in KL_COEFS)}, of seed means joined by straight lines, compared "
-    note += (
-        "over the KL that both reach; in brackets the 95 % bootstrap interval, over seeds, the same for both curves."
-    )
-    show(lab.results, "equal_kl", ["worst normalised gain", "KL", "mean difference at equal KL"], table, note)
 
 
 def pareto(lab: Lab) -> None:
@@ -351,7 +283,7 @@ def communication(lab: Lab) -> None:
 
 
 EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
-                                       trace, rank, clients, groups, pareto, long)}  # fmt: skip
+                                       trace, rank, clients, groups, pareto, long, cooled)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ import run
 from app import sweep
 from app.files import read_json, read_lines, write_text
 from app.metrics import disagreement
+from app.session import Session
 from evidence import diagnostics
 from settings import PRESETS, Config
 from worlds import toy
@@ -151,14 +152,15 @@ def run_job(job: dict) -> list[dict]:
     with tempfile.TemporaryDirectory(prefix="experiment-", dir="runs") as scratch:
         if job["method"] == "soups":
             return soups(job, Path(scratch))
-        out = Path(scratch) / "run"
-        summary = run.train(Config.from_flat(BASE | job | {"out": str(out)}), progress=False)
+        out, settings = Path(scratch) / "run", {name: value for name, value in job.items() if name != "cold"}
+        config = Config.from_flat(BASE | settings | {"out": str(out)})
+        summary = run.train(config, progress=False)
         metrics = read_lines(out / "metrics.jsonl")
         row = progress_figures(job, summary, out) | round_figures(job, metrics, summary) | byte_figures(metrics)
         if job["method"] in ("firm", "mgda", "linear"):  # their clients have the Gram of all objectives
             grams = [safetensors.torch.load_file(file) for file in sorted((out / "grams").glob("*.safetensors"))]
             row |= gram_figures(job, grams)
-        return [row]
+        return [row | (cold_figures(config, job["cold"], out) if "cold" in job else {})]
 
 
 def soups(job: dict, scratch: Path) -> list[dict]:
@@ -174,6 +176,14 @@ def soups(job: dict, scratch: Path) -> list[dict]:
         summary = read_json((scratch / sweep.label(p) / "summary.json").read_text("utf-8"))
         rows.append(progress_figures(job | {"preference": p}, summary, homes[0]) | sent)
     return rows
+
+
+def cold_figures(config: Config, temperature: float, out: Path) -> dict[str, float]:
+    """Held-out means, in raw units, of a finished run's policy at another sampling temperature."""
+    session = Session(replace(config, rollout=replace(config.rollout, temperature=temperature)), progress=False)
+    session.policy.adapter.load(out / "adapter")
+    means = session.evaluate("cold").scores.mean((0, 1)).tolist()
+    return {f"cold_{name}": mean for name, mean in zip(session.names, means, strict=True)}
 
 
 # ---- its figures ----------------------------------------------------------------------------------------------
@@ -305,9 +315,9 @@ def front_of(row: dict) -> np.ndarray:
     return toy.pareto_front([risky] * int(row["risky"]) + [benign] * int(row["held_out"] - row["risky"]))
 
 
-def sweep_volume(rows: list[dict]) -> float:
-    """Normalised hypervolume of one seed's sweep."""
-    points, base = (np.array([[row[f"{kind}{name}"] for name in NAMES] for row in rows]) for kind in ("", "base_"))
+def sweep_volume(rows: list[dict], kind: str = "") -> float:
+    """Normalised hypervolume of one seed's sweep; kind `cold_`: of its policies sampled colder."""
+    points, base = (np.array([[row[f"{k}{name}"] for name in NAMES] for row in rows]) for k in (kind, "base_"))
     return sweep.normalised_hypervolume(points, base[0], front_of(rows[0]))
 
 

@@ -17,6 +17,7 @@ GRID = {"lr": (1.5e-3, 3e-3, 6e-3), "server_lr": (1.0, 2.0), "kl_coef": (0.003, 
 TUNING_SEEDS = (101, 102)
 COMMON = {"lr": 3e-3, "server_lr": 2.0, "kl_coef": 0.003}  # the best of `tuning`, on average over its first 7 methods
 ROUNDS = 16  # [paper]
+PREFERENCES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # p₁, of helpful
 KL_COEFS = (0.003, 0.01, 0.03)  # of the curves that are compared at equal KL
 
 

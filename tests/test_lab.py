@@ -229,6 +229,15 @@ def test_a_jobs_key_does_not_depend_on_the_order_of_its_settings():
     assert lab.key({"a": 1, "b": [0.1]}) == lab.key(json.loads('{"b": [0.1], "a": 1}'))
 
 
+def test_cold_figures_at_the_training_temperature_are_the_runs_own_and_others_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = {"method": "firm", "seed": 0, "rounds": 1, "held_out": 8, "eval_samples": 2, "advantages": "group"}
+    (same,), (cold,) = (lab.run_job(job | {"cold": temperature}) for temperature in (1.0, 0.1))
+    assert [same[f"cold_{name}"] for name in lab.NAMES] == [same[name] for name in lab.NAMES]
+    assert [cold[name] for name in lab.NAMES] == [same[name] for name in lab.NAMES]
+    assert all(cold[f"cold_{name}"] != same[name] for name in lab.NAMES)
+
+
 def test_what_is_logged_every_round_is_found_under_its_name(round_of_firm):
     names = {name.replace("helpful", "even").replace("harmless", "low") for name in lab.LOGGED.values()}
     assert names <= round_of_firm[0].keys()
