@@ -25,7 +25,7 @@ from evidence import rules
 from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_volume
 from evidence.rules import COMMON, GRID, PREFERENCES, ROUNDS, TUNING_SEEDS, VARIANTS
 from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
-from evidence.update import cooled, groups
+from evidence.update import COLD, cooled, groups
 from settings import METHODS, Config
 from worlds import toy
 
@@ -114,33 +114,38 @@ def agreement(lab: Lab) -> None:
 def pareto(lab: Lab) -> None:
     """Preference sweeps of 9 points: the trade-offs by hypervolume, and whether a preference is followed."""
     labels = ("firm β=10", "firm β=10 groups", "linear", "linear groups", "morlhf", "soups")
-    means = preference_sweeps(lab, "pareto", ROUNDS, lab.some(range(10, 15)), labels)
+    means = preference_sweeps(lab, "pareto", {"rounds": ROUNDS}, lab.some(range(10, 15)), labels)
     lines = {label: (lab.some(PREFERENCES), means[label]["lambda"], None) for label in labels if "β" in label}
     panel = plots.Panel("requested p of helpful", "realised mean λ of helpful", "", lines, diagonal=True)
     plots.panels([panel], lab.results / "pareto_weights.png")
 
 
 def long(lab: Lab) -> None:
-    """The sweep with four times the rounds: how far towards the front?"""
-    labels = ("firm β=10 groups", "linear groups", "firm β=10", "linear")
-    preference_sweeps(lab, "long", 4 * ROUNDS, lab.some(range(10, 13)), labels)
+    """The sweep with four times the rounds: how far towards the front, and what keeps the policies from it?"""
+    setting, seeds, label = {"rounds": 4 * ROUNDS, "cold": COLD}, lab.some(range(10, 13)), "firm β=10 groups"
+    preference_sweeps(lab, "long", setting, seeds, (label,))
+    cooled(lab, lab.groups("long", {seed: sweep_jobs(lab, label, seed, setting) for seed in seeds}))
 
 
-def preference_sweeps(lab: Lab, name: str, rounds: int, seeds: Sequence[int], labels: Sequence[str]) -> dict[str, dict]:
+def sweep_jobs(lab: Lab, label: str, seed: int, setting: dict) -> list[dict]:
+    """One seed's sweep of what a label names, at the common setting but for `setting`; soups are one job."""
+    preferences, shared = lab.some(PREFERENCES), COMMON | setting | rules.variant(label) | {"seed": seed}
+    if label == "soups":
+        return [shared | {"preferences": list(preferences)}]
+    return [shared | {"preference": [p, round(1.0 - p, 1)]} for p in preferences]
+
+
+def preference_sweeps(
+    lab: Lab, name: str, setting: dict, seeds: Sequence[int], labels: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
     """Runs, table and picture; returns each label's means by preference, see `mean_points`.
 
     All at the common setting: FIRM at a large β is nearly `linear`, and at other rates would differ by the rates.
     """
-    preferences, setting = lab.some(PREFERENCES), {"rounds": rounds} | COMMON
-
-    def jobs(label: str, seed: int) -> list[dict]:
-        shared = setting | rules.variant(label) | {"seed": seed}
-        if label == "soups":
-            return [shared | {"preferences": list(preferences)}]
-        return [shared | {"preference": [p, round(1.0 - p, 1)]} for p in preferences]
-
+    preferences = lab.some(PREFERENCES)
     # Whole seeds first, so that an unfinished experiment is a smaller one.
-    sweeps = lab.groups(name, {(seed, label): jobs(label, seed) for seed in seeds for label in labels})
+    jobs = {(seed, label): sweep_jobs(lab, label, seed, setting) for seed in seeds for label in labels}
+    sweeps = lab.groups(name, jobs)
     groups = {label: [row for seed in seeds for row in sweeps[seed, label]] for label in labels}
     volumes = {label: [{"seed": s, "hv": sweep_volume(sweeps[s, label])} for s in seeds] for label in labels}
     test = against(volumes, labels[0], "hv")
@@ -283,7 +288,7 @@ def communication(lab: Lab) -> None:
 
 
 EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
-                                       trace, rank, clients, groups, pareto, long, cooled)}  # fmt: skip
+                                       trace, rank, clients, groups, pareto, long)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

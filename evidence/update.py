@@ -67,12 +67,9 @@ def at_equal_kl(lab: Lab, curves: dict[str, list[list[dict]]]) -> None:
     show(lab.results, "equal_kl", ["worst normalised gain", "KL", "mean difference at equal KL"], table, note)
 
 
-def cooled(lab: Lab) -> None:
-    """What keeps 64 rounds from the front: the same policies as trained, and sampled at half the temperature."""
-    seeds, preferences, kinds = lab.some(range(10, 13)), lab.some(PREFERENCES), {"as trained": "", "colder": "cold_"}
-    shared = {"rounds": 4 * ROUNDS, "cold": COLD} | COMMON | rules.variant("firm β=10 groups")
-    jobs = {s: [shared | {"preference": [p, round(1.0 - p, 1)], "seed": s} for p in preferences] for s in seeds}
-    sweeps, volumes = lab.groups("cooled", jobs), []
+def cooled(lab: Lab, sweeps: dict[int, list[dict]]) -> None:
+    """What keeps a sweep (each seed's rows) from the front: its policies as trained, and sampled at `COLD`."""
+    preferences, kinds, volumes = lab.some(PREFERENCES), {"as trained": "", "colder": "cold_"}, []
     for row in (row for rows in sweeps.values() for row in rows):
         for kind in kinds.values():
             point = [row[f"{kind}{name}"] for name in NAMES]
@@ -80,10 +77,12 @@ def cooled(lab: Lab) -> None:
     for label, kind in kinds.items():
         of_seeds = [{"hv": sweep_volume(rows, kind)} for rows in sweeps.values()]
         volumes.append(f"{cell(of_seeds, 'hv')} {label}")
-    figures = [f"{kind}{figure}" for kind in kinds.values() for figure in (*NAMES, "distance")]
+    figures = [*NAMES, "kl", "distance", *(f"cold_{figure}" for figure in (*NAMES, "distance"))]
     points = [[rows[i] for rows in sweeps.values()] for i in range(len(preferences))]
     lines = [[f"{p:g}", *(cell(of_p, f) for f in figures)] for p, of_p in zip(preferences, points, strict=True)]
-    head = ["p of helpful", *NAMES, "distance to the front", *(f"{name}, temperature {COLD:g}" for name in NAMES)]
-    note = f"{len(seeds)} seeds from {seeds[0]}; raw units; ± is half a 95 % interval; the distance is to the nearest "
+    head = ["p of helpful", *NAMES, "KL", "distance to the front", *(f"{name}, temperature {COLD:g}" for name in NAMES)]
+    note = (
+        f"{len(sweeps)} seeds from {min(sweeps)}; raw units; ± is half a 95 % interval; the distance is to the nearest "
+    )
     note += f"vertex of the exact front. Normalised hypervolume: {', '.join(volumes)}."
     show(lab.results, "cooled", [*head, "distance"], lines, note)

@@ -142,16 +142,39 @@ def test_the_readmes_lines_for_peft_answer_a_prompt(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.strip()
 
 
-def test_the_figures_of_the_common_setting_are_the_csvs_rounded():
-    with open(ROOT / "results" / "agreement.csv", encoding="utf-8") as file:
-        rows = [row | {"beta": float(json.loads(row["settings"]).get("beta", 0.01))} for row in csv.DictReader(file)]
-    for label, _, *cells in table(ROOT / "results" / "README.md", "method"):
-        method, _, beta = label.partition(" β=")
-        columns = ["helpful", "harmless", "worst_gain", "kl"]
-        if label == "base model":
-            method, columns, cells = "firm", ["base_helpful", "base_harmless"], cells[:2]
-        of_method = [row for row in rows if row["method"] == method and row["beta"] == float(beta or 0.01)]
-        for column, cell in zip(columns, cells, strict=True):
-            written = cell.split(" ±")[0]
-            digits = len(written.partition(".")[2])
-            assert f"{statistics.mean(float(row[column]) for row in of_method):.{digits}f}" == written
+def number(text: str) -> tuple[float, int]:
+    """`−0.28 ± 0.03` -> its value, and how many digits behind the point are written."""
+    value = text.split(" ±")[0].replace("−", "-")
+    return float(value), len(value.partition(".")[2])
+
+
+def test_the_figures_of_critic_and_groups_are_the_csvs_rounded():
+    found, figures = {}, ("worst_gain", "kl", "explained_variance_helpful", "explained_variance_harmless")
+    with open(ROOT / "results" / "groups.csv", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            settings = json.loads(row["settings"])
+            if settings["kl_coef"] == 0.003:
+                label = (settings["method"], settings.get("beta"), settings.get("advantages"))
+                found.setdefault(label, []).append([float(row[figure]) for figure in figures])
+    means = {label: [statistics.mean(column) for column in zip(*rows, strict=True)] for label, rows in found.items()}
+    assert {len(rows) for rows in found.values()} == {10}
+    lines = table(ROOT / "results" / "README.md", "method")
+    assert 2 * len(lines) == len(means)
+    for label, gains, difference, _, kls, explained in lines:
+        method, _, beta = label.partition(", β = ")
+        critic, groups = (
+            means[method, float(beta) if float(beta or 0.01) != 0.01 else None, a] for a in (None, "group")
+        )
+        expected = [critic[0], groups[0], groups[0] - critic[0], critic[1], groups[1], *critic[2:]]
+        written = [*gains.split("; "), difference, *kls.split("; "), *explained.split("; ")]
+        for value, (shown, digits) in zip(expected, map(number, written), strict=True):
+            assert value == pytest.approx(shown, abs=0.501 * 10**-digits)
+
+
+def test_the_hypervolumes_of_the_sweep_are_its_tables_rounded():
+    whole = {label: number(volume)[0] for label, volume, *_ in table(ROOT / "results" / "pareto.md", "method")}
+    page = (ROOT / "results" / "README.md").read_text("utf-8")
+    shown = dict(re.findall(r"^\| ([^|]+) \| (0\.\d+) ± [\d.]+ \| 1\.00", page, re.MULTILINE))
+    assert len(shown) == len(whole)
+    for label, volume in shown.items():
+        assert whole[label.replace(", β = ", " β=").replace(",", "")] == pytest.approx(float(volume), abs=6e-4)
