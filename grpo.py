@@ -39,7 +39,7 @@ def leave_one_out(scores: Tensor, S: int) -> Tensor:
 
 def per_token(batch: Batch, relative: Tensor) -> Tensor:
     """A [B, L, k]: D [B, k] on every token, and the KL reward that it still has before it."""
-    return to_go(token_rewards(replace(batch, scores=relative))) * batch.rollout.mask[..., None]
+    return to_go(token_rewards(replace(batch, scores=relative)))  # 0 after the last token: there is none to come
 
 
 class Groups:

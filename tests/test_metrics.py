@@ -123,3 +123,18 @@ def test_clients_with_one_factor_in_common_lose_nothing_by_averaging(shared):
         theta[shared::2] = thetas[0][shared::2]
     residual, norm = metrics.averaging_residual(thetas, weights, 1.7)
     assert residual == pytest.approx(0.0, abs=1e-12) and norm > 1
+
+
+def test_explained_variance_is_pooled_over_the_real_tokens_of_all_clients_objective_by_objective():
+    built = federation()
+    built.round()  # so that the critics know something
+    line = built.round()
+    batches = [update for (update,) in built.record.updates]
+    for j, name in enumerate(NAMES[:2]):
+        returns, values = [], []
+        for update in batches:
+            for row, n in enumerate(update.batch.rollout.mask.sum(1).tolist()):
+                returns += update.advantages.returns[row, :n, j].tolist()
+                values += update.advantages.values[row, :n, j].tolist()
+        residual = np.array(returns) - np.array(values)
+        assert line[f"explained_variance/{name}"] == pytest.approx(1 - residual.var() / np.var(returns), rel=1e-5)
