@@ -71,7 +71,7 @@ def baselines(lab: Lab) -> None:
         "equal rollouts": {"soups"}, "equal bytes up": {"fsmgda", "fedcmoo", "soups"},
         "equal optimizer steps": {"fsmgda", "soups"},
     }  # fmt: skip
-    seeds, jobs, lines = lab.some(range(10)), {}, []
+    seeds, jobs, lines = lab.some(rules.seeds_of(10)), {}, []
     for label, changes in VARIANTS.items():
         setting = rules.best_setting(lab, changes["method"]) | changes
         for budget, methods in halved.items():
@@ -114,7 +114,7 @@ def agreement(lab: Lab) -> None:
 def pareto(lab: Lab) -> None:
     """Preference sweeps of 9 points: the trade-offs by hypervolume, and whether a preference is followed."""
     labels = ("firm β=10", "firm β=10 groups", "linear", "linear groups", "morlhf", "soups")
-    means = preference_sweeps(lab, "pareto", {"rounds": ROUNDS}, lab.some(range(10, 15)), labels)
+    means = preference_sweeps(lab, "pareto", {"rounds": ROUNDS}, lab.some(rules.seeds_of(5)), labels)
     lines = {label: (lab.some(PREFERENCES), means[label]["lambda"], None) for label in labels if "β" in label}
     panel = plots.Panel("requested p of helpful", "realised mean λ of helpful", "", lines, diagonal=True)
     plots.panels([panel], lab.results / "pareto_weights.png")
@@ -122,7 +122,7 @@ def pareto(lab: Lab) -> None:
 
 def long(lab: Lab) -> None:
     """The sweep with four times the rounds: how far towards the front, and what keeps the policies from it?"""
-    setting, seeds, label = {"rounds": 4 * ROUNDS, "cold": COLD}, lab.some(range(10, 13)), "firm β=10 groups"
+    setting, seeds, label = {"rounds": 4 * ROUNDS, "cold": COLD}, lab.some(rules.seeds_of(3)), "firm β=10 groups"
     preference_sweeps(lab, "long", setting, seeds, (label,))
     cooled(lab, lab.groups("long", {seed: sweep_jobs(lab, label, seed, setting) for seed in seeds}))
 

@@ -1,6 +1,6 @@
 """What the update is worth: groups of responses against the critic, at equal KL too, and what is left to the front.
 
-Experiments as those of `experiments.py`, on seeds from 10 on: the update was designed on 0 to 9. [ours]
+Experiments as those of `experiments.py`. [ours]
 """
 
 import numpy as np
@@ -15,12 +15,9 @@ COLD = 0.5  # a sampling temperature, half of the training's
 
 
 def groups(lab: Lab) -> None:
-    """The critic against groups of 4 responses, at equal rollouts: at the common setting, and at equal KL.
-
-    On seeds of its own, 10 to 19: the update was designed on 0 to 9.
-    """
+    """The critic against groups of 4 responses, at equal rollouts: at the common setting, and at equal KL."""
     labels = [f"{m}{update}" for m in ("firm", "firm β=1", "firm β=10", "mgda", "linear") for update in ("", " groups")]
-    setting, seeds, common = {"rounds": ROUNDS} | COMMON, lab.some(range(10, 20)), COMMON["kl_coef"]
+    setting, seeds, common = {"rounds": ROUNDS} | COMMON, lab.some(rules.seeds_of(10)), COMMON["kl_coef"]
     jobs = {
         (label, kl_coef): [setting | rules.variant(label) | {"kl_coef": kl_coef, "seed": s} for s in seeds]
         for label in labels for kl_coef in KL_COEFS
