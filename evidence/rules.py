@@ -26,12 +26,21 @@ def seeds_of(n: int) -> range:
     return range(10, 10 + n)
 
 
+LEARNERS = {"groups": "group", "GRPO": "grpo"}  # in place of the critic
+
+
+def with_critic(label: str) -> str:
+    """The label of the same method with the critic: `firm β=10` of `firm β=10 groups`."""
+    return " ".join(word for word in label.split() if word not in LEARNERS)
+
+
 def variant(label: str) -> dict:
     """The settings that a label names: `firm β=10 groups` is FIRM at β = 10 with groups of 4 in place of the critic."""
-    label, groups = label.removesuffix(" groups"), label.endswith(" groups")
-    method, _, beta = label.partition(" β=")
+    critic = with_critic(label)
+    method, _, beta = critic.partition(" β=")
     found = {"method": method} | ({"beta": float(beta)} if beta else {})
-    return found | ({"advantages": "group"} if groups else {})
+    learner = LEARNERS.get(label.removeprefix(critic).strip())
+    return found | ({"advantages": learner} if learner else {})
 
 
 VARIANTS = {

@@ -15,25 +15,30 @@ COLD = 0.5  # a sampling temperature, half of the training's
 
 
 def groups(lab: Lab) -> None:
-    """The critic against groups of 4 responses, at equal rollouts: at the common setting, and at equal KL."""
+    """The critic against groups of 4 responses, at equal rollouts: at the common setting, and at equal KL.
+
+    GRPO is groups whose scores are divided by each group's own deviation.
+    """
+    swept = ("firm", "firm groups", "linear", "linear groups")  # over κ
     labels = [f"{m}{update}" for m in ("firm", "firm β=1", "firm β=10", "mgda", "linear") for update in ("", " groups")]
+    labels += ["firm GRPO", "linear GRPO"]
     setting, seeds, common = {"rounds": ROUNDS} | COMMON, lab.some(rules.seeds_of(10)), COMMON["kl_coef"]
     jobs = {
         (label, kl_coef): [setting | rules.variant(label) | {"kl_coef": kl_coef, "seed": s} for s in seeds]
         for label in labels for kl_coef in KL_COEFS
-        if kl_coef == common or label.removesuffix(" groups") in ("firm", "linear")
+        if kl_coef == common or label in swept
     }  # fmt: skip
     rows, lines = lab.groups("groups", jobs), []
     explained = [f"explained_variance_{name}" for name in NAMES]
     for label in labels:
         own, test = rows[label, common], ("", "")
-        if label.endswith(" groups"):
-            gain, half, p = paired(own, rows[label.removesuffix(" groups"), common], "worst_gain")
+        if label != rules.with_critic(label):
+            gain, half, p = paired(own, rows[rules.with_critic(label), common], "worst_gain")
             test = (f"{gain:+.3f} ± {number(half)}", f"{p:.2g}")
         shown = [cell(own, figure) if own[0][figure] == own[0][figure] else "–" for figure in explained]
         lines.append([label, *(cell(own, figure) for figure in (*NAMES, "worst_gain", "kl")), *shown, *test])
     shown = (LABELS[figure] for figure in (*NAMES, "worst_gain", "kl", *explained))
-    head = ["method", *shown, "worst gain, groups − critic", "p"]
+    head = ["method", *shown, "worst gain, less the critic's", "p"]
     note = (
         f"{len(seeds)} seeds from {seeds[0]}, paired; ± is half a 95 % interval; equal rollouts. Explained variance: "
     )
@@ -41,7 +46,7 @@ def groups(lab: Lab) -> None:
         "of Monte Carlo returns by the critic before it is fitted to them, pooled over clients, mean of rounds 4 to 16."
     )
     show(lab.results, "groups", head, lines, note)
-    at_equal_kl(lab, {label: [rows[label, k] for k in KL_COEFS] for label in labels if (label, KL_COEFS[-1]) in rows})
+    at_equal_kl(lab, {label: [rows[label, k] for k in KL_COEFS] for label in swept})
 
 
 def at_equal_kl(lab: Lab, curves: dict[str, list[list[dict]]]) -> None:
@@ -50,7 +55,7 @@ def at_equal_kl(lab: Lab, curves: dict[str, list[list[dict]]]) -> None:
     for label, groups in curves.items():
         gains = [interval(column(rows, "worst_gain")) for rows in groups]
         lines[label] = ([np.mean(column(rows, "kl")) for rows in groups], *zip(*gains, strict=True))
-        critic = label.removesuffix(" groups")
+        critic = rules.with_critic(label)
         if label != critic:
             low, high, gap, *interval_of_gap = gap_at_equal_kl(groups, curves[critic])
             gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(gap, *interval_of_gap)

@@ -33,7 +33,16 @@ def test_every_table_is_that_of_the_rows_and_no_run_is_missing(name, tmp_path, m
 def test_every_method_gets_the_same_tuning_budget():
     jobs = rules.tuning_jobs(lab.Lab(None, quick=False, workers=1))
     budgets = {m: sum(job["method"] == m for job in jobs) for m in experiments.METHODS}
-    assert len(set(budgets.values())) == 1 and not {job["seed"] for job in jobs} & set(range(10))
+    assert len(set(budgets.values())) == 1 and not {job["seed"] for job in jobs} & set(rules.seeds_of(10))
+
+
+@pytest.mark.parametrize(
+    ("label", "settings", "critic"),
+    [("firm", {"method": "firm"}, "firm"), ("mgda groups", {"method": "mgda", "advantages": "group"}, "mgda"),
+     ("firm β=10 GRPO", {"method": "firm", "beta": 10.0, "advantages": "grpo"}, "firm β=10")],
+)  # fmt: skip
+def test_a_label_names_a_method_its_beta_and_how_it_learns(label, settings, critic):
+    assert rules.variant(label) == settings and rules.with_critic(label) == critic
 
 
 def test_the_best_setting_is_that_of_the_best_mean_over_seeds():
