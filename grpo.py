@@ -5,13 +5,13 @@ For response i of a group, its objective j and its token t:
     D_j(i)   = R_j(i) − mean of R_j over the other S − 1                              leave-one-out (RLOO)
     A_{j,t}  = D_j − κ Σ_{u ≥ t} (log π_old − log π_ref)_u                    the KL per token, outside the baseline
     Â_{j,t}  = A_{j,t} / max(σ_j, 0.1)                                        `Groups`
-    Â_{j,t}  = D_j / max(σ_j(group), 0.1) − κ Σ_{u ≥ t} (…)_u                 `GRPO`
+    Â_{j,t}  = (R_j − mean of the group) / max(s_j(group), 0.1) − κ Σ_{u ≥ t} (…)_u                `GRPO`
 
-Most of a reward's variance lies between prompts, where no response can change it; a critic has to learn that part, a
-group knows it. D_j is (S / (S − 1)) (R_j − mean of the group), and unbiased but for the division.
+What a prompt adds to the rewards of all its responses no response can change: a critic has to learn it, a group knows
+it. D_j is S / (S − 1) times R_j − mean of the group, and unbiased but for the division.
 
-[RLOO, arXiv 2402.14740] the baseline. [GRPO, arXiv 2402.03300] σ_j(group), the deviation within a group, which favours
-prompts that are nearly solved or nearly hopeless (Dr. GRPO, arXiv 2503.20783): here to compare with.
+[RLOO, arXiv 2402.14740] the baseline. [GRPO, arXiv 2402.03300] s_j(group), the sample deviation of a group, which
+favours prompts that are nearly solved or nearly hopeless (Dr. GRPO, arXiv 2503.20783): here to compare with.
 [ours] per objective (as GDPO, arXiv 2601.05242: rewards that are added up before they are normalised let different ones
 pass for the same); σ_j, the deviation over the real tokens of the client's batch, and its floor in calibrated units; no
 centring over the batch, so that a group of equal scores gives exactly no gradient where κ = 0; κ in the reward, as with
@@ -72,8 +72,8 @@ class GRPO(Groups):
     """The same with every group's own deviation, as GRPO has it."""
 
     def advantages(self, batch: Batch) -> Advantages:
-        """The scores of a group over their own deviation; the KL as it is."""
+        """The scores of a group, less their mean, over their own deviation; the KL as it is."""
         S = batch.rollout.group_size
-        spread = batch.scores.unflatten(0, (-1, S)).std(1, correction=0).repeat_interleave(S, 0)  # [B, k]
-        relative = leave_one_out(batch.scores, S) / spread.clamp_min(SCALE_FLOOR)
+        spread = batch.scores.unflatten(0, (-1, S)).std(1).repeat_interleave(S, 0)  # [B, k]
+        relative = (S - 1) / S * leave_one_out(batch.scores, S) / spread.clamp_min(SCALE_FLOOR)
         return Advantages(per_token(batch, relative), torch.ones_like(relative[0]))

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from app.fields import Checked, Count, NonNegative, Positive, Share, setting
+from app.fields import Checked, Count, Index, NonNegative, Positive, Share, setting
 from app.stopwatch import phase
 from rollout import Policy, Rollout, assemble
 
@@ -44,7 +44,7 @@ class PPOConfig(Checked):
     epochs: Count = setting(3, "K, optimizer steps on each batch [paper: 3]")
     clip_range: Positive = setting(0.2, "epsilon of the clipped surrogate [ours: the usual 0.2]")
     gae_lambda: Share = setting(0.95, "GAE: 0 trusts the critic, 1 the sampled return [ours: the usual 0.95]")
-    critic_steps: Count = setting(6, "conjugate-gradient steps of the critic on each batch [ours]")
+    critic_steps: Index = setting(6, "conjugate-gradient steps of the critic on each batch; 0 leaves it at zero [ours]")
     kl_coef: NonNegative = setting(0.2, "kappa, weight of the KL in the reward, at the start [code: RiC, 0.2]")
     kl_target: NonNegative = setting(
         3.0, "KL per sequence, in nats, that kappa adapts to; 0 keeps kappa fixed [code: RiC, 3]"

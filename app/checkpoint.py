@@ -21,7 +21,8 @@ def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[st
     for prefix, training in trainings(federation):
         tensors |= {f"{prefix}{name}": t for name, t in training.state().items()}
     values = {"rounds_done": federation.rounds_done, "kl_coef": federation.kl_coef, "shape": shape(federation)}
-    values |= {"method": federation.method.name, "held": [client.objectives for client in federation.clients]}
+    values |= {"method": federation.method.name, "learner": federation.method.learner.__name__}
+    values["held"] = [client.objectives for client in federation.clients]
     values["calibration"] = federation.calibration.to_dict() if federation.calibration else None
     return tensors, values
 
@@ -45,9 +46,8 @@ def restore_federation(federation: Federation, tensors: dict[str, Tensor], value
     Raises ValueError where the checkpoint is of another federation.
     """
     _, own = federation_state(federation)
-    fits = [
-        values.get(key, own[key]) == own[key] for key in ("shape", "method", "held")
-    ]  # older ones lack the last two
+    compared = ("shape", "method", "learner", "held")  # older checkpoints lack all but the first
+    fits = [values.get(key, own[key]) == own[key] for key in compared]
     if tensors["theta"].shape != federation.theta.shape or not all(fits):
         raise ValueError("resume: the checkpoint is of another federation; resume with its own settings")
 

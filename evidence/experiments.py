@@ -148,7 +148,10 @@ def preference_sweeps(
     sweeps = lab.groups(name, jobs)
     groups = {label: [row for seed in seeds for row in sweeps[seed, label]] for label in labels}
     volumes = {label: [{"seed": s, "hv": sweep_volume(sweeps[s, label])} for s in seeds] for label in labels}
-    test = against(volumes, labels[0], "hv")
+    test = {}
+    for critic in (True, False):  # like is tested against like: FIRM's own critic, or FIRM's own groups
+        alike = {label: rows for label, rows in volumes.items() if (label == rules.with_critic(label)) == critic}
+        test |= against(alike, next(iter(alike)), "hv") if alike else {}
     base = np.array([np.mean(column(groups[labels[0]], f"base_{figure}")) for figure in NAMES])
     means = {label: mean_points(rows, preferences) for label, rows in groups.items()}
     lines = []
@@ -163,7 +166,7 @@ def preference_sweeps(
         ])  # fmt: skip
     head = ["method", "normalised hypervolume", "of the mean points", "Spearman of p₁ and helpful",
             "of p₂ and harmless", "points dominated by the base", "realised λ̄ of helpful", "KL",
-            f"{labels[0]} − method", "p (Holm)"]  # fmt: skip
+            "FIRM with the same update − method", "p (Holm)"]  # fmt: skip
     rounds = int(groups[labels[0]][0]["rounds"])  # 2 in miniature
     note = f"{len(seeds)} seeds from {seeds[0]}, {rounds} rounds, {len(preferences)} preferences; Spearman on seed "
     note += "means. Soups are two trainings a seed, the others one per preference."
@@ -200,6 +203,14 @@ def beta(lab: Lab) -> None:
     figures = ("same_disagreement", "same_drift", "disagreement", "drift", "movement", *NAMES, "worst_gain", "kl")
     drawn = ("same_disagreement", "same_drift", "disagreement", *NAMES, "kl")
     ablate(lab, "beta", ("method", "β"), variants, figures, drawn, n_seeds=5)
+
+
+def critic(lab: Lab) -> None:
+    """How closely the critic is fitted in every round, from not at all to 16 steps of conjugate gradients."""
+    variants = {("firm", steps): {"critic_steps": steps} for steps in lab.some((0, 2, 4, 6, 8, 16))}
+    explained = [f"explained_variance_{name}" for name in NAMES]
+    figures = (*NAMES, "worst_gain", "kl", *explained)
+    ablate(lab, "critic", ("method", "steps a round"), variants, figures, ("worst_gain", *explained), n_seeds=5)
 
 
 def twins(lab: Lab) -> None:
@@ -287,8 +298,8 @@ def communication(lab: Lab) -> None:
     plots.panels(panels, lab.results / "communication.png")
 
 
-EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
-                                       trace, rank, clients, groups, pareto, long)}  # fmt: skip
+EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, critic, twins, heterogeneity,
+                                       noise, trace, rank, clients, groups, pareto, long)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -217,7 +217,8 @@ def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
     The explained variance is that of rounds 4 to the last, NaN for a method without a critic for each objective.
     The averaging residual is relative to ‖mean(ΔW)‖, stationarity is that of the second half of the rounds. Roughness
     is in deviations of the base policy's rewards; `net_roughness` is without what sampling the round's N responses
-    alone would make, √max(roughness² − mean(s² / N), 0), s the deviation of the round's rewards.
+    alone would make, √max(roughness² − mean(s² / N), 0), s the deviation of the round's rewards; NaN with groups, whose
+    responses to one prompt are alike.
     """
     later = metrics[1:] or metrics  # the first round starts from an adapter of zero
     rounds = {"stationarity": metrics[len(metrics) // 2 :]}
@@ -231,7 +232,8 @@ def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
         N = job.get("clients", 8) * job.get("batch_size", 16)
         floor = float(np.mean([m[f"reward_sd/{name}"] ** 2 for m in metrics])) / N
         row[f"roughness_{name}"] = rough / scale
-        row[f"net_roughness_{name}"] = max(rough**2 - floor, 0.0) ** 0.5 / scale
+        net = max(rough**2 - floor, 0.0) ** 0.5 / scale
+        row[f"net_roughness_{name}"] = math.nan if job.get("advantages") in ("group", "grpo") else net
         explained = [m.get(f"explained_variance/{name}", math.nan) for m in metrics[3:] or metrics]
         row[f"explained_variance_{name}"] = float(np.mean(explained))
     return row | {"training_seconds": sum(m["seconds"] for m in metrics)}

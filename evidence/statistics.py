@@ -1,9 +1,10 @@
 """From rows to statements: intervals, paired tests, tables, curves. [ours]
 
 A row holds one run's settings and figures, see `lab.py`. Over n seeds ± is half a 95 % interval, t₀.₉₇₅,ₙ₋₁ · s / √n.
-Two methods are compared by the differences of their runs with equal seeds (equal splits, prompts and uniforms), with
-the paired t-test, and p-values are adjusted after Holm (1979) over the methods of one figure. What a method has by
-construction and not by measurement, a figure that is 0 in every run (fixed weights never move), is not drawn.
+Two methods are compared by the differences of their runs with equal seeds (equal splits and adapters; equal prompts
+and uniforms too where groups are of one size), with the paired t-test, and p-values are adjusted after Holm (1979) over
+the methods of one figure. What a method has by construction and not by measurement, a figure that is 0 in every run
+(fixed weights never move), is not drawn.
 """
 
 from collections.abc import Sequence

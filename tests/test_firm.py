@@ -18,6 +18,7 @@ from baselines import FEDCMOO, FSMGDA, MORLHF, FedCMOOConfig
 from clients import ClientConfig
 from evidence import diagnostics
 from firm import FIRM, LINEAR, MGDA, Federation, FIRMConfig, TrainingConfig
+from grpo import Groups
 from ppo import PPO, PPOConfig
 from rewards import Calibration
 from settings import METHODS
@@ -551,12 +552,15 @@ def test_several_trainings_need_a_server_that_mixes_them():
         federation(method=method).round()
 
 
+GROUPED = {"method": replace(FIRM, learner=Groups), "group_size": 2}
+
+
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [({}, {"method": MGDA}), ({"method": fedcmoo(iterations=5)}, {"method": LINEAR}),
-     ({"held": [[0], [1], [0, 1]]}, {"held": [[1], [0], [0, 1]]})],
+     ({"held": [[0], [1], [0, 1]]}, {"held": [[1], [0], [0, 1]]}), ({}, GROUPED), (GROUPED, {})],
 )  # fmt: skip
-def test_a_checkpoint_of_another_method_or_of_other_holdings_is_refused(saved, resumed):
+def test_a_checkpoint_of_another_method_learner_or_of_other_holdings_is_refused(saved, resumed):
     with pytest.raises(ValueError, match="another federation"):
         restore_federation(federation(**resumed), *federation_state(federation(**saved)))
 

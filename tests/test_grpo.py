@@ -120,7 +120,7 @@ def test_grpo_divides_a_group_by_its_own_deviation_and_the_kl_by_nothing():
     made, without = advantages(batch, GRPO).normalised, advantages(replace(batch, kl_coef=0.0), GRPO).normalised
     for i in range(8):
         group = scores[i // 4 * 4 : i // 4 * 4 + 4].numpy()
-        expected = 4 / 3 * (scores[i].numpy() - group.mean(0)) / group.std(0)  # 4/3: of the others, not of all
+        expected = (scores[i].numpy() - group.mean(0)) / group.std(0, ddof=1)
         assert np.abs(without[i, 0].numpy() - expected).max() < 1e-6
     kl = ppo.to_go(batch.logp_old - batch.logp_ref)[..., None] * batch.rollout.mask[..., None]
     assert (made - (without - 0.7 * kl)).abs().max() < 1e-6

@@ -225,6 +225,11 @@ def test_the_noise_of_sampling_alone_leaves_no_net_roughness():
     assert net[0] == 0.0 and net[1] < 0.1 and net[2] == pytest.approx(0.5 / 0.5, rel=0.1)
 
 
+def test_groups_have_no_net_roughness_since_their_responses_are_no_independent_samples():
+    row = lab.round_figures({"advantages": "group"}, *rounds_of([0.0, 1.0, 0.5], 1.0))
+    assert np.isnan(row["net_roughness_helpful"]) and row["roughness_helpful"] > 0
+
+
 def test_a_jobs_key_does_not_depend_on_the_order_of_its_settings():
     assert lab.key({"a": 1, "b": [0.1]}) == lab.key(json.loads('{"b": [0.1], "a": 1}'))
 

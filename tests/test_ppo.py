@@ -378,7 +378,7 @@ def test_without_a_target_the_kl_coefficient_stays():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("epochs", 0), ("clip_range", 0.0), ("critic_steps", 0), ("gae_lambda", -0.1), ("kl_coef", -1.0),
+    [("epochs", 0), ("clip_range", 0.0), ("critic_steps", -1), ("gae_lambda", -0.1), ("kl_coef", -1.0),
      ("missing_eos_penalty", math.nan), ("micro_batch_size", 0), ("kl_horizon", 0), ("kl_target", -1.0)],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(field, value):
