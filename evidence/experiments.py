@@ -205,12 +205,12 @@ def beta(lab: Lab) -> None:
     ablate(lab, "beta", ("method", "β"), variants, figures, drawn, n_seeds=5)
 
 
-def critic(lab: Lab) -> None:
-    """How closely the critic is fitted in every round, from not at all to 16 steps of conjugate gradients."""
-    variants = {("firm", steps): {"critic_steps": steps} for steps in lab.some((0, 2, 4, 6, 8, 16))}
-    explained = [f"explained_variance_{name}" for name in NAMES]
-    figures = (*NAMES, "worst_gain", "kl", *explained)
-    ablate(lab, "critic", ("method", "steps a round"), variants, figures, ("worst_gain", *explained), n_seeds=5)
+def learners(lab: Lab) -> None:
+    """How closely the critic is fitted in every round, from not at all to 16 conjugate gradients; or no critic."""
+    variants = {("critic", steps): {"critic_steps": steps} for steps in lab.some((0, 2, 4, 6, 8, 16))}
+    variants |= {("groups", "no critic"): {"advantages": "group"}, ("GRPO", "no critic"): {"advantages": "grpo"}}
+    figures = (*NAMES, "worst_gain", "kl", *(f"explained_variance_{name}" for name in NAMES))
+    ablate(lab, "learners", ("advantages", "critic's steps a round"), variants, figures, figures[2:], n_seeds=10)
 
 
 def twins(lab: Lab) -> None:
@@ -298,8 +298,8 @@ def communication(lab: Lab) -> None:
     plots.panels(panels, lab.results / "communication.png")
 
 
-EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, critic, twins, heterogeneity,
-                                       noise, trace, rank, clients, groups, pareto, long)}  # fmt: skip
+EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
+                                       trace, rank, clients, learners, groups, pareto, long)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

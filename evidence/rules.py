@@ -26,12 +26,9 @@ def seeds_of(n: int) -> range:
     return range(10, 10 + n)
 
 
-LEARNERS = {"groups": "group", "GRPO": "grpo"}  # in place of the critic
-
-
 def with_critic(label: str) -> str:
     """The label of the same method with the critic: `firm β=10` of `firm β=10 groups`."""
-    return " ".join(word for word in label.split() if word not in LEARNERS)
+    return label.removesuffix(" groups")
 
 
 def variant(label: str) -> dict:
@@ -39,8 +36,7 @@ def variant(label: str) -> dict:
     critic = with_critic(label)
     method, _, beta = critic.partition(" β=")
     found = {"method": method} | ({"beta": float(beta)} if beta else {})
-    learner = LEARNERS.get(label.removeprefix(critic).strip())
-    return found | ({"advantages": learner} if learner else {})
+    return found | ({"advantages": "group"} if label != critic else {})
 
 
 VARIANTS = {

@@ -113,7 +113,9 @@ def against(groups: dict[str, list[dict]], ours: str, figure: str) -> dict[str, 
 
 
 def number(value: float) -> str:
-    """Three significant digits below 0.1, three decimals below 100, else an integer; an int as it is."""
+    """Three significant digits below 0.1, three decimals below 100, else an integer; an int as it is, NaN as –."""
+    if value != value:
+        return "–"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"

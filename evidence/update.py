@@ -15,13 +15,9 @@ COLD = 0.5  # a sampling temperature, half of the training's
 
 
 def groups(lab: Lab) -> None:
-    """The critic against groups of 4 responses, at equal rollouts: at the common setting, and at equal KL.
-
-    GRPO is groups whose scores are divided by each group's own deviation.
-    """
+    """The critic against groups of 4 responses, at equal rollouts: at the common setting, and at equal KL."""
     swept = ("firm", "firm groups", "linear", "linear groups")  # over κ
     labels = [f"{m}{update}" for m in ("firm", "firm β=1", "firm β=10", "mgda", "linear") for update in ("", " groups")]
-    labels += ["firm GRPO", "linear GRPO"]
     setting, seeds, common = {"rounds": ROUNDS} | COMMON, lab.some(rules.seeds_of(10)), COMMON["kl_coef"]
     jobs = {
         (label, kl_coef): [setting | rules.variant(label) | {"kl_coef": kl_coef, "seed": s} for s in seeds]
@@ -29,16 +25,14 @@ def groups(lab: Lab) -> None:
         if kl_coef == common or label in swept
     }  # fmt: skip
     rows, lines = lab.groups("groups", jobs), []
-    explained = [f"explained_variance_{name}" for name in NAMES]
+    figures = (*NAMES, "worst_gain", "kl", *(f"explained_variance_{name}" for name in NAMES))
     for label in labels:
         own, test = rows[label, common], ("", "")
         if label != rules.with_critic(label):
             gain, half, p = paired(own, rows[rules.with_critic(label), common], "worst_gain")
             test = (f"{gain:+.3f} ± {number(half)}", f"{p:.2g}")
-        shown = [cell(own, figure) if own[0][figure] == own[0][figure] else "–" for figure in explained]
-        lines.append([label, *(cell(own, figure) for figure in (*NAMES, "worst_gain", "kl")), *shown, *test])
-    shown = (LABELS[figure] for figure in (*NAMES, "worst_gain", "kl", *explained))
-    head = ["method", *shown, "worst gain, less the critic's", "p"]
+        lines.append([label, *(cell(own, figure) for figure in figures), *test])
+    head = ["method", *(LABELS[figure] for figure in figures), "worst gain, less the critic's", "p"]
     note = (
         f"{len(seeds)} seeds from {seeds[0]}, paired; ± is half a 95 % interval; equal rollouts. Explained variance: "
     )

@@ -39,7 +39,7 @@ def test_every_method_gets_the_same_tuning_budget():
 @pytest.mark.parametrize(
     ("label", "settings", "critic"),
     [("firm", {"method": "firm"}, "firm"), ("mgda groups", {"method": "mgda", "advantages": "group"}, "mgda"),
-     ("firm β=10 GRPO", {"method": "firm", "beta": 10.0, "advantages": "grpo"}, "firm β=10")],
+     ("firm β=10 groups", {"method": "firm", "beta": 10.0, "advantages": "group"}, "firm β=10")],
 )  # fmt: skip
 def test_a_label_names_a_method_its_beta_and_how_it_learns(label, settings, critic):
     assert rules.variant(label) == settings and rules.with_critic(label) == critic

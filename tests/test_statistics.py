@@ -63,7 +63,15 @@ def test_a_key_that_all_groups_share_is_no_column(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(16, "16"), (1234, "1,234"), (2.0, "2.000"), (0.0512, "0.0512"), (1.25, "1.250"), (123.4, "123")],
+    [
+        (16, "16"),
+        (1234, "1,234"),
+        (2.0, "2.000"),
+        (0.0512, "0.0512"),
+        (1.25, "1.250"),
+        (123.4, "123"),
+        (float("nan"), "–"),
+    ],
 )
 def test_numbers_are_written_alike(value, text):
     assert statistics.number(value) == text
