@@ -5,12 +5,12 @@
         broadcast θ_t to the round's clients
         each client c, on its own prompts:
             sample responses y ~ π_θt(· | x), score R_j(x, y), j = 1 … M
-            log π_old, log π_ref, and per objective advantages Â_j on the client's own critic
+            log π_old, log π_ref, and per objective advantages Â_j, by its learner: its own critic, or `grpo.py`
             repeat K times, `local_update`                                  [paper: K = 3]
                 J  ← rows g_j = ∇_θ L_j(θ), PPO's clipped loss of objective j
                 λ* ← argmin over the simplex of λᵀĜλ + (β/2)‖λ − p‖²,  Ĝ = JJᵀ / tr(JJᵀ)
                 θ  ← one optimizer step along −Σ_j λ*_j g_j
-            fit the critic to the returns of these responses, for the rounds to come
+            fit the critic, if any, to the returns of these responses, for the rounds to come
             upload θ_c: d numbers, whatever M is (and n_c and a mean KL)
         θ_{t+1} ← θ_t + η_s Σ_c w_c (θ_c − θ_t),  w_c ∝ prompts held by c
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]

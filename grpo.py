@@ -3,19 +3,21 @@
 For response i of a group, its objective j and its token t:
 
     D_j(i)   = R_j(i) − mean of R_j over the other S − 1                              leave-one-out (RLOO)
-    A_{j,t}  = D_j − κ Σ_{u ≥ t} (log π_old − log π_ref)_u                    the KL per token, outside the baseline
+    A_{j,t}  = D_j − κ KL_t,   KL_t = Σ_{u ≥ t} (log π_old − log π_ref)_u        the KL per token, outside the baseline
     Â_{j,t}  = A_{j,t} / max(σ_j, 0.1)                                        `Groups`
-    Â_{j,t}  = (R_j − mean of the group) / max(s_j(group), 0.1) − κ Σ_{u ≥ t} (…)_u                `GRPO`
+    Â_{j,t}  = (R_j − mean of the group) / max(s_j, 0.1) − κ KL_t             `GRPO`
+
+σ_j is the deviation of A_j over the real tokens of the client's batch, s_j that of the group's scores alone. So
+σ_j scales the KL too, s_j does not: one κ is two weights of the KL. Floors are in calibrated units.
 
 What a prompt adds to the rewards of all its responses no response can change: a critic has to learn it, a group knows
 it. D_j is S / (S − 1) times R_j − mean of the group, and unbiased but for the division.
 
-[RLOO, arXiv 2402.14740] the baseline. [GRPO, arXiv 2402.03300] s_j(group), the sample deviation of a group, which
-favours prompts that are nearly solved or nearly hopeless (Dr. GRPO, arXiv 2503.20783): here to compare with.
+[RLOO, arXiv 2402.14740] the baseline. [GRPO, arXiv 2402.03300] s_j, the sample deviation of a group, which favours
+prompts that are nearly solved or nearly hopeless (Dr. GRPO, arXiv 2503.20783): here to compare with.
 [ours] per objective (as GDPO, arXiv 2601.05242: rewards that are added up before they are normalised let different ones
-pass for the same); σ_j, the deviation over the real tokens of the client's batch, and its floor in calibrated units; no
-centring over the batch, so that a group of equal scores gives exactly no gradient where κ = 0; κ in the reward, as with
-a critic, and not as a second loss.
+pass for the same); σ_j and the floors; no centring over the batch, so that a group of equal scores gives exactly no
+gradient where κ = 0; κ in the reward, as with a critic, and not as a second loss; for GRPO too.
 
 Left out on purpose: what GRPO's successors change in the loss (clipping from one side only, lengths).
 """
@@ -69,7 +71,7 @@ class Groups:
 
 
 class GRPO(Groups):
-    """The same with every group's own deviation, as GRPO has it."""
+    """The same with every group's own deviation: GRPO's division, our KL and mean over tokens."""
 
     def advantages(self, batch: Batch) -> Advantages:
         """The scores of a group, less their mean, over their own deviation; the KL as it is."""

@@ -144,7 +144,7 @@ class Advantages:
     """What a learner makes of a batch: one column per reward. A learner without a critic has no returns and values."""
 
     normalised: Tensor  # [B, L, k] Â
-    scale: Tensor  # [k] σ, what they were divided by (the floor aside)
+    scale: Tensor  # [k] σ, what they and the KL in them were divided by (the floor aside)
     returns: Tensor | None = None  # [B, L, k] what the critic fits
     values: Tensor | None = None  # [B, L, k] what the critic said before the update
 
@@ -163,7 +163,7 @@ class Critic:
         return hidden.float() @ self.weight[:-1] + self.weight[-1]
 
     def fit(self, hidden: Tensor, returns: Tensor, steps: int) -> None:
-        """Conjugate gradients on Σ_t (V_j(t) − R_j(t))², each j by itself, from where the critic stands.
+        """Conjugate gradients on Σ_t (V_j(t) − G_j(t))², G_j the returns, each j by itself, from where it stands.
 
         hidden [n, H], returns [n, k]. CGLS (Hestenes and Stiefel 1952), which never forms the normal equations; in
         float64, since hidden states are badly conditioned and steps on rounding would be steps on noise.

@@ -64,7 +64,7 @@ class RolloutConfig(Checked):
 
 @dataclass
 class Rollout:
-    """N responses, each with its prompt; those of a group stand in consecutive rows."""
+    """N responses, each with its prompt; in a whole batch those of a group stand in consecutive rows."""
 
     prompts: Tensor  # [N, P] token ids, left-padded
     prompt_mask: Tensor  # [N, P]

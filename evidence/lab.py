@@ -33,7 +33,8 @@ from app.files import read_json, read_lines, write_text
 from app.metrics import disagreement
 from app.session import Session
 from evidence import diagnostics
-from settings import PRESETS, Config
+from ppo import PPO
+from settings import LEARNERS, PRESETS, Config
 from worlds import toy
 
 BASE = PRESETS["tiny"] | {"preset": "tiny", "diagnostics": True}  # what a job's settings change
@@ -226,6 +227,7 @@ def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
     weights = np.array([[m[f"lambda/{name}"] for name in summary["objectives"]] for m in metrics])  # [T, M]
     row["movement"] = float(np.linalg.norm(np.diff(weights, axis=0), axis=1).mean()) if len(metrics) > 1 else math.nan
     row["averaging_residual"] = float(np.mean([m["adapter/averaging_residual"] / m["adapter/norm"] for m in later]))
+    grouped = LEARNERS.get(job.get("advantages"), PPO).group_size > 1
     for name in NAMES:
         scale = summary["objectives"][name]["calibration"]["scale"]
         rough = diagnostics.roughness([m[f"reward/{name}"] for m in metrics])
@@ -233,7 +235,7 @@ def round_figures(job: dict, metrics: list[dict], summary: dict) -> dict:
         floor = float(np.mean([m[f"reward_sd/{name}"] ** 2 for m in metrics])) / N
         row[f"roughness_{name}"] = rough / scale
         net = max(rough**2 - floor, 0.0) ** 0.5 / scale
-        row[f"net_roughness_{name}"] = math.nan if job.get("advantages") in ("group", "grpo") else net
+        row[f"net_roughness_{name}"] = math.nan if grouped else net
         explained = [m.get(f"explained_variance/{name}", math.nan) for m in metrics[3:] or metrics]
         row[f"explained_variance_{name}"] = float(np.mean(explained))
     return row | {"training_seconds": sum(m["seconds"] for m in metrics)}
