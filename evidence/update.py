@@ -46,12 +46,12 @@ def groups(lab: Lab) -> None:
 def at_equal_kl(lab: Lab, curves: dict[str, list[list[dict]]]) -> None:
     """The worst gain against KL: a curve over `KL_COEFS` per label, and how far two such curves lie apart."""
     lines, table = {}, []
-    for label, groups in curves.items():
-        gains = [interval(column(rows, "worst_gain")) for rows in groups]
-        lines[label] = ([np.mean(column(rows, "kl")) for rows in groups], *zip(*gains, strict=True))
+    for label, curve in curves.items():
+        gains = [interval(column(rows, "worst_gain")) for rows in curve]
+        lines[label] = ([np.mean(column(rows, "kl")) for rows in curve], *zip(*gains, strict=True))
         critic = rules.with_critic(label)
         if label != critic:
-            low, high, gap, *interval_of_gap = gap_at_equal_kl(groups, curves[critic])
+            low, high, gap, *interval_of_gap = gap_at_equal_kl(curve, curves[critic])
             gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(gap, *interval_of_gap)
             table.append([f"{label} − {critic}", f"{low:.2f} to {high:.2f}", gap])
     panel = plots.Panel("KL to the base model (nats per response)", LABELS["worst_gain"], "", lines)
