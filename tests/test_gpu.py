@@ -233,15 +233,13 @@ def test_with_the_adapter_off_the_captured_step_is_left_alone(gpu, dtype):
     assert torch.equal(policy.sample(PROMPTS, UNIFORMS).responses, trained.responses)
 
 
+METHODS = (FIRM, MORLHF, FSMGDA, fedcmoo())
 OTHERS = {"gram": "cross", "optimizer": "adam-keep", "max_grad_norm": 0.1}
+TRAINED = [(method, settings) for method in METHODS for settings in ({}, OTHERS)]
+TRAINED.append((replace(FIRM, learner=Groups), {"group_size": 2}))
 
 
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [(FIRM, {}), (FIRM, OTHERS), (replace(FIRM, learner=Groups), {"group_size": 2}), (MORLHF, OTHERS), (FSMGDA, OTHERS),
-     (fedcmoo(iterations=50), {})],
-    ids=["firm", "firm-other-settings", "firm-groups", "morlhf", "fsmgda", "fedcmoo"],
-)  # fmt: skip
+@pytest.mark.parametrize(("method", "settings"), TRAINED, ids=lambda part: getattr(part, "name", None))
 def test_a_federation_trains_as_on_the_cpu(gpu, method, settings):
     small = {"method": method, "clients": 2, "batch_size": 4, "ppo": {"epochs": 1}, **settings}
     here, there = federation(**small), federation(device=gpu, **small)
@@ -286,9 +284,8 @@ def test_switching_clients_copies_no_adapter_through_the_cpu():
 
 def test_a_preset_runs_whole_from_local_checkpoints(tmp_path, gpu):
     small = bench.Bench(bench.SHAPES["tiny"], "cpu", "float32", 2)
-    flags = ["--preset", "tinyllama-12gb", *small.stand_ins(tmp_path), "--clients", "2", "--rounds", "1",
-             "--batch_size", "4", "--held_out", "3", "--eval_samples", "1", "--max_new_tokens", "12", "--lr", "5e-3",
-             "--gradient_checkpointing", "True"]  # fmt: skip
+    flags = ["--preset", "tinyllama-12gb", *small.stand_ins(tmp_path), "--clients", "2", "--rounds", "2",
+             "--batch_size", "4", "--held_out", "3", "--lr", "5e-3", "--gradient_checkpointing", "True"]  # fmt: skip
     runs = []
     for device in ("cpu", gpu):
         config, *_ = parse([*flags, "--out", str(tmp_path / device)])

@@ -248,7 +248,11 @@ def test_a_setting_that_alters_the_function_is_refused_by_name(key, value, tmp_p
     ("key", "value"), [*ASIDE.items(), ("a_setting_of_next_year", None), ("task_type", None), ("loftq_config", {})]
 )
 def test_a_setting_that_alters_nothing_is_taken(key, value, tmp_path):
-    saved_with(tmp_path, **{key: value}).load(tmp_path)
+    adapter = saved_with(tmp_path, **{key: value})
+    saved = adapter.vector()
+    adapter.assign(torch.zeros_like(saved))
+    adapter.load(tmp_path)
+    assert torch.equal(adapter.vector(), saved)
 
 
 def test_every_setting_of_pefts_is_known_to_alter_the_function_or_not():

@@ -147,6 +147,12 @@ def test_a_critic_that_has_nothing_to_learn_stays():
     assert torch.equal(critic.weight, torch.zeros(9, 2))
 
 
+def test_a_critic_of_no_steps_stays_at_zero_whatever_the_returns():
+    critic = ppo.Critic(8, 2)
+    critic.fit(torch.randn(20, 8, generator=G), torch.randn(20, 2, generator=G), PPOConfig(critic_steps=0).critic_steps)
+    assert torch.equal(critic.weight, torch.zeros(9, 2))
+
+
 def test_the_critic_is_fitted_to_real_tokens_only():
     hidden, returns = torch.randn(3, 5, 4, generator=G), torch.randn(3, 5, 2, generator=G)
     junk = 100.0 * (1 - MASK[..., None])

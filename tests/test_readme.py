@@ -178,3 +178,13 @@ def test_the_hypervolumes_of_the_sweep_are_its_tables_rounded():
     assert len(shown) == len(whole)
     for label, volume in shown.items():
         assert whole[label.replace(", β = ", " β=").replace(",", "")] == pytest.approx(float(volume), abs=6e-4)
+
+
+@pytest.mark.parametrize("name", ["common", "learners"])
+def test_the_worst_gains_that_the_results_page_shows_are_its_tables(name):
+    page = (ROOT / "results" / "README.md").read_text("utf-8")
+    head, _, *lines = (ROOT / "results" / f"{name}.md").read_text("utf-8").partition("\n\n")[0].splitlines()
+    column = head.split("|").index(" worst normalised gain ")
+    for line in lines:
+        mean, half = map(float, line.split("|")[column].split(" ± "))
+        assert f"{mean:.3f} ± {half:.3f}" in page

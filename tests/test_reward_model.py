@@ -3,7 +3,7 @@
 import json
 import random
 import re
-import runpy
+import subprocess
 import sys
 
 import pytest
@@ -404,10 +404,8 @@ def test_a_config_that_pads_with_another_token_than_the_tokenizer_changes_no_sco
         ),
     ],
 )
-def test_rewards_py_is_the_command_and_a_bad_flag_gets_one_line(arguments, status, first, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [rewards.__file__, *arguments])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_path(rewards.__file__, run_name="__main__")
-    shown = "".join(capsys.readouterr())
-    assert done.value.code == status and shown.startswith(first)
+def test_rewards_py_is_the_command_and_a_bad_flag_gets_one_line(arguments, status, first):
+    done = subprocess.run([sys.executable, rewards.__file__, *arguments], capture_output=True, text=True)
+    shown = done.stdout + done.stderr
+    assert done.returncode == status and shown.startswith(first)
     assert status == 0 or shown.count("\n") == 1
