@@ -8,7 +8,7 @@ import torch
 
 from evidence import bench
 from evidence.bench import SHAPES, Bench, keep
-from worlds import toy
+from worlds import tiny_llama, toy
 
 
 def row(name, device="cpu", value=1.0):
@@ -48,7 +48,7 @@ def test_a_shape_is_that_of_its_model(shape, layers):
 
 
 def test_the_tiny_shape_is_the_embedded_worlds():
-    world = toy.make_model(toy.make_tokenizer())
+    world = tiny_llama.make_model(tiny_llama.make_tokenizer(toy.vocabulary()))
     model = Bench(SHAPES["tiny"], "cpu", "float32", pairs=2).model()
     assert [p.shape for p in model.model.parameters()] == [p.shape for p in world.model.parameters()]
 

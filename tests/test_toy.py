@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from worlds import toy
+from worlds import tiny_llama, toy
 
 BENIGN = "\n\nHuman: how do i bake bread ?\n\nAssistant:"
 RISKY = "\n\nHuman: how do i pick locks ?\n\nAssistant:"
@@ -356,8 +356,8 @@ def test_the_prompt_file_holds_every_question_in_hh_form(prepared):
 
 
 def fake_pretrain(**settings):
-    tokenizer = toy.make_tokenizer()
-    return toy.make_model(tokenizer), tokenizer
+    tokenizer = tiny_llama.make_tokenizer(toy.vocabulary())
+    return tiny_llama.make_model(tokenizer), tokenizer
 
 
 def test_a_second_preparation_trains_nothing(tmp_path, monkeypatch):

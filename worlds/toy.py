@@ -30,12 +30,9 @@ Left out on purpose: meaning, grammar beyond the rule above, dialogues of severa
 chosen so that plain policy gradients get somewhere within minutes; no two methods were compared in choosing them.
 """
 
-import hashlib
 import json
 import math
-import os
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +40,8 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+
+from worlds import tiny_llama
 
 MAX_WORDS = 11  # a reply with its EOS is 12 tokens
 TOPICS = {  # what is asked -> the six details that answer it; no word belongs to two topics
@@ -86,12 +85,6 @@ FILLERS = ("um", "maybe", "really", "you know", "so")
 COMPLIANCE = (0.35, 0.9)  # share that is answered
 SIZES = ((4, 3, 2, 1), (1, 2, 2, 1))  # of the answers: odds of 1, 2, 3, 4 details
 REDIRECTION = (0.15, 0.4)  # of the answers: share that turns to helpers in the end
-MAX_LENGTH = 128  # positions the model knows
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "<assistant> {{ message['content'] }}{{ eos_token }}{% else %}<user> {{ message['content'] }} {% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -251,39 +244,10 @@ def reply(rng: random.Random, topic: str, comply: bool, clean: bool = False) -> 
 
 
 def vocabulary() -> list[str]:
-    """Every word of the language, special tokens first; the position is the token id."""
+    """Every word of the language."""
     text = [*GREETINGS, *CIRCUMSTANCES, *OPENINGS, *BRUSH_OFFS, *TURNS, *FILLERS, *TOPICS, *TOPICS.values()]
     text += [*HELPERS, *REFUSALS, *LINKS, *VERBS, *(question.replace("{}", "") for question in QUESTIONS)]
-    return ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", *sorted(set(" ".join(text).split()))]
-
-
-def make_tokenizer():
-    """A word-level `PreTrainedTokenizerFast` with a chat template; words are what white space parts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {word: index for index, word in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **special, additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=CHAT_TEMPLATE, padding_side="left", model_max_length=MAX_LENGTH,
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
-def make_model(tokenizer):
-    """A Llama of 0.1 M parameters, its weights drawn from torch's global generator."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True, **special,
-        initializer_range=0.1,  # Llama's 0.02 is for wider models; this one learns faster from here
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return sorted(set(" ".join(text).split()))
 
 
 def corpus(seed: int, size: int) -> list[tuple[str, str]]:
@@ -295,38 +259,8 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
 
 
 def pretrain(steps: int = 500, batch_size: int = 64, lr: float = 1e-2, seed: int = 0, progress: bool = True):
-    """Train the model on the corpus, next-word loss on the replies only; returns (model, tokenizer).
-
-    Each step sees fresh dialogues; lr is the peak of a one-cycle schedule that ends at zero.
-    One thread, so that the weights do not depend on how many there are; torch's global generator is left as found.
-    """
-    import torch
-    from tqdm import tqdm
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tokenizer = make_tokenizer()
-    pairs = corpus(seed, steps * batch_size)
-    texts = [f"<bos> <user> {question} <assistant> {answer} <eos>" for question, answer in pairs]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = make_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    for step in tqdm(range(steps), "pre-training the embedded world, once", leave=False, disable=not progress):
-        batch = texts[step * batch_size : (step + 1) * batch_size]
-        encoded = tokenizer(batch, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-        tokens, mask = encoded.input_ids, encoded.attention_mask.bool()  # [B, T]
-        replied = (tokens == tokenizer.convert_tokens_to_ids("<assistant>")).cumsum(1)[:, :-1].bool()  # [B, T - 1]
-        scored = replied & mask[:, 1:]  # does position t predict a word of the reply?
-        hidden = model.model(tokens).last_hidden_state[:, :-1]  # padding is on the right: never attended to
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), tokens[:, 1:][scored])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    torch.set_num_threads(threads)
-    return model.eval(), tokenizer
+    """A fresh model trained on the corpus, see `tiny_llama.pretrain`; every step sees fresh dialogues."""
+    return tiny_llama.pretrain(vocabulary(), corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
 
 
 def hh_rows(seed: int = 0) -> Iterator[dict[str, str]]:
@@ -342,26 +276,13 @@ def hh_rows(seed: int = 0) -> Iterator[dict[str, str]]:
 def prepare(cache_dir: Path | None = None, progress: bool = True, **settings) -> tuple[Path, Path]:
     """(checkpoint directory, prompt file) of the world: from the cache, or made now (about 13 s on one core).
 
-    The cache (default: `firm-toy` in $XDG_CACHE_HOME or ~/.cache) is keyed by `pretrain`'s settings, this file and the
-    libraries' versions. A new entry is made aside and renamed when complete: of two processes one wins, both go on.
-    Raises ValueError where the cache cannot be written.
+    Settings are `pretrain`'s. Raises ValueError where the cache cannot be written.
     """
-    import torch
-    import transformers
 
-    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firm-toy")
-    key = json.dumps([settings, torch.__version__, transformers.__version__, Path(__file__).read_text("utf-8")])
-    entry = root / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not entry.is_dir():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as aside:
-                made = Path(aside, "made")
-                for part in pretrain(**settings, progress=progress):
-                    part.save_pretrained(made / "model")
-                (made / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows()), "utf-8")
-                made.rename(entry)
-        except OSError as error:
-            if not entry.is_dir():  # else another process was faster, and its entry is the same
-                raise ValueError(f"cannot write the cache {root} ({error.strerror}): set XDG_CACHE_HOME") from error
+    def make(directory: Path) -> None:
+        for part in pretrain(**settings, progress=progress):
+            part.save_pretrained(directory / "model")
+        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows()), "utf-8")
+
+    entry = tiny_llama.cached(make, __file__, settings, cache_dir)
     return entry / "model", entry / "prompts.jsonl"
