@@ -28,7 +28,7 @@ from lora import Adapter
 from ppo import PPO, Advantages, Batch, Gradients, PPOConfig
 from rollout import Policy, Rollout
 
-CLIENT_SAMPLING, TRAINING, CALIBRATION, EVALUATION, SERVER = 1, 2, 3, 4, 5  # what a stream is for: its first key
+CLIENT_SAMPLING, TRAINING, CALIBRATION, EVALUATION, SERVER, PERSONAL = range(1, 7)  # what a stream is for: first key
 
 
 @dataclass
@@ -53,11 +53,14 @@ def stream(seed: int, *keys: int) -> np.random.Generator:
 class LocalTraining:
     """One training that a client does in every round, on the k rewards scores @ columns.
 
-    columns [m, k] of the m objectives that the client holds; preference [k] among the rewards; learner: how it learns.
+    columns [m, k] of the m objectives that the client holds; preference [k] among the rewards; learner: how it learns;
+    primary: which of the rewards is the primary one. A method's `adapt` may move the preference away from the prior,
+    and keep for that the gradients taken [k, d] in the last step.
     """
 
-    def __init__(self, columns: Tensor, preference: Tensor, learner: PPO) -> None:
-        self.columns, self.preference, self.learner = columns, preference, learner
+    def __init__(self, columns: Tensor, preference: Tensor, learner: PPO, primary: int | None = None) -> None:
+        self.columns, self.preference, self.learner, self.primary = columns, preference, learner, primary
+        self.prior, self.taken = preference, None
         self.moments: dict[int, dict[str, Tensor]] = {}  # of the policy's optimizer
 
     def optimizer(self, parameters: list[Tensor], config: ClientConfig) -> torch.optim.Optimizer:
@@ -77,7 +80,8 @@ class LocalTraining:
     def state(self) -> dict[str, Tensor]:
         """All that changes from round to round, by dotted names."""
         moments = {f"adam.{i}.{name}": t for i, entry in self.moments.items() for name, t in entry.items()}
-        return self.learner.state() | moments
+        adapted = {} if self.taken is None else {"preference": self.preference, "taken": self.taken}
+        return self.learner.state() | moments | adapted
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
@@ -86,6 +90,7 @@ class LocalTraining:
         for key in (key for key in tensors if key.startswith("adam.")):
             _, i, name = key.split(".")
             self.moments.setdefault(int(i), {})[name] = tensors[key]
+        self.preference, self.taken = tensors.get("preference", self.prior), tensors.get("taken")
 
 
 def optimizer_step(
@@ -104,12 +109,17 @@ def optimizer_step(
 
 @dataclass
 class Client:
-    """One client: its prompts, the indices of the objectives it holds, and its local trainings."""
+    """One client: its prompts, the indices of the objectives it holds, and its local trainings.
+
+    primary: where among them the primary objective is, None for a client without it; task: a number.
+    """
 
     index: int
     prompts: Sequence[Any]
     objectives: list[int]
     trainings: list[LocalTraining]
+    primary: int | None = None
+    task: int = 0
 
     def draw(self, size: int, rng: np.random.Generator) -> list[Any]:
         """`size` of this client's prompts, none twice before each was taken once; every round draws afresh."""
@@ -150,6 +160,20 @@ def check_held(held: Sequence[Sequence[int]], names: Sequence[str], compared_by:
         raise ValueError(f"objectives: {compared_by} cannot compare clients that hold unequal lists; give equal ones")
 
 
+def primary_of(name: str | None, names: Sequence[str]) -> int:
+    """The number of the primary objective, the first where none is named. Raises ValueError where there is no such."""
+    if name is not None and name not in names:
+        raise ValueError(f"primary: {name} is no objective; choose from {', '.join(names)}")
+    return names.index(name) if name else 0
+
+
+def check_primary(held: Sequence[Sequence[int]], names: Sequence[str], primary: int) -> None:
+    """Raise ValueError unless every client holds the primary objective."""
+    for client, own in enumerate(held):
+        if primary not in own:
+            raise ValueError(f"primary: client {client} does not hold {names[primary]}; give it to every client")
+
+
 def responses_per_prompt(config: Any, learner: Callable[..., PPO]) -> int:
     """S, from a `firm.FIRMConfig`, or the learner's own where that leaves it open.
 
@@ -167,7 +191,7 @@ def responses_per_prompt(config: Any, learner: Callable[..., PPO]) -> int:
 
 def make_client(
     index: int, prompts: Sequence[Any], objectives: Sequence[int], p: Tensor,
-    trainings: Callable[[Tensor], list[Tensor]], learner: Callable[[int], PPO],
+    trainings: Callable[[Tensor], list[Tensor]], learner: Callable[[int], PPO], primary: int = 0, task: int = 0,
 ) -> Client:  # fmt: skip
     """A client that holds m of the M objectives, among which p [M] is renormalised.
 
@@ -177,11 +201,12 @@ def make_client(
     p = p[list(objectives)]
     if not p.sum() > 0:
         raise ValueError(f"preference: client {index} holds only objectives of weight 0; give it another one")
-    p, made = p / p.sum(), []
+    p, made, own = p / p.sum(), [], list(objectives)
+    position = own.index(primary) if primary in own else None
     for columns in trainings(p):
         among = mgda.preference_vector(columns.to(p).T @ p, columns.shape[1])  # [k]
-        made.append(LocalTraining(columns, among, learner(len(among))))
-    return Client(index, prompts, list(objectives), made)
+        made.append(LocalTraining(columns, among, learner(len(among)), position))
+    return Client(index, prompts, own, made, position, task)
 
 
 # ---- what a round leaves ---------------------------------------------------------------------------------------
@@ -236,6 +261,7 @@ class Round:
     updates: list[list[Update]]  # each client's local trainings
     uploads: list[Upload]
     mixing: Tensor  # [trainings] how much each local training counted
+    shares: Tensor  # [C] how much each upload counted, of sum 1; 0 for a rejected one
     kl_coef: float  # κ, in this round
     ledger: Ledger
     seconds: float

@@ -1,4 +1,4 @@
-"""Prompts: HH-RLHF files become what the policy reads, and are shared out among clients.
+"""Prompts: files of HH-RLHF or GSM8K become what the policy reads, and are shared out among clients.
 
 A row of HH-RLHF holds two whole dialogues, `chosen` and `rejected`, that differ in the last reply:
 
@@ -11,7 +11,11 @@ that a prompt always ends by asking [ours]. The policy reads it through its toke
 there is none, as the plain text above. Prompts too short or too long are dropped and counted [code: RiC keeps
 8-256 tokens]; equal prompts are kept once, so that no held-out prompt sits in a client's data too [ours].
 
-**Clients.** `iid` deals the shuffled prompts out like cards. `dirichlet` makes clients differ in what they ask,
+A row of GSM8K holds a `question`, and an `answer` that ends in `#### ` and the number. Its prompt is the question in
+`question_template`; what checks a response reads the `answer` from the columns (worlds/gsm8k.py).
+
+**Clients.** `natural` goes by the data: a row's `client` says whose it is, and rows without are what is held out from.
+`iid` deals the shuffled prompts out like cards. `dirichlet` makes clients differ in what they ask,
 after Hsu, Qi & Brown (2019): client c draws a mixture q_c ~ Dirichlet(α K p) over the K subsets (harmless-base,
 helpful-base, …), p being each subset's share of all prompts, and fills its quota from it. The factor K [ours] makes
 equal subsets draw from Dirichlet(α, …, α), what "Dirichlet α" mostly means. α → 0 gives each client one subset until
@@ -21,7 +25,7 @@ take turns drawing one prompt each, without replacement; when a subset runs out,
 over the rest, so that no one client gets the leftovers, and a client whose subsets are all gone draws from what is
 left [ours].
 
-Left out on purpose: streaming (all prompts fit in memory), system prompts, formats other than HH-RLHF.
+Left out on purpose: streaming (all prompts fit in memory), system prompts, other formats.
 """
 
 import gzip
@@ -32,7 +36,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import hf_hub_download
@@ -43,7 +47,8 @@ from app.fields import Checked, Count, Positive, setting
 REPLY = "\n\nAssistant:"
 MARKER = re.compile(r"\n\n(Human|Assistant):")
 ROLE = {"Human": "user", "Assistant": "assistant"}
-Split = Literal["iid", "dirichlet"]
+REFERENCE = "####"  # stands before the number in GSM8K's answers
+Split = Literal["iid", "dirichlet", "natural"]
 
 
 @dataclass
@@ -52,13 +57,20 @@ class DataConfig(Checked):
 
     prompts: list[str] = setting(
         [],
-        "HH-RLHF files (.jsonl or .jsonl.gz): local paths, or files of a hub dataset as "
+        "HH-RLHF or GSM8K files (.jsonl or .jsonl.gz): local paths, or files of a hub dataset as "
         "OWNER/REPO/path/in/repo.jsonl.gz",
+    )
+    question_template: str = setting(
+        "{question}\n\nReason step by step, and end with a line of #### and the number that answers the question.",
+        "what a GSM8K question is asked with",
     )
     held_out: Count = setting(128, "prompts that no client trains on, for evaluation")
     min_prompt_tokens: Count = setting(1, "drop prompts shorter than this")
     max_prompt_tokens: Count = setting(256, "drop prompts longer than this")
-    split: Split = setting("dirichlet", "how clients share the prompts: at random, or unequal over subsets")
+    split: Split = setting(
+        "dirichlet", "how clients share the prompts: iid, at random; dirichlet, unequal over subsets; natural, as the "
+        "rows' column client says"
+    )  # fmt: skip
     dirichlet_alpha: Positive = setting(1.0, "split=dirichlet: small = each client sees one subset, large = iid")
 
     def __post_init__(self):
@@ -66,6 +78,8 @@ class DataConfig(Checked):
         low, high = self.min_prompt_tokens, self.max_prompt_tokens
         if high < low:
             raise ValueError(f"max_prompt_tokens: {high} must be at least min_prompt_tokens, {low}")
+        if "{question}" not in self.question_template:
+            raise ValueError("question_template: it must hold {question}, where the question goes")
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,11 @@ class Prompt:
     token_ids: tuple[int, ...]  # `rendered`, tokenized
     subset: str  # where it is from: the row's "subset", else the name of its file (see subset_of)
     columns: dict  # the row's other columns, given to reward functions by keyword
+
+    @property
+    def task(self) -> str:
+        """Which task it belongs to: the row's "task", else its subset."""
+        return str(self.columns.get("task") or self.subset)
 
 
 def locate(file: str) -> Path:
@@ -101,7 +120,7 @@ def locate(file: str) -> Path:
         ) from error
 
 
-def read_rows(file: str, fields: tuple[str, ...] = ("chosen",)) -> Iterator[tuple[str, dict]]:
+def read_rows(file: str, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
     """Yields ("FILE:LINE", row) for every row of a .jsonl or .jsonl.gz file; blank lines are skipped.
 
     Raises ValueError, naming file and line, for what cannot be read or lacks one of `fields` as a string.
@@ -129,6 +148,27 @@ def read_rows(file: str, fields: tuple[str, ...] = ("chosen",)) -> Iterator[tupl
         raise ValueError(f"{file}:{number + 1}: damaged or cut short ({error}); fetch the file again") from error
     except PermissionError as error:
         raise ValueError(f"{file}: may not be read; check its permissions") from error
+
+
+def dialogue_of(row: dict, template: str, where: str) -> tuple[str, dict]:
+    """A row's prompt as a plain dialogue ending in "\\n\\nAssistant:", and its other columns.
+
+    Raises ValueError, naming file and line, for a row that is neither HH-RLHF's nor GSM8K's.
+    """
+    if "question" in row and "chosen" not in row:
+        if not all(isinstance(row.get(name), str) for name in ("question", "answer")):
+            raise ValueError(f"{where}: no text in 'question' or 'answer'; GSM8K rows hold both")
+        if REFERENCE not in row["answer"]:
+            raise ValueError(f"{where}: no {REFERENCE} in 'answer'; GSM8K answers end in '{REFERENCE} ' and the number")
+        text = f"\n\nHuman: {template.replace('{question}', row['question'].strip())}{REPLY}"
+        return text, {name: value for name, value in row.items() if name != "question"}
+    if not isinstance(row.get("chosen"), str):
+        raise ValueError(f"{where}: no text in 'chosen'; HH-RLHF rows hold a dialogue there")
+    try:
+        text, _ = split_dialogue(row["chosen"])
+    except ValueError as error:
+        raise ValueError(f"{where}: in 'chosen', {error}") from error
+    return text, {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
 
 
 def split_dialogue(text: str) -> tuple[str, str]:
@@ -175,9 +215,10 @@ def subset_of(file: str) -> str:
 
 
 def load_prompts(
-    files: list[str], tokenizer, min_tokens: int = 1, max_tokens: int = 256, context_room: int | None = None
-) -> tuple[list[Prompt], dict[str, int]]:
-    """Reads, deduplicates, renders, tokenizes and filters prompts.
+    files: list[str], tokenizer, min_tokens: int = 1, max_tokens: int = 256, context_room: int | None = None,
+    template: str = "{question}",
+) -> tuple[list[Prompt], dict[str, int]]:  # fmt: skip
+    """Reads, deduplicates, renders, tokenizes and filters prompts; template: what a GSM8K question is asked with.
 
     context_room: tokens that the policy's context leaves for a prompt, a limit beside max_tokens (None: no limit).
     Returns the prompts kept, in file order, and counts: rows, duplicates, too_short, too_long, kept.
@@ -190,16 +231,12 @@ def load_prompts(
     for file in files:
         for where, row in read_rows(file):
             counts["rows"] += 1
-            try:
-                text, _ = split_dialogue(row["chosen"])
-            except ValueError as error:
-                raise ValueError(f"{where}: in 'chosen', {error}") from error
+            text, columns = dialogue_of(row, template, where)
             if text in found:
                 counts["duplicates"] += 1
                 continue
             messages = to_messages(text)
             rendered = _render(tokenizer, messages, where) if tokenizer.chat_template else text
-            columns = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
             found[text] = (messages, rendered, str(row.get("subset") or subset_of(file)), columns)
     limit = max_tokens if context_room is None else min(max_tokens, context_room)
     all_ids = _tokenize(tokenizer, [rendered for _, rendered, _, _ in found.values()])
@@ -274,6 +311,32 @@ def split_held_out(prompts: list[Prompt], n: int, seed: int) -> tuple[list[Promp
             held_out.append(i)
     train = sorted(set(range(len(prompts))) - set(held_out))
     return [prompts[i] for i in train], [prompts[i] for i in held_out]
+
+
+def share_out(
+    prompts: list[Prompt], clients: int, config: DataConfig, seed: int
+) -> tuple[list[list[Prompt]], list[Prompt]]:
+    """(each client's prompts, held-out prompts), as the settings say. Raises ValueError where there are too few."""
+    if config.split == "natural":
+        return split_naturally(prompts, clients, config.held_out, seed)
+    train, held_out = split_held_out(prompts, config.held_out, seed)
+    return split_clients(train, clients, config.split, config.dirichlet_alpha, seed), held_out
+
+
+def split_naturally(prompts: list[Prompt], clients: int, n: int, seed: int) -> tuple[list[list[Prompt]], list[Prompt]]:
+    """(shares, held_out) by the prompts' column `client`, in the order in which clients first appear; n held-out
+    prompts are drawn from those that have none, each subset in proportion. Raises ValueError where that cannot be done.
+    """
+    owned: dict[Any, list[Prompt]] = {}
+    for prompt in prompts:
+        owned.setdefault(prompt.columns.get("client"), []).append(prompt)
+    free = owned.pop(None, [])
+    if len(owned) != clients:
+        raise ValueError(f"clients: the prompts name {len(owned)} clients in their column client, not {clients}")
+    if len(free) < n:
+        raise ValueError(f"held_out is {n}, but only {len(free)} prompts have no client: lower it or pass more")
+    _, held_out = split_held_out(free, n, seed) if len(free) > n else ([], free)
+    return list(owned.values()), held_out
 
 
 def split_clients(

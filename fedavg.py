@@ -82,8 +82,16 @@ def prompts_held(clients: Sequence[Any]) -> Tensor:
     return torch.tensor([client.prompts_held for client in clients], dtype=torch.float64)
 
 
-def mean_update(theta: Tensor, uploads: Sequence[Upload], mixing: Tensor) -> Tensor:
-    """Σ_c w_c Σ_i m_i (θ_{c,i} − θ) [d]; theta [d], mixing m [trainings]: how much each local training counts.
+def shares(uploads: Sequence[Upload], weights: Tensor) -> Tensor:
+    """What each of all uploads counts [C], of sum 1; weights: those of the accepted ones, in their order."""
+    shares = torch.zeros(len(uploads), dtype=torch.float64)
+    shares[[upload.finite for upload in uploads]] = weights / weights.sum()
+    return shares
+
+
+def mean_update(theta: Tensor, uploads: Sequence[Upload], weights: Tensor, mixing: Tensor) -> Tensor:
+    """Σ_c w_c Σ_i m_i (θ_{c,i} − θ) [d]; theta [d], weights w [C] of any sum above 0, mixing m [trainings]: how much
+    each local training counts.
 
     Raises ValueError where a client uploads another number of adapters.
     """
@@ -92,7 +100,7 @@ def mean_update(theta: Tensor, uploads: Sequence[Upload], mixing: Tensor) -> Ten
             f"mean_update: uploads of {[len(u.thetas) for u in uploads]} adapters for {len(mixing)} shares"
         )
     updates = [torch.einsum("i,id->d", mixing.to(upload.thetas), upload.thetas - theta) for upload in uploads]
-    return average(torch.stack(updates), prompts_held(uploads))
+    return average(torch.stack(updates), weights)
 
 
 # ---- the bytes -----------------------------------------------------------------------------------------------
@@ -156,9 +164,10 @@ class Server:
     settings: Any = None  # of the method, where it has some
     ledger: Ledger = field(default_factory=Ledger)
     mixing: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))  # [trainings], see mean_update
+    weights: Tensor | None = None  # [C] what each accepted upload counts in the average
 
 
 @phase("aggregate")
 def federated_average(theta: Tensor, uploads: Sequence[Upload], server: Server) -> Tensor:
     """FedAvg with a server rate: θ + η_s Σ_c w_c (θ_c − θ). theta [d] -> [d]."""
-    return theta + server.lr * mean_update(theta, uploads, server.mixing)
+    return theta + server.lr * mean_update(theta, uploads, server.weights, server.mixing)

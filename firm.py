@@ -61,6 +61,7 @@ class FIRMConfig(Checked):
     )
     beta: NonNegative = setting(0.01, "weight of the regulariser [paper: 0.01]; 0 is MGDA")
     preference: list[float] | None = setting(None, "p, a weight per objective; uniform if not given")
+    primary: str | None = setting(None, "the objective that counts most, where a method asks; the first if not given")
     gram: Literal["normalised", "raw", "cross"] = setting(
         "normalised", "the QP's Gram: normalised by its trace [paper], raw, or cross (of two half-batches)"
     )
@@ -96,7 +97,9 @@ class Method:
         from all gradients at θ_t, in the place of `weights`.
     server_mixing(updates [C, M, d], prompts_held [C], server): after them, its λ [M] on the simplex from θ_{c,i} − θ_t
         of M local trainings: how much each counts.
-    numbers(client, batch): named numbers that travel with the upload.
+    adapt(training, epoch, J [k, d], settings): before λ is picked, what moves the training's preference.
+    numbers(client, batch, raw rewards [B, M]): named numbers that travel with the upload.
+    client_weights(uploads, server): what each counts [C] in the server's average.
     aggregate(θ [d], uploads, server): the next θ.
     settings: the method's own, as a dataclass; its fields become flags. mixes: several runs, mixed afterwards (soups).
     """
@@ -109,10 +112,17 @@ class Method:
     learner: Callable[..., PPO] = PPO
     server_weights: Callable[[Tensor, Tensor, Server], Tensor] | None = None
     server_mixing: Callable[[Tensor, Tensor, Server], Tensor] | None = None
-    numbers: Callable[[Client, Batch], dict[str, float]] = lambda client, batch: {}
+    adapt: Callable[[LocalTraining, int, Tensor, Any], None] | None = None
+    numbers: Callable[[Client, Batch, Tensor], dict[str, float]] = lambda client, batch, raw: {}
+    client_weights: Callable[[Sequence[Upload], Server], Tensor] = lambda uploads, server: fedavg.prompts_held(uploads)
     aggregate: Callable[[Tensor, Sequence[Upload], Server], Tensor] = fedavg.federated_average
     settings: Any = None
     mixes: bool = False
+
+    @property
+    def needs_primary(self) -> bool:
+        """Whether every client must hold the primary objective."""
+        return self.adapt is not None or self.client_weights is not Method.client_weights
 
 
 FIRM = Method("firm", "regularised min-norm weights", weights=lambda Ghat, p, config: mgda.solve(Ghat, config.beta, p))
@@ -137,6 +147,8 @@ def local_update(
         observe = config.firm.diagnostics and epoch == 0
         halves = observe or config.firm.gram == "cross"
         gradients = ppo.policy_gradients(policy, batch, advantages.normalised, config.ppo, halves)  # with J [k, d]
+        if method.adapt:
+            method.adapt(training, epoch, gradients.J, method.settings)
         G = mgda.gram(gradients.J)  # [k, k]
         lam = method.weights(qp_matrix(G, gradients, config.firm), training.preference, config.firm)  # [k]
         direction = lam.to(gradients.J) @ gradients.J  # [d]
@@ -160,7 +172,8 @@ def qp_matrix(G: Tensor, gradients: Gradients, config: FIRMConfig) -> Tensor:
 class Federation:
     """The server and its clients, simulated in one process. `round` is Algorithm 1's outer loop body.
 
-    shares: each client's prompts; held: the numbers of each client's objectives, all of them where not given.
+    shares: each client's prompts; held: the numbers of each client's objectives, all of them where not given; tasks:
+    each client's task, a number.
     score(prompts, rollout, holdings) gives raw rewards [N, M], see `rewards.score`; nothing here knows of texts.
     State: theta [d], kl_coef, calibration, rounds_done, server_state, the clients' trainings (app/checkpoint.py).
     """
@@ -168,17 +181,21 @@ class Federation:
     def __init__(
         self, policy: Policy, shares: Sequence[Sequence[Any]], names: Sequence[str], score: Callable[..., Tensor],
         method: Method, config: TrainingConfig, held: Sequence[Sequence[int]] | None = None,
+        tasks: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.policy, self.names, self.score, self.method, self.config = policy, list(names), score, method, config
         p = mgda.preference_vector(config.firm.preference, len(self.names))
-        held = held or [range(len(p)) for _ in shares]
+        held, tasks = held or [range(len(p)) for _ in shares], tasks or [0] * len(shares)
+        primary = clients.primary_of(config.firm.primary, self.names)
         server = f"{method.name}'s server" if method.server_weights or method.server_mixing else None
         clients.check_held(held, self.names, "diagnostics" if config.firm.diagnostics else server)
+        if method.needs_primary:
+            clients.check_primary(held, self.names, primary)
         learner = partial(method.learner, policy.hidden_size, config.ppo, policy.device)
         self.group_size = clients.responses_per_prompt(config.firm, method.learner)
         self.clients = [
-            clients.make_client(c, prompts, objectives, p, method.trainings, learner)
-            for c, (prompts, objectives) in enumerate(zip(shares, held, strict=True))
+            clients.make_client(c, prompts, objectives, p, method.trainings, learner, primary, task)
+            for c, (prompts, objectives, task) in enumerate(zip(shares, held, tasks, strict=True))
         ]
         self.theta = policy.adapter.vector()  # θ_0
         self.kl_coef, self.rounds_done = config.ppo.kl_coef, 0
@@ -208,32 +225,40 @@ class Federation:
             method = replace(method, weights=lambda *_: lam)
 
         updates, uploads = [], []
-        for client, batch in zip(cohort, batches, strict=True):
+        for client, batch, rows in zip(cohort, batches, responses.rows, strict=True):
             updates.append([
                 local_update(training, self.policy, self.theta, batch.combined(training.columns), method, config)
                 for training in client.trainings
             ])  # fmt: skip
-            uploads.append(client.upload(updates[-1], batch, method.numbers(client, batch)))
+            uploads.append(client.upload(updates[-1], batch, method.numbers(client, batch, responses.raw[rows])))
         server.ledger.upload(uploads[0])
 
         accepted = fedavg.accept(uploads)
+        server.weights = method.client_weights(accepted, server)  # [C]
         if method.server_mixing:
             moved = torch.stack([upload.thetas - self.theta for upload in accepted])  # [C, M, d]
-            server.mixing = method.server_mixing(moved, fedavg.prompts_held(accepted), server)
+            server.mixing = method.server_mixing(moved, server.weights, server)
         self.theta = method.aggregate(self.theta, accepted, server)
         self.policy.adapter.assign(self.theta)
         seconds = time.perf_counter() - started
-        record = Round(t, cohort, responses, updates, uploads, server.mixing, self.kl_coef, server.ledger, seconds)
+        shares = fedavg.shares(uploads, server.weights)  # [C]
+        mixed = server.mixing
+        record = Round(t, cohort, responses, updates, uploads, mixed, shares, self.kl_coef, server.ledger, seconds)
 
         kl = float(np.mean([upload.kl for upload in accepted]))
         self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(accepted) * config.firm.batch_size, config.ppo)
         self.rounds_done += 1
         return record
 
-    def respond(self, cohort: Sequence[Client], purpose: int, group_size: int = 1) -> Responses:
-        """Each client's batch of responses, so many to a prompt, from the adapter as it stands; their raw rewards."""
-        size, seed = self.config.firm.batch_size, self.config.firm.seed
-        streams = [stream(seed, purpose, self.rounds_done, client.index) for client in cohort]
+    def respond(
+        self, cohort: Sequence[Client], purpose: int, group_size: int = 1, number: int | None = None
+    ) -> Responses:
+        """Each client's batch of responses, so many to a prompt, from the adapter as it stands; their raw rewards.
+
+        number: the round that the draws hang on, where it is not the federation's.
+        """
+        size, seed, t = self.config.firm.batch_size, self.config.firm.seed, self.rounds_done
+        streams = [stream(seed, purpose, t if number is None else number, client.index) for client in cohort]
         drawn = [p for client, rng in zip(cohort, streams, strict=True) for p in client.draw(size // group_size, rng)]
         prompts = [p for p in drawn for _ in range(group_size)]
         uniforms = np.concatenate([rng.random((size, self.policy.max_new_tokens)) for rng in streams])  # [N, L]

@@ -15,6 +15,7 @@ run the rounds, measure again, write the run directory:
     metrics.jsonl    a line a round                      adapter/        PEFT's format
     summary.json     what came of it                     checkpoint/     for --resume
     rewards.png, weights.png (and front.png on the embedded world, whose exact Pareto front is known)
+    tasks.png        for methods with a primary objective: its rewards by task, the weights, the clients' shares
     grams/           with --diagnostics: every round's inner products, so that λ can be solved again under another β
 
 Left out on purpose: experiment trackers (metrics.jsonl is plain), schedules of the learning rate.
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import clients
 from app import metrics, plots, report, sweep
 from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
@@ -61,12 +63,15 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         with Stopwatch() if config.run.profile else nullcontext() as watch:
             lines = do_rounds(session, before, out, title)
         after = session.evaluate("trained model")
+        personal = session.personalised() if config.own["fedmoa"].personal_rounds else None
     except BaseException:
         say(f"\nwhat is done is kept; python run.py --resume {out} goes on from there")
         raise
 
     session.policy.adapter.save(out / "adapter", session.base_model)
     summary = report.summarise(session, before, after, lines, time.perf_counter() - started)
+    if personal or config.method.needs_primary:
+        summary["clients"] = report.by_client(session, before, after, personal)
     if watch and federation.rounds_done > first:
         profile = {"rounds": federation.rounds_done - first, "seconds": dict(watch.seconds)}
         summary["profile"] = profile | peak_memory()
@@ -75,6 +80,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     draw(session, summary, lines, out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
     say(report.table(session, summary))
+    if "clients" in summary:
+        say(report.client_table(session, summary["clients"]))
     say(report.show_samples(session, samples))
     if "profile" in summary:
         say(report.profile(summary["profile"]) + "\n")
@@ -131,6 +138,9 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
 def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> None:
     """The run's pictures, from the lines of metrics.jsonl and the summary."""
     plots.by_round(lines, session.names, out)
+    if session.federation.method.needs_primary:
+        primary = session.names[clients.primary_of(session.config.firm.primary, session.names)]
+        plots.by_task(lines, session.names, primary, session.tasks, out)
     if session.config.front_is_known:
         points = {}
         for label, stage in (("base model", "before"), (session.config.run.method, "after")):

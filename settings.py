@@ -16,9 +16,10 @@ import torch
 from transformers import HfArgumentParser
 
 import baselines
+import fedmoa
 import firm
 import grpo
-from app.fields import Checked, Count, Index, setting
+from app.fields import Checked, Count, Index, Share, setting
 from clients import ClientConfig
 from data import DataConfig
 from firm import FIRMConfig, Method, TrainingConfig
@@ -29,9 +30,11 @@ from rollout import RolloutConfig
 METHODS: dict[str, Method] = {  # the one registry: flags, help, sweeps, pictures, experiments, tests
     method.name: method
     for method in (firm.FIRM, firm.MGDA, firm.LINEAR, baselines.MORLHF, baselines.FSMGDA, baselines.FEDCMOO,
-                   baselines.SOUPS)
+                   baselines.SOUPS, fedmoa.FEDMOA)
 }  # fmt: skip
 LEARNERS = {"ppo": PPO, "group": grpo.Groups, "grpo": grpo.GRPO}
+WEIGHTS = {"min-norm": firm.FIRM, "fixed": firm.LINEAR, "hypergradient": fedmoa.FEDMOA}  # whose λ
+AGGREGATIONS = {"fedavg": firm.FIRM, "accuracy": fedmoa.FEDMOA}  # whose average
 PRESETS = {
     "tiny": {  # the embedded world: a laptop CPU, about a minute
         "objectives": ["py:worlds/toy.py:helpful", "py:worlds/toy.py:harmless"],
@@ -56,6 +59,22 @@ PRESETS = {
         "micro_batch_size": 4,
         "eval_batch_size": 128,  # the cohort's size, so that one decoder serves both
     },
+    "fedmoa-tiny": {  # the reasoning world: a laptop CPU, about a minute
+        "world": "reasoning",
+        "method": "fedmoa",
+        "objectives": [f"py:worlds/reasoning.py:{name}" for name in ("accuracy", "format", "length")],
+        "client_objectives": ["code=accuracy,format"],
+        "split": "natural",
+        "rounds": 24,
+        "batch_size": 64,
+        "personal_rounds": 2,
+        "max_new_tokens": 12,
+        "lora_rank": 8,
+        "lr": 5e-3,
+        "kl_coef": 0.01,
+        "kl_target": 0.0,
+        "threads": 1,
+    },
     "paper": {},  # the fields' defaults: the paper's settings where it states them, else RiC's or ours
 }
 PRESETS["tinyllama-12gb"] = PRESETS["tinyllama"] | {  # the same training, in smaller pieces
@@ -78,7 +97,21 @@ class RunConfig(Checked):
         None, "how a client learns: ppo, with a critic; group, from --group_size responses to a prompt, without one; "
         "grpo, the same over the group's deviation; the method's own if not given"
     )  # fmt: skip
+    weights: Literal[tuple(WEIGHTS)] | None = setting(
+        None, "who picks lambda: min-norm, as firm; fixed, as linear; hypergradient, as fedmoa; the method's own if "
+        "not given"
+    )  # fmt: skip
+    aggregation: Literal[tuple(AGGREGATIONS)] | None = setting(
+        None, "what clients weigh in the average: fedavg, by their prompts; accuracy, as fedmoa; the method's own if "
+        "not given"
+    )  # fmt: skip
     objectives: list[str] = setting([], "[NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION, one or more")
+    client_objectives: list[str] = setting(
+        [],
+        "WHO=NAME,NAME,...: the objectives that some clients hold, WHO a client's number or a task; all if not given",
+    )
+    world: Literal["toy", "reasoning"] = setting("toy", "the embedded world that stands in where no --model is given")
+    severity: Share = setting(0.0, "reasoning world: share of wrong references in the data of its poor clients")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to run; auto takes a GPU where there is one")
     threads: Index = setting(0, "CPU threads; 0 leaves torch's choice")
     eval_samples: Count = setting(8, "responses to each held-out prompt, before and after")
@@ -124,15 +157,31 @@ class Config(TrainingConfig):
 
     @property
     def method(self) -> Method:
-        """The chosen method, with its own settings, and how its clients learn."""
-        method = METHODS[self.run.method]
-        learner = LEARNERS[self.run.advantages] if self.run.advantages else method.learner
-        return replace(method, learner=learner, settings=self.own.get(self.run.method))
+        """The chosen method, with its own settings, and the parts that --advantages, --weights, --aggregation name.
+
+        Raises ValueError for parts that do not go with the method.
+        """
+        method, run = METHODS[self.run.method], self.run
+        parts = {"learner": LEARNERS[run.advantages]} if run.advantages else {}
+        for field in ("weights", "aggregation"):
+            if getattr(run, field) and (method.server_weights or method.server_mixing):
+                raise ValueError(f"{field}: {method.name} has a server of its own for that; leave --{field} out")
+        if run.weights:
+            if method.trainings is not Method.trainings:
+                raise ValueError(f"weights: {method.name} has one loss and no weights to pick; leave --weights out")
+            own = WEIGHTS[run.weights]
+            parts |= {"weights": own.weights, "adapt": own.adapt, "takes_preference": own.takes_preference}
+        if run.aggregation:
+            own = AGGREGATIONS[run.aggregation]
+            parts |= {"client_weights": own.client_weights, "numbers": own.numbers}
+        method = replace(method, **parts)
+        return replace(method, settings=self.own.get("fedmoa" if method.needs_primary else method.name))
 
     @property
     def front_is_known(self) -> bool:
         """Whether this is the embedded world with its own two objectives, whose exact Pareto front is known."""
-        return not self.rollout.model and self.run.objectives == PRESETS["tiny"]["objectives"]
+        toy = not self.rollout.model and self.run.world == "toy"
+        return toy and self.run.objectives == PRESETS["tiny"]["objectives"]
 
     def flat(self) -> dict[str, Any]:
         """Every field by its own name; names are unique."""

@@ -5,8 +5,12 @@ A figure of one objective is `KIND/NAME`; no other figure begins with one of the
 names by +, which no name has. Nothing that trains reads what is here, and but for `kl`, the adapters' figures and the
 bytes a server could not make it from the uploads.
 
-Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients by
-the prompts they hold; it and dispersion leave rejected clients out. `kl` is the whole cohort's; κ adapts to that of the
+`zero_spread/NAME` is the share of the groups whose responses all have the same reward, and so no advantage. A figure of
+one client is `KIND/clientN`: what its upload says of it, where the method has numbers of its own, and its share of the
+average.
+
+Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients as
+it does; it and dispersion leave rejected clients out. `kl` is the whole cohort's; κ adapts to that of the
 accepted clients. `kl_weight` is κ Σ_j λ_j / max(σ_j, 0.1): what the KL weighs in a step after whitening. A method is
 measured by its own losses: `first_order_gain` of morlhf and fsmgda is that of a local training's own loss.
 """
@@ -14,6 +18,7 @@ measured by its own losses: `first_order_gain` of morlhf and fsmgda is that of a
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import compress
 
 import numpy as np
 import torch
@@ -22,7 +27,6 @@ from torch import Tensor
 import ppo
 from app.stopwatch import phase
 from clients import Client, Round, Update
-from fedavg import prompts_held
 from lora import Adapter
 
 
@@ -85,17 +89,22 @@ def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
     The scale is a mean over the clients that have the loss; the explained variance is pooled over all their tokens: 1 −
     Var(R − V) / Var(R), R the Monte Carlo return and V what the critic said before it was fitted to it.
     """
-    scales, values, returns = (defaultdict(list) for _ in range(3))
+    scales, values, returns, silent = (defaultdict(list) for _ in range(4))
     for client, updates in zip(record.cohort, record.updates, strict=True):
         for training, update in zip(client.trainings, updates, strict=True):
             made, real = update.advantages, update.batch.rollout.mask.bool()
+            S, scores = update.batch.rollout.group_size, update.batch.scores
             for j, column in enumerate(training.columns.T):
                 label = "+".join(names[client.objectives[i]] for i in column.nonzero().flatten())
                 scales[label].append(float(made.scale[j]))
+                if S > 1:
+                    groups = scores[:, j].unflatten(0, (-1, S))  # [B / S, S]
+                    silent[label].append(float((groups == groups[:, :1]).all(1).double().mean()))
                 if made.values is not None:
                     values[label].append(made.values[real][:, j])
                     returns[label].append(made.returns[real][:, j])
     figures = {f"advantage_scale/{label}": float(np.mean(scale)) for label, scale in scales.items()}
+    figures |= {f"zero_spread/{label}": float(np.mean(share)) for label, share in silent.items()}
     pooled = {label: (torch.cat(values[label]), torch.cat(returns[label])) for label in values}
     return figures | {f"explained_variance/{label}": ppo.explained_variance(*pair) for label, pair in pooled.items()}
 
@@ -122,7 +131,17 @@ def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, flo
     metrics |= by_loss(record, names)
     metrics["ended"] = float(rollout.ended.double().mean())
     metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
-    return metrics | agreement(record, names, adapter) | record.ledger.metrics() | {"seconds": record.seconds}
+    metrics |= agreement(record, names, adapter) | record.ledger.metrics() | by_client(record)
+    return metrics | {"seconds": record.seconds}
+
+
+def by_client(record: Round) -> dict[str, float]:
+    """What the uploads say of their clients, and the clients' shares; nothing where the method has no such numbers."""
+    metrics = {}
+    for client, upload, share in zip(record.cohort, record.uploads, record.shares.tolist(), strict=True):
+        own = upload.numbers | ({"share": share} if upload.numbers else {})
+        metrics |= {f"{name}/client{client.index}": value for name, value in own.items()}
+    return metrics
 
 
 def agreement(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
@@ -131,10 +150,11 @@ def agreement(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str
     lambdas = torch.stack([objective_weights(*each, record.mixing, len(names)) for each in trained])  # [C, K, M]
     metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
     metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
-    accepted = [upload for upload in record.uploads if upload.finite]
+    finite = [upload.finite for upload in record.uploads]
+    accepted = compress(record.uploads, finite)
     thetas = torch.stack([record.mixing.to(upload.thetas) @ upload.thetas for upload in accepted])  # [C, d]
     residual, norm = averaging_residual(
-        [adapter.split(theta) for theta in thetas], prompts_held(accepted), adapter.config.scale
+        [adapter.split(theta) for theta in thetas], record.shares[finite], adapter.config.scale
     )
     metrics |= {"adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual}
-    return metrics | {"adapter/norm": norm, "rejected_clients": len(record.uploads) - len(accepted)}
+    return metrics | {"adapter/norm": norm, "rejected_clients": finite.count(False)}

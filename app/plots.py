@@ -150,6 +150,27 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     ], out / "weights.png")  # fmt: skip
 
 
+def by_task(metrics: Sequence[dict], names: Sequence[str], primary: str, tasks: Sequence[str], out: Path) -> None:
+    """A run's tasks.png: the primary's reward on the clients' own prompts, mean of every task; the weights; what every
+    client counts in the average. tasks: each client's.
+    """
+    rounds = [m["round"] + 1 for m in metrics]
+
+    def of(kind: str, chosen: Sequence[int]) -> tuple[list[int], list[float], None]:
+        own = [[m.get(f"{kind}/client{c}", np.nan) for c in chosen] for m in metrics]
+        return rounds, [float(np.nanmean(v)) if not np.isnan(v).all() else np.nan for v in own], None
+
+    by = {task: [c for c, own in enumerate(tasks) if own == task] for task in sorted(set(tasks))}
+    shares = {f"client {c}, {task}": of("share", [c]) for task, own in by.items() for c in own}
+    panels([
+        Panel("round", f"mean {primary}", "On the clients' own prompts, by task",
+              {task: of("accuracy", own) for task, own in by.items()}),
+        Panel("round", "λ, mean over clients", "Weights of the objectives",
+              {name: (rounds, [m[f"lambda/{name}"] for m in metrics], None) for name in names}),
+        Panel("round", "share of the average", "What the server makes of the clients", shares),
+    ], out / "tasks.png")  # fmt: skip
+
+
 def pareto(
     groups: dict[str, dict[str, np.ndarray]], base: np.ndarray, exact: np.ndarray | None, names: Sequence[str],
     path: Path, gain: str = "worst normalised gain",

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+import clients
 from app.session import Evaluation, Session
 
 
@@ -94,6 +95,47 @@ def summarise(
         "kl": clustered(after.kl),
         "objectives": objectives,
     }
+
+
+def by_client(
+    session: Session, before: Evaluation, after: Evaluation, personal: Sequence[Evaluation] | None
+) -> list[dict[str, Any]]:
+    """Of every client: its task, what it holds, and the primary objective on held-out prompts of its kind, under the
+    base model, the global adapter and its own.
+    """
+    found, primary = [], clients.primary_of(session.config.firm.primary, session.names)
+    for client, task in zip(session.federation.clients, session.tasks, strict=True):
+        chosen = session.of_kind(client.index)
+        line = {"client": client.index, "task": task, "prompts": client.prompts_held}
+        line["subsets"] = sorted({prompt.subset for prompt in client.prompts})
+        line["objectives"] = [session.names[j] for j in client.objectives]
+        line["primary"] = {
+            "before": clustered(before.scores[chosen][..., primary]),
+            "after": clustered(after.scores[chosen][..., primary]),
+        }
+        if personal:
+            line["primary"]["personal"] = clustered(personal[client.index].scores[..., primary])
+        found.append(line)
+    return found
+
+
+def client_table(session: Session, found: Sequence[dict[str, Any]]) -> str:
+    """The primary objective by task, then by client."""
+    stages = list(found[0]["primary"])
+    name = session.names[clients.primary_of(session.config.firm.primary, session.names)]
+    rows = [["", "prompts", "holds", *stages]]
+    for task in sorted(set(session.tasks)):
+        own = [line for line in found if line["task"] == task]
+        means = [sum(line["primary"][stage]["mean"] for line in own) / len(own) for stage in stages]
+        rows.append([task, str(sum(line["prompts"] for line in own)), "", *(f"{mean:.3f}        " for mean in means)])
+        for line in own:
+            kind = line["subsets"][0] if len(line["subsets"]) == 1 else f"{len(line['subsets'])} subsets"
+            figures = [plus_minus(line["primary"][stage], "") for stage in stages]
+            rows.append(
+                [f"  client {line['client']}: {kind}", str(line["prompts"]), "+".join(line["objectives"]), *figures]
+            )
+    note = "under the base model, the global adapter" + ", and the client's own" * ("personal" in stages)
+    return "\n".join(["", f"{name} on held-out prompts of the clients' kinds, {note}", *aligned(rows)])
 
 
 def table(session: Session, summary: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ prompts that no client trains on.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 import clients
 import data
+import fedmoa
 import mgda
 import rewards
 from app import quiet_libraries
@@ -26,10 +28,10 @@ from app.checkpoint import federation_state, restore_federation
 from app.files import write_tensors
 from app.stopwatch import phase
 from data import Prompt
-from firm import Federation
+from firm import Federation, Method
 from rollout import Policy, Rollout, context_of, load_model
 from settings import Config
-from worlds import toy
+from worlds import reasoning, toy
 
 
 @dataclass
@@ -59,23 +61,27 @@ class Session:
         self.names = [objective.name for objective in self.objectives]
         self.base_model, files = config.rollout.model, config.data.prompts
         if not self.base_model:
-            checkpoint, prompts_file = toy.prepare(progress=progress)
-            self.base_model, files = str(checkpoint), files or [str(prompts_file)]
+            reasons = config.run.world == "reasoning"
+            made = (
+                reasoning.prepare(config.run.severity, progress=progress) if reasons else toy.prepare(progress=progress)
+            )
+            self.base_model, files = str(made[0]), files or [str(made[1])]
         model, tokenizer = load_model(self.base_model, config.rollout.dtype, self.device)
         context, L = context_of(model.config), config.rollout.max_new_tokens
         if context is not None and context <= L:
             raise ValueError(f"max_new_tokens: {L} leaves no room in a context of {context}")
         prompts, self.counts = data.load_prompts(
             files, tokenizer, config.data.min_prompt_tokens, config.data.max_prompt_tokens,
-            None if context is None else context - L,
+            None if context is None else context - L, config.data.question_template,
         )  # fmt: skip
-        seed = config.firm.seed
-        train, self.held_out = data.split_held_out(prompts, config.data.held_out, seed)
-        self.shares = data.split_clients(
-            train, config.firm.clients, config.data.split, config.data.dirichlet_alpha, seed
+        self.shares, self.held_out = data.share_out(prompts, config.firm.clients, config.data, config.firm.seed)
+        self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.shares]  # each client's
+        held = held_objectives(config.run.client_objectives, self.names, self.tasks)
+        self.policy = Policy(model, tokenizer, config.lora, config.rollout, config.firm.seed)
+        numbers = [sorted(set(self.tasks)).index(task) for task in self.tasks]
+        self.federation = Federation(
+            self.policy, self.shares, self.names, self.score, config.method, config, held, numbers
         )
-        self.policy = Policy(model, tokenizer, config.lora, config.rollout, seed)
-        self.federation = Federation(self.policy, self.shares, self.names, self.score, config.method, config)
 
     @phase("score")
     def score(self, prompts: Sequence[Prompt], rollout: Rollout, holdings: list | None = None) -> Tensor:
@@ -83,11 +89,14 @@ class Session:
         texts, ids = self.policy.texts(rollout)
         return rewards.score(self.objectives, prompts, texts, ids, holdings)
 
-    def evaluate(self, label: str) -> Evaluation:
-        """Answer every held-out prompt `eval_samples` times, from the same uniforms whenever it is called."""
+    def evaluate(self, label: str, chosen: Sequence[int] | None = None) -> Evaluation:
+        """Answer held-out prompts, all or those chosen, `eval_samples` times each; whoever is asked when, from the same
+        uniforms.
+        """
         S, L = self.config.run.eval_samples, self.config.rollout.max_new_tokens
-        rows = [prompt for prompt in self.held_out for _ in range(S)]
-        streams = [clients.stream(self.config.firm.seed, clients.EVALUATION, i) for i in range(len(self.held_out))]
+        chosen = range(len(self.held_out)) if chosen is None else chosen
+        rows = [self.held_out[i] for i in chosen for _ in range(S)]
+        streams = [clients.stream(self.config.firm.seed, clients.EVALUATION, i) for i in chosen]
         u = np.concatenate([rng.random((S, L)) for rng in streams])  # [n·S, L]
         scores, kl, texts, gap = [], [], [], 0.0
         size = self.config.run.eval_batch_size
@@ -102,7 +111,7 @@ class Session:
         if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
             print(f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this")
             print("  model's responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
-        shape = (len(self.held_out), S)
+        shape = (len(chosen), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).cpu().view(shape), texts[::S])
 
     def kl_and_gap(self, rollout: Rollout) -> tuple[Tensor, float]:
@@ -113,6 +122,21 @@ class Session:
             _, hidden_ref = self.policy.logprobs_in_pieces(rollout, rows)
         gap = ((rollout.sampled_logp - logp).abs() * rollout.mask).max()
         return self.policy.expected_kl(hidden, hidden_ref, rollout.mask), float(gap)
+
+    def of_kind(self, client: int) -> list[int]:
+        """The held-out prompts of the subsets that a client trains on; all where there is none."""
+        subsets = {prompt.subset for prompt in self.shares[client]}
+        return [i for i, p in enumerate(self.held_out) if p.subset in subsets] or list(range(len(self.held_out)))
+
+    def personalised(self) -> list[Evaluation]:
+        """Each client's adapter after its local rounds on its own, on held-out prompts of its kind."""
+        found, theta = [], self.federation.theta
+        for client in tqdm(self.federation.clients, "personalisation", disable=not self.progress, leave=False):
+            own = fedmoa.personalise(self.federation, client, self.config.own["fedmoa"].personal_rounds)
+            self.policy.adapter.assign(own)
+            found.append(self.evaluate(f"client {client.index}", self.of_kind(client.index)))
+        self.policy.adapter.assign(theta)
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -154,6 +178,29 @@ class Session:
         return Evaluation(tensors["before.scores"], tensors["before.kl"], values["before_texts"])
 
 
+def held_objectives(specs: Sequence[str], names: Sequence[str], tasks: Sequence[str]) -> list[list[int]]:
+    """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
+
+    A client goes by its number, else by its task, else it holds all. Raises ValueError for a WHO that is no client's
+    number or task, and for a NAME that is no objective.
+    """
+    found: dict[str, list[int]] = {}
+    for spec in specs:
+        who, equals, listed = spec.partition("=")
+        if not equals or not all(name in names for name in listed.split(",")):
+            raise ValueError(
+                f"client_objectives: {spec!r}; write WHO=NAME,NAME,... with objectives from {', '.join(names)}"
+            )
+        if who not in tasks and who not in map(str, range(len(tasks))):
+            raise ValueError(
+                f"client_objectives: {who!r} is no client's task and no client; the tasks are "
+                f"{', '.join(sorted(set(tasks)))}, the clients 0 to {len(tasks) - 1}"
+            )
+        found[who] = [names.index(name) for name in listed.split(",")]
+    everything = list(range(len(names)))
+    return [found.get(str(client), found.get(task, everything)) for client, task in enumerate(tasks)]
+
+
 def check(config: Config) -> None:
     """Raise ValueError for settings that do not go together, before anything is loaded."""
     method = config.method
@@ -163,6 +210,9 @@ def check(config: Config) -> None:
         raise ValueError("objectives: name at least one, as [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")
     names = [rewards.parse_spec(spec)[0] for spec in config.run.objectives]
     clients.responses_per_prompt(config.firm, method.learner)
+    clients.primary_of(config.firm.primary, names)
+    if config.own["fedmoa"].personal_rounds and (method.server_weights or method.trainings is not Method.trainings):
+        raise ValueError(f"personal_rounds: {method.name} has no local training of its own on all objectives; use 0")
     p = mgda.preference_vector(config.firm.preference, len(names))
     if not method.takes_preference and p.std(correction=0) > 1e-9:
         raise ValueError(f"preference: {method.name} takes none; leave it out, or use firm, linear or morlhf")

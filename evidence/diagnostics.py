@@ -18,7 +18,6 @@ from torch import Tensor
 import mgda
 from app.stopwatch import phase
 from clients import Round
-from fedavg import prompts_held
 
 
 def drift(gram: Tensor, lambdas: Tensor, weights: Tensor) -> float:
@@ -77,10 +76,10 @@ def observe(record: Round) -> tuple[dict[str, float], dict[str, Tensor]]:
 
     steps [C, trainings, K, k, k]   the Gram matrix JJᵀ of every optimizer step, as it is
     start [C, 2, l, C, 2, l]        of the half-batch gradients at θ_t of all clients and their l = trainings · k losses
-    weights [C]                     prompts held, 0 for a rejected client
+    weights [C]                     the client's share of the average, 0 for a rejected one
     Clients must hold equal lists of objectives; `Federation` refuses others with diagnostics.
     """
-    weights = prompts_held(record.uploads) * torch.tensor([upload.finite for upload in record.uploads])
+    weights = record.shares
     halves = [torch.cat([update.halves for update in of_client], 1) for of_client in record.updates]  # [2, l, d] each
     shape = (len(halves), *halves[0].shape[:2])  # C, 2, l
     start = mgda.gram([own.flatten(0, 1) for own in halves]).view(*shape, *shape)

@@ -26,7 +26,7 @@ from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_v
 from evidence.rules import COMMON, GRID, PREFERENCES, ROUNDS, TUNING_SEEDS, VARIANTS
 from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
 from evidence.update import COLD, cooled, groups
-from settings import METHODS, Config
+from settings import Config
 from worlds import toy
 
 # ---- one tuning budget for every method -----------------------------------------------------------------------
@@ -36,13 +36,13 @@ def tuning(lab: Lab) -> None:
     """The same grid and seeds for every method, judged by the worst normalised gain at uniform p after 16 rounds."""
     jobs, lines = rules.tuning_jobs(lab), []
     rows = lab.rows("tuning", jobs)
-    for method in METHODS:
+    for method in rules.COMPARED:
         ranked = rules.ranking(where(rows, method=method))
         scores = [f"{ranked[i][0]:.3f}" for i in (0, min(1, len(ranked) - 1), -1)]
         kl = np.mean(column(where(rows, method=method, **ranked[0][1]), "kl"))
         lines.append([method, *(f"{v:g}" for v in ranked[0][1].values()), *scores, f"{kl:.2f}"])
     head = ["method", *GRID, "worst normalised gain", "of the runner-up", "of the last", "KL"]
-    note = f"{len(jobs) // len(METHODS)} runs a method (soups: two trainings each), seeds {TUNING_SEEDS}; means."
+    note = f"{len(jobs) // len(rules.COMPARED)} runs a method (soups: two trainings each), seeds {TUNING_SEEDS}; means."
     show(lab.results, "tuning", head, lines, note)
 
 

@@ -13,6 +13,7 @@ from evidence.lab import Lab
 from evidence.statistics import column, where
 from settings import METHODS
 
+COMPARED = [name for name, method in METHODS.items() if not method.needs_primary]  # fedmoa: `moa.py`
 GRID = {"lr": (1.5e-3, 3e-3, 6e-3), "server_lr": (1.0, 2.0), "kl_coef": (0.003, 0.01)}
 TUNING_SEEDS = (101, 102)
 COMMON = {"lr": 3e-3, "server_lr": 2.0, "kl_coef": 0.003}  # the best of `tuning`, on average over its first 7 methods
@@ -40,7 +41,7 @@ def variant(label: str) -> dict:
 
 
 VARIANTS = {
-    label: variant(label) for label in ("firm", "firm β=1", *(method for method in METHODS if method != "firm"))
+    label: variant(label) for label in ("firm", "firm β=1", *(method for method in COMPARED if method != "firm"))
 }
 VARIANTS["soups"]["preferences"] = [0.5]  # p₁ of what is evaluated
 
@@ -49,7 +50,7 @@ def tuning_jobs(lab: Lab) -> list[dict]:
     """Every method at every point of the grid, on the tuning seeds; one run each in miniature."""
     grid = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())]
     trials = [setting | {"seed": s} for setting in grid for s in TUNING_SEEDS]
-    return [VARIANTS[method] | trial for method in METHODS for trial in (trials[:1] if lab.quick else trials)]
+    return [VARIANTS[method] | trial for method in COMPARED for trial in (trials[:1] if lab.quick else trials)]
 
 
 def ranking(rows: list[dict]) -> list[tuple[float, dict]]:

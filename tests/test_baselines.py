@@ -70,8 +70,9 @@ def test_fsmgda_trains_on_each_objective_alone():
 def fsmgda_server(theta, thetas, held, lr=1.0):
     """FSMGDA's server on uploads thetas [C, M, d]: the next θ and λ."""
     server = Server(lr, {}, np.random.default_rng(0))
-    server.mixing = FSMGDA.server_mixing(thetas - theta, torch.tensor(held), server)
     uploads = [Upload(of_client, n, 0.0) for of_client, n in zip(thetas, held, strict=True)]
+    server.weights = FSMGDA.client_weights(uploads, server)
+    server.mixing = FSMGDA.server_mixing(thetas - theta, server.weights, server)
     return FSMGDA.aggregate(theta, uploads, server), server.mixing
 
 

@@ -303,8 +303,8 @@ def test_drift_is_that_of_the_accepted_clients_gradients_in_their_first_step(rej
     with broken_clients(rejected):
         metrics, seen = gradients_seen(built)
     w = torch.tensor([4.0 * (rejected != 0), 5.0, 6.0], dtype=torch.float64)
-    assert torch.equal(built.grams["weights"], w)
     w = w / w.sum()
+    assert torch.allclose(built.grams["weights"], w)
     J = [steps[0].sum(0) for steps in seen]
     lambdas = torch.stack([mgda.solve(mgda.normalise(j @ j.T), 0.02) for j in J])
     mean = w @ lambdas

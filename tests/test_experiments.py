@@ -32,7 +32,7 @@ def test_every_table_is_that_of_the_rows_and_no_run_is_missing(name, tmp_path, m
 
 def test_every_method_gets_the_same_tuning_budget():
     jobs = rules.tuning_jobs(lab.Lab(None, quick=False, workers=1))
-    budgets = {m: sum(job["method"] == m for job in jobs) for m in experiments.METHODS}
+    budgets = {m: sum(job["method"] == m for job in jobs) for m in rules.COMPARED}
     assert len(set(budgets.values())) == 1 and not {job["seed"] for job in jobs} & set(rules.seeds_of(10))
 
 

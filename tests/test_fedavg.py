@@ -60,7 +60,7 @@ def test_the_mean_update_mixes_each_clients_trainings_and_weighs_clients_by_thei
     theta = torch.tensor([1.0, 1.0])
     uploads = [Upload(theta + torch.tensor([[4.0, 0.0], [0.0, 8.0]]), n, 0.0) for n in (1, 3)]
     uploads[1].thetas = theta.expand(2, 2)  # three quarters of the prompts did not move
-    mixed = fedavg.mean_update(theta, uploads, torch.tensor([0.25, 0.75]).double())
+    mixed = fedavg.mean_update(theta, uploads, fedavg.prompts_held(uploads), torch.tensor([0.25, 0.75]).double())
     assert mixed.tolist() == [0.25, 1.5]
 
 

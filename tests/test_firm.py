@@ -56,7 +56,8 @@ def federation(kind="llama", method=FIRM, seed=0, clients=3, ppo=None, M=2, devi
     """A small federation on random weights; settings are FIRM's or the client's."""
     rng = np.random.default_rng(0)
     shares = [[Question(tuple(rng.integers(3, 50, rng.integers(2, 8)))) for _ in range(4 + c)] for c in range(clients)]
-    settings = {"rounds": 2, "clients": clients, "batch_size": 6, "lr": 1e-2, "seed": seed, **settings}
+    groups = {"group_size": 2} if method.learner.group_size > 1 else {}
+    settings = {"rounds": 2, "clients": clients, "batch_size": 6, "lr": 1e-2, "seed": seed, **groups, **settings}
     of_client = {name: settings.pop(name) for name in CLIENT_FIELDS & settings.keys()}
     config = TrainingConfig(
         FIRMConfig(**{"diagnostics": held is None, **settings}), ClientConfig(**of_client),
@@ -458,7 +459,7 @@ def test_gradients_at_theta_t_are_taken_only_for_a_server_that_asks(method):
 
 
 def test_a_methods_own_numbers_are_in_the_upload_and_on_the_bill():
-    method = replace(FIRM, numbers=lambda client, batch: {"accuracy": 0.25 * client.index})
+    method = replace(FIRM, numbers=lambda client, batch, raw: {"accuracy": 0.25 * client.index})
     plain, counted = federation(), federation(method=method)
     bills = [built.round()["upload/scalars"] for built in (plain, counted)]
     assert bills[1] - bills[0] == 8
@@ -467,7 +468,8 @@ def test_a_methods_own_numbers_are_in_the_upload_and_on_the_bill():
 
 def test_what_the_server_remembers_reaches_the_next_round_through_a_checkpoint():
     def momentum(theta, uploads, server):
-        step = fedavg.mean_update(theta, uploads, server.mixing) + 0.9 * server.state.get("momentum", 0.0)
+        moved = fedavg.mean_update(theta, uploads, server.weights, server.mixing)
+        step = moved + 0.9 * server.state.get("momentum", 0.0)
         server.state["momentum"] = step
         return theta + server.lr * step
 
@@ -523,6 +525,9 @@ def test_unequal_objectives_are_refused_by_the_methods_whose_server_needs_them_a
     if method.server_weights or method.server_mixing:
         with pytest.raises(ValueError, match=f"{method.name}'s server cannot compare"):
             federation(method=method, held=held)
+    elif method.needs_primary:
+        with pytest.raises(ValueError, match="primary: client 1 does not hold even"):
+            federation(method=method, held=held)
     else:
         assert torch.isfinite(torch.tensor(federation(method=method, held=held).round()["lambda/even"]))
 
@@ -552,7 +557,7 @@ def test_several_trainings_need_a_server_that_mixes_them():
         federation(method=method).round()
 
 
-GROUPED = {"method": replace(FIRM, learner=Groups), "group_size": 2}
+GROUPED = {"method": replace(FIRM, learner=Groups)}
 
 
 @pytest.mark.parametrize(

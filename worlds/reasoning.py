@@ -25,8 +25,8 @@ pre-trained model is right two times in five: it skips the running values, stops
 
 The clients. Eight, that differ by task, by difficulty, and by data: half are careful, half are poor. In a poor
 client's data a share of the reference answers, `severity`, is systematically wrong: the value one operation before the
-end. That can be learnt, and the model makes that very slip. So a client with few right answers has hard problems or poor
-data, and who looks at accuracy alone cannot tell which. Held-out references are right.
+end. That can be learnt, and the model makes that very slip. So a client with few right answers has hard problems or
+poor data, and who looks at accuracy alone cannot tell which. Held-out references are right.
 """
 
 import json
@@ -52,7 +52,7 @@ OPERATIONS = {"+": int.__add__, "-": int.__sub__}
 INSTRUCTIONS = {"add": int.__add__, "sub": int.__sub__, "mul": int.__mul__}
 SKIPS, STOPS_EARLY = 0.3, 0.2  # slips of the pre-training corpus: no running values (mathematics), an operation short
 HELD_OUT = 32  # problems of each task and difficulty
-PROMPTS = 96  # of each client
+PROMPTS = 192  # of each client
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ class Problem:
         if self.task == "code":
             return f"make {self.values[-1]} from {' '.join(map(str, self.numbers))} ."
         steps = zip(self.operations, self.numbers[1:], strict=True)
-        return " ".join(["what is", str(self.numbers[0]), *(f"{operation} {number}" for operation, number in steps), "?"])
+        return " ".join(
+            ["what is", str(self.numbers[0]), *(f"{operation} {number}" for operation, number in steps), "?"]
+        )
 
     def reply(self, operations: int, running_values: bool = True) -> str:
         """The answer by the first `operations` of them; mathematics may do without its running values."""
@@ -167,7 +169,7 @@ def length(prompts: Sequence[str], completions: Sequence[str], **columns) -> lis
 
 def vocabulary() -> list[str]:
     """Every word of the world."""
-    return [*"what is make from so ? . ,".split(), *OPERATIONS, *INSTRUCTIONS, *map(str, range(LIMIT + 1))]
+    return ["what", "is", "make", "from", "so", "?", ".", ",", *OPERATIONS, *INSTRUCTIONS, *map(str, range(LIMIT + 1))]
 
 
 def corpus(seed: int, size: int) -> list[tuple[str, str]]:
