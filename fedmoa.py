@@ -47,7 +47,7 @@ from torch import Tensor
 
 import clients
 import grpo
-from app.fields import Checked, Index, NonNegative, Share, setting
+from app.fields import Checked, Index, NonNegative, Positive, Share, setting
 from clients import Client, LocalTraining
 from fedavg import Server, Upload, prompts_held
 from firm import LINEAR, Federation, local_update
@@ -62,6 +62,7 @@ class FedMOAConfig(Checked):
     hyper_pull: Share = setting(0.1, "hypergradient weights: how far log w returns to the preference's a round [ours]")
     accuracy_power: NonNegative = setting(1.0, "accuracy-aware server: gamma, the power of a client's accuracy [ours]")
     personal_rounds: Index = setting(0, "local rounds of every client on its own after the last one, any method [ours]")
+    personal_lr: Positive | None = setting(None, "learning rate in those; the client's if not given [ours]")
 
 
 # ---- the weights -----------------------------------------------------------------------------------------------
@@ -83,15 +84,15 @@ def cosines(primary: Tensor, taken: Tensor) -> Tensor:
 
 def next_weights(w: Tensor, prior: Tensor, h: Tensor, settings: FedMOAConfig) -> Tensor:
     """w [k] on the simplex, moved by h [k] and drawn back to prior [k]; a weight of 0 stays 0."""
-    pull, positive = settings.hyper_pull, prior > 0
-    logits = (1 - pull) * torch.where(positive, w, 1.0).log() + pull * torch.where(positive, prior, 1.0).log()
-    return torch.softmax(torch.where(positive, logits + settings.hyper_rate * h, -torch.inf), 0)
+    pull, logs = settings.hyper_pull, [x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (w, prior)]
+    logits = (1 - pull) * logs[0] + pull * logs[1] + settings.hyper_rate * h
+    return torch.softmax(torch.where(prior > 0, logits, -torch.inf), 0)
 
 
 def adapt(training: LocalTraining, epoch: int, J: Tensor, settings: FedMOAConfig) -> None:
     """Move a training's weights before the first step of a round, by that step's J [k, d]; keep the last step's."""
     if epoch == 0 and training.taken is not None:
-        h = cosines(J[training.primary], training.taken).to(training.preference.device)
+        h = cosines(J[training.primary], training.taken.to(J)).cpu()
         training.preference = next_weights(training.preference, training.prior, h, settings)
     training.taken = J
 
@@ -149,14 +150,17 @@ FEDMOA = replace(
 )  # fmt: skip
 
 
-def personalise(federation: Federation, client: Client, rounds: int) -> Tensor:
+def personalise(federation: Federation, client: Client, settings: FedMOAConfig) -> Tensor:
     """The adapter [d] of a client after local rounds on its own from θ, each on fresh responses.
 
     Neither the federation nor what the client keeps changes; the adapter is left at θ. For one training per client.
+    What an average of many clients would do to the noise of their steps, a lower rate has to do here.
     """
     policy, method, config, theta = federation.policy, federation.method, federation.config, federation.theta
+    if settings.personal_lr:
+        config = replace(config, client=replace(config.client, lr=settings.personal_lr))
     (training,) = copy.deepcopy(client.trainings)
-    for i in range(rounds):
+    for i in range(settings.personal_rounds):
         policy.adapter.assign(theta)
         responses = federation.respond([client], clients.PERSONAL, federation.group_size, i)
         (batch,) = federation.prepare([client], responses)

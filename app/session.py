@@ -61,10 +61,10 @@ class Session:
         self.names = [objective.name for objective in self.objectives]
         self.base_model, files = config.rollout.model, config.data.prompts
         if not self.base_model:
-            reasons = config.run.world == "reasoning"
-            made = (
-                reasoning.prepare(config.run.severity, progress=progress) if reasons else toy.prepare(progress=progress)
-            )
+            if config.run.world == "reasoning":
+                made = reasoning.prepare(config.run.severity, config.firm.seed, progress=progress)
+            else:
+                made = toy.prepare(progress=progress)
             self.base_model, files = str(made[0]), files or [str(made[1])]
         model, tokenizer = load_model(self.base_model, config.rollout.dtype, self.device)
         context, L = context_of(model.config), config.rollout.max_new_tokens
@@ -132,7 +132,7 @@ class Session:
         """Each client's adapter after its local rounds on its own, on held-out prompts of its kind."""
         found, theta = [], self.federation.theta
         for client in tqdm(self.federation.clients, "personalisation", disable=not self.progress, leave=False):
-            own = fedmoa.personalise(self.federation, client, self.config.own["fedmoa"].personal_rounds)
+            own = fedmoa.personalise(self.federation, client, self.config.own["fedmoa"])
             self.policy.adapter.assign(own)
             found.append(self.evaluate(f"client {client.index}", self.of_kind(client.index)))
         self.policy.adapter.assign(theta)

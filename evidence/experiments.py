@@ -23,11 +23,12 @@ from app import plots, sweep
 from app.session import Session
 from evidence import rules
 from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_volume
+from evidence.moa import fedmoa, saturation
 from evidence.rules import COMMON, GRID, PREFERENCES, ROUNDS, TUNING_SEEDS, VARIANTS
 from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
 from evidence.update import COLD, cooled, groups
 from settings import Config
-from worlds import toy
+from worlds import reasoning, toy
 
 # ---- one tuning budget for every method -----------------------------------------------------------------------
 
@@ -299,7 +300,8 @@ def communication(lab: Lab) -> None:
 
 
 EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
-                                       trace, rank, clients, learners, groups, pareto, long)}  # fmt: skip
+                                       trace, rank, clients, learners, groups, pareto, long, fedmoa,
+                                       saturation)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -313,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.workers < 1:
         parser.error(f"workers: {options.workers} must be at least 1")
     lab = Lab(Path("runs/quick" if options.quick else "results"), options.quick, options.workers)
-    toy.prepare()  # once, not in every worker
+    toy.prepare(), reasoning.prepare()  # once, not in every worker
     try:
         for name in EXPERIMENTS if "all" in options.names else options.names:
             EXPERIMENTS[name](lab)

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from worlds import toy
 BASE = PRESETS["tiny"] | {"preset": "tiny", "diagnostics": True}  # what a job's settings change
 NAMES = ("helpful", "harmless")
 UPDATE = 2  # raise it with every change that alters more than the rounding of a run of equal settings
+EIGHTHS = 8  # pieces that the curves of a run in the reasoning world are cut into
 BETAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
 LOGGED = {  # columns of a row, and the names under which metrics.jsonl has them for every round
     "lambda_helpful": "lambda/helpful", "lambda_harmless": "lambda/harmless", "disagreement": "lambda/disagreement",
@@ -151,6 +153,8 @@ def run_job(job: dict) -> list[dict]:
     """Train, measure, clean up. Runs in a worker process; soups give one row per preference, all others one."""
     Path("runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="experiment-", dir="runs") as scratch:
+        if job.get("preset") == "fedmoa-tiny":
+            return [reasoning_figures(job, Path(scratch) / "run")]
         if job["method"] == "soups":
             return soups(job, Path(scratch))
         out, settings = Path(scratch) / "run", {name: value for name, value in job.items() if name != "cold"}
@@ -162,6 +166,29 @@ def run_job(job: dict) -> list[dict]:
             grams = [safetensors.torch.load_file(file) for file in sorted((out / "grams").glob("*.safetensors"))]
             row |= gram_figures(job, grams)
         return [row | (cold_figures(config, job["cold"], out) if "cold" in job else {})]
+
+
+def reasoning_figures(job: dict, out: Path) -> dict:
+    """A run in the reasoning world: held-out means in raw units, those of the clients' kinds under the global adapter
+    and under their own; λ, rewards and the share of groups of equal rewards in every eighth of the rounds, and in the
+    last one, means over the clients that hold the objective.
+    """
+    config = Config.from_flat(PRESETS["fedmoa-tiny"] | job | {"out": str(out)})
+    summary = run.train(config, progress=False)
+    metrics = read_lines(out / "metrics.jsonl")
+    row = {"method": job["method"], "seed": job["seed"], "severity": config.run.severity, "kl": summary["kl"]["mean"]}
+    for name, figures in summary["objectives"].items():
+        row |= {f"base_{name}": figures["before"]["mean"], name: figures["after"]["mean"]}
+    found = summary.get("clients", [])
+    for stage, (i, data) in product(("before", "after", "personal"), enumerate(("careful", "poor"))):
+        own = [client["primary"].get(stage, {}).get("mean", math.nan) for client in found[i::2]]  # as in CLIENTS
+        row[f"{data}_{stage}"] = float(np.mean(own)) if own else math.nan
+    eighths = [part.tolist() for part in np.array_split(metrics, EIGHTHS)]
+    for kind, name in product(("lambda", "reward", "zero_spread"), summary["objectives"]):
+        curve = [float(np.mean([m.get(f"{kind}/{name}", math.nan) for m in part])) for part in eighths if part]
+        row |= {f"{kind}_{name}@{i}": value for i, value in enumerate(curve + [math.nan] * (EIGHTHS - len(curve)))}
+        row[f"{kind}_{name}"] = curve[-1]
+    return row | byte_figures(metrics) | {"training_seconds": sum(m["seconds"] for m in metrics)}
 
 
 def soups(job: dict, scratch: Path) -> list[dict]:

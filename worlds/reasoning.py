@@ -18,6 +18,9 @@ The objectives, for a reply of n words:
                a program that leaves one value
     length     1 - n / 11, at least 0: short replies
 
+    one_step   mathematics: 1 if the first running value is right, else 0; soon reached
+    six_steps  mathematics: the right running values, over 6; out of reach, no problem has so many
+
 They pull against each other where it hurts: `so 5 .` is short, but whoever skips the running values is mostly wrong.
 
 Held out are numbers that no client holds, whatever the operations, and that the pre-training never saw. The
@@ -39,7 +42,6 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from app.files import write_text
 from worlds import tiny_llama
 
 MAX_WORDS = 11  # a reply with its EOS is 12 tokens
@@ -164,6 +166,28 @@ def length(prompts: Sequence[str], completions: Sequence[str], **columns) -> lis
     return [max(0.0, 1.0 - len(completion.split()) / MAX_WORDS) for completion in completions]
 
 
+def right_steps(prompt: str, completion: str) -> int:
+    """How many running values a reply gets right, up to its first mistake; 0 for a program."""
+    task, _ = asked(prompt)
+    if task == "code":
+        return 0
+    words = prompt.rsplit("what is", 1)[-1].split("?")[0].split()
+    values = Problem(task, tuple(map(int, words[::2])), tuple(words[1::2])).values
+    shown = re.match(r"(?:\d+ (?:, )?)*", completion)[0].replace(",", "").split()
+    wrong = [int(given) != value for given, value in zip(shown, values, strict=False)]
+    return wrong.index(True) if True in wrong else len(wrong)
+
+
+def one_step(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+    """1 if the first running value is right, else 0."""
+    return [float(min(right_steps(p, c), 1)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def six_steps(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+    """The right running values, over 6."""
+    return [min(right_steps(p, c), 6) / 6 for p, c in zip(prompts, completions, strict=True)]
+
+
 # ---- the checkpoint and the prompts ------------------------------------------------------------------------------
 
 
@@ -208,20 +232,22 @@ def rows(severity: float, seed: int = 0) -> Iterator[dict]:
 
 
 def prepare(
-    severity: float = 0.0, cache_dir: Path | None = None, progress: bool = True, **settings
+    severity: float = 0.0, rows_seed: int = 0, cache_dir: Path | None = None, progress: bool = True, **settings
 ) -> tuple[Path, Path]:
     """(checkpoint directory, prompt file) of the world: from the cache, or made now (about 20 s on one core).
 
-    severity: the share of wrong references in the data of poor clients; settings are `pretrain`'s. Raises ValueError
-    where the cache cannot be written.
+    severity: the share of wrong references in the data of poor clients; rows_seed: that of the prompts; settings are
+    `pretrain`'s. Raises ValueError where the cache cannot be written.
     """
 
-    def make(directory: Path) -> None:
+    def pretrained(directory: Path) -> None:
         for part in pretrain(**settings, progress=progress):
             part.save_pretrained(directory / "model")
 
-    entry = tiny_llama.cached(make, __file__, settings, cache_dir)
-    prompts = entry / f"prompts-{severity:g}.jsonl"
-    if not prompts.is_file():
-        write_text(prompts, "".join(json.dumps(row) + "\n" for row in rows(severity)))
-    return entry / "model", prompts
+    def asked_of(directory: Path) -> None:
+        lines = [json.dumps(row) + "\n" for row in rows(severity, rows_seed)]
+        (directory / "prompts.jsonl").write_text("".join(lines), "utf-8")
+
+    model = tiny_llama.cached(pretrained, __file__, settings, cache_dir)
+    prompts = tiny_llama.cached(asked_of, __file__, {"severity": severity, "rows_seed": rows_seed}, cache_dir)
+    return model / "model", prompts / "prompts.jsonl"
