@@ -264,7 +264,7 @@ class Federation:
         uniforms = np.concatenate([rng.random((size, self.policy.max_new_tokens)) for rng in streams])  # [N, L]
         rollout = replace(self.policy.sample([p.token_ids for p in prompts], uniforms), group_size=group_size)
         rows = [slice(i * size, (i + 1) * size) for i in range(len(cohort))]
-        holdings = [(part, client.objectives) for part, client in zip(rows, cohort, strict=True)]
+        holdings = [(part, client.objectives, client.index) for part, client in zip(rows, cohort, strict=True)]
         return Responses(prompts, rollout, rows, self.score(prompts, rollout, holdings))
 
     def prepare(self, cohort: Sequence[Client], responses: Responses) -> list[Batch]:

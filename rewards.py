@@ -264,18 +264,19 @@ def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size:
 
 def score(
     objectives: list[Objective], prompts: list[Prompt], completions: list[str], completion_ids: list[list[int]],
-    holdings: Sequence[tuple[slice, Sequence[int]]] | None = None,
+    holdings: Sequence[tuple[slice, Sequence[int], int]] | None = None,
 ) -> Tensor:  # fmt: skip
     """Raw rewards [N, M] in float64 of N completions, each with its prompt; NaN where a client lacks the objective.
 
-    holdings: the rows of each client, and the indices of the objectives it holds; None: one client that holds all.
+    holdings: the rows of each client, the indices of the objectives it holds, and its number; None: all is held.
     A function is called once for every client that holds it, a `cohort` objective once for all of them.
 
-    Raises ValueError naming the objective, and the prompt, for anything but one finite number a completion;
+    Raises ValueError naming the objective, the client and the prompt, for anything but one finite number a completion;
     ObjectiveFailed where a function raises.
     """
     if holdings is None:
-        holdings = [(slice(None), range(len(objectives)))]
+        holdings = [(slice(None), range(len(objectives)), None)]
+    owner = {i: client for rows, _, client in holdings for i in range(len(prompts))[rows]}
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)  # the same for every client
     given = {name: [prompt.columns.get(name) for prompt in prompts] for name in names} | {
         "prompts": [prompt.text for prompt in prompts],
@@ -286,16 +287,20 @@ def score(
     }
     scores = torch.full((len(prompts), len(objectives)), math.nan, dtype=torch.float64)
     for j, objective in enumerate(objectives):
-        calls = [range(len(prompts))[rows] for rows, held in holdings if j in held]
+        calls = [range(len(prompts))[rows] for rows, held, _ in holdings if j in held]
         if objective.cohort and calls:
             calls = [[i for rows in calls for i in rows]]
         for rows in calls:
-            scores[rows, j] = _rewards(objective, {name: [column[i] for i in rows] for name, column in given.items()})
+            own = {name: [column[i] for i in rows] for name, column in given.items()}
+            scores[rows, j] = _rewards(objective, own, [owner[i] for i in rows])
     return scores
 
 
-def _rewards(objective: Objective, given: dict[str, list]) -> Tensor:
-    """The rewards [n] of one call, float64; the function gets copies, so that it cannot spoil the next one's."""
+def _rewards(objective: Objective, given: dict[str, list], owners: Sequence[int | None]) -> Tensor:
+    """The rewards [n] of one call, float64; the function gets copies, so that it cannot spoil the next one's.
+
+    owners: the client of every row, None where it is nobody's.
+    """
     with user_errors(objective.name, objective.spec):
         rewards = objective.function(**copy.deepcopy(given))
         rewards = [] if rewards is None else list(rewards)
@@ -305,13 +310,14 @@ def _rewards(objective: Objective, given: dict[str, list]) -> Tensor:
             "return one for each"
         )
     numbers = torch.full((len(rewards),), math.nan, dtype=torch.float64)
-    for i, (reward, prompt) in enumerate(zip(rewards, given["prompts"], strict=True)):
+    for i, (reward, prompt, owner) in enumerate(zip(rewards, given["prompts"], owners, strict=True)):
         with suppress(TypeError, ValueError, OverflowError):  # None, a word, 10**999 stay NaN
             numbers[i] = float(reward)
         if not numbers[i].isfinite():
             raise ValueError(
-                f"objective {objective.name!r} returned {reward!r} for the prompt "
-                f"{textwrap.shorten(prompt, 80, placeholder=' ...')!r}; a reward must be a finite number"
+                f"objective {objective.name!r} returned {reward!r} for "
+                + ("" if owner is None else f"client {owner} and ")
+                + f"the prompt {textwrap.shorten(prompt, 80, placeholder=' ...')!r}; a reward must be a finite number"
             )
     return numbers
 

@@ -67,7 +67,7 @@ def federation(kind="llama", method=FIRM, seed=0, clients=3, ppo=None, M=2, devi
 
     def scored(prompts, rollout, holdings):
         raw = score(prompts, rollout, M)
-        for rows, objectives in holdings:
+        for rows, objectives, _ in holdings:
             raw[rows, [j for j in range(M) if j not in objectives]] = torch.nan
         return raw
 

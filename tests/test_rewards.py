@@ -232,7 +232,11 @@ def test_data_columns_cannot_displace_what_objectives_are_given():
 
 # ---- clients -------------------------------------------------------------------------------------------------
 
-CLIENTS = [(slice(0, 2), [0, 1]), (slice(2, 3), [1]), (slice(3, 5), [0])]  # 5 rows; the second lacks 0, the third 1
+CLIENTS = [
+    (slice(0, 2), [0, 1], 4),
+    (slice(2, 3), [1], 6),
+    (slice(3, 5), [0], 7),
+]  # one lacks 0, one 1
 
 
 def score_of_clients(clients, *objectives, prompts=None):
@@ -272,8 +276,15 @@ def test_rewards_stand_in_their_own_rows_and_nan_where_a_client_lacks_the_object
 @pytest.mark.parametrize("cohort", [False, True])
 def test_an_objective_that_nobody_holds_is_not_called(cohort):
     objective, seen = recording(cohort)
-    scores = score_of_clients([(slice(0, 5), [1])], objective, recording()[0])
+    scores = score_of_clients([(slice(0, 5), [1], 0)], objective, recording()[0])
     assert not seen and scores[:, 0].isnan().all() and scores[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("cohort", [False, True])
+def test_a_reward_that_is_not_finite_names_its_client(cohort):
+    function = lambda completions, **_: [float("nan") if text == "e" else 0.0 for text in completions]  # noqa: E731
+    with pytest.raises(ValueError, match="objective 'mine' returned nan for client 7 and the prompt"):
+        score_of_clients(CLIENTS, Objective("mine", "py:x", function, cohort), recording()[0])
 
 
 def test_without_clients_one_holds_everything():
