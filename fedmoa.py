@@ -58,7 +58,7 @@ from ppo import Batch
 class FedMOAConfig(Checked):
     """FedMOA's own settings, for its parts wherever they are used."""
 
-    hyper_rate: NonNegative = setting(0.5, "hypergradient weights: how far a cosine of 1 moves log w in a round [ours]")
+    hyper_rate: NonNegative = setting(2.0, "hypergradient weights: how far a cosine of 1 moves log w in a round [ours]")
     hyper_pull: Share = setting(0.1, "hypergradient weights: how far log w returns to the preference's a round [ours]")
     accuracy_power: NonNegative = setting(1.0, "accuracy-aware server: gamma, the power of a client's accuracy [ours]")
     personal_rounds: Index = setting(0, "local rounds of every client on its own after the last one, any method [ours]")

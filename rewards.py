@@ -15,8 +15,8 @@ beginning: special tokens survive, and the response's end [ours]. A missing pad 
 GPT-2's and Llama's heads score the last token that is not config.pad_token_id, so a final EOS is skipped and the
 score sits on the token before it, alone or in a batch.
 
-**Clients.** A function sees one client's rows at a time, a reward model those of all. The engine lets a client hold
-only some of the objectives (`held` of `firm.Federation`); no flag does so yet.
+**Clients.** A function sees one client's rows at a time, a reward model those of all. A client may hold only some of
+the objectives (`--client_objectives`).
 
 **Calibration** [ours]. Objectives come in unlike units, so each is shifted and scaled to mean 0 and deviation 1 on
 samples of the base policy, once. Each client sends, of each objective, (n, S1 = sum r, S2 = sum r^2), and then all use

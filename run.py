@@ -24,6 +24,7 @@ Left out on purpose: experiment trackers (metrics.jsonl is plain), schedules of 
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,6 +39,7 @@ from app.files import new_directory, read_lines, to_json, write_tensors, write_t
 from app.session import Evaluation, Session
 from app.stopwatch import Stopwatch, peak_memory
 from app.user_code import ObjectiveFailed
+from firm import FIRM, MGDA
 from settings import Config, parse
 from worlds import toy
 
@@ -103,8 +105,9 @@ def begin(session: Session, out: Path, resume: bool) -> Evaluation:
         session.federation.calibrate()
     for name, constant in zip(session.names, session.federation.calibration.constant.tolist(), strict=True):
         if constant and session.progress:
-            print(f"warning: {name} gave every response of the base policy the same reward, so it is not scaled;")
-            print("  while its gradient is zero, min-norm weights go to it alone, and firm and mgda learn nothing")
+            print(f"warning: {name} gave every response of the base policy the same reward, so it is not scaled")
+            if session.federation.method.weights in (FIRM.weights, MGDA.weights):
+                print("  while its gradient is zero, min-norm weights go to it alone, and nothing is learnt")
     write_text(out / "metrics.jsonl", "".join(lines))
     session.save(out / "checkpoint", before)
     write_text(out / "config.json", json.dumps(session.config.flat(), indent=2) + "\n")
@@ -154,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
             output.reconfigure(errors="replace")  # a terminal that has no λ shall not end the run
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # our own, of `fedmoa.py`, among our lines
     config, resume, preferences, methods = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         if preferences or methods:

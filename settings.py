@@ -76,6 +76,20 @@ PRESETS = {
         "kl_target": 0.0,
         "threads": 1,
     },
+    "gsm8k": {  # FedMOA on GSM8K, on one GPU; --prompts names its files, --model another model
+        "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        "method": "fedmoa",
+        "objectives": [f"py:worlds/gsm8k.py:{name}" for name in ("accuracy", "format", "length")],
+        "split": "iid",
+        "batch_size": 32,
+        "max_new_tokens": 256,
+        "max_prompt_tokens": 320,
+        "dtype": "bfloat16",
+        "max_grad_norm": 0.5,
+        "micro_batch_size": 4,
+        "eval_samples": 4,
+        "eval_batch_size": 256,
+    },
     "paper": {},  # the fields' defaults: the paper's settings where it states them, else RiC's or ours
 }
 PRESETS["tinyllama-12gb"] = PRESETS["tinyllama"] | {  # the same training, in smaller pieces

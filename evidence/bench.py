@@ -11,7 +11,7 @@ turn, so that what else the machine does falls on both; the figure is the median
 bootstrapped 95 % interval, which holds for one process (another may allocate its memory otherwise). On shared CPU cores
 the ratios mean something and the seconds do not.
 
-Here is how it is measured; what is measured, the parts a to j, is in `comparisons.py`. Rows go to results/bench.json,
+Here is how it is measured; what is measured, the parts a to k, is in `comparisons.py`. Rows go to results/bench.json,
 where a run replaces those of its own device, type and names.
 """
 
@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shapes", nargs="+", default=["tiny", "stories260k"], choices=SHAPES)
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="a to j; on a CPU a to g")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="a to k; on a CPU a to g and k")
     parser.add_argument("--pairs", type=int, default=30, help="pairs of runs per comparison")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, for ours and the peers")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -209,7 +209,7 @@ def main() -> int:
     print(f"{hardware}, torch {torch.__version__}, {options.dtype}, {options.threads} CPU thread(s)")
     failed = False
     for shape in options.shapes:
-        for part in options.only or (PARTS if options.device == "cuda" else "abcdefg"):
+        for part in options.only or (PARTS if options.device == "cuda" else "abcdefgk"):
             if part == "e" and shape != options.shapes[0]:
                 continue  # the QP knows nothing of shapes
             bench = Bench(SHAPES[shape], options.device, options.dtype, options.pairs, flags=tuple(options.flags))

@@ -4,7 +4,7 @@
     b  our sampler against transformers.generate   f  a whole round against TRL's GRPOTrainer, client by client
     c  cohort rollout against client by client     g  what a round costs, by clients, objectives, rank, length
     d  J for M objectives against J for one        h  the tinyllama preset, whole, on stand-ins of the shape; j: 12 GB's
-    i  a decode step against memory bandwidth
+    i  a decode step against memory bandwidth      k  FedMOA's round and memory, with groups and with a critic
 
 A part is a function of a `Bench`, which holds the shape and the device, times, and keeps the rows. Peers are imported
 where they are used, so that one that is not installed leaves out its own part only.
@@ -13,6 +13,8 @@ where they are used, so that one that is not installed leaves out its own part o
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -27,17 +29,19 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PrinterCallback
 
 import baselines
+import fedmoa
 import firm
 import mgda
 import ppo
 import run
+from app.files import read_json
 from app.session import quiet_libraries
 from clients import ClientConfig
 from data import Prompt
 from firm import Federation, FIRMConfig, TrainingConfig
-from grpo import Groups
+from grpo import GRPO, Groups
 from lora import LoRALinear
-from ppo import PPOConfig
+from ppo import PPO, PPOConfig
 from rewards import Calibration
 from sampler import Decoder, pad_left
 from settings import parse
@@ -327,7 +331,24 @@ def i_decode_step(bench: Bench) -> None:
     bench.add(name, float(np.median(times)), "s", np.array(times) / ((weights + cache) / bandwidth))
 
 
+def k_fedmoa(bench: Bench) -> None:
+    """FedMOA with its groups against FedMOA with a critic: a round's time in one process, peak memory in two."""
+    method = replace(fedmoa.FEDMOA, client_weights=firm.FIRM.client_weights, numbers=firm.FIRM.numbers)
+    rounds = [federation(bench, method=replace(method, learner=learner)).round for learner in (GRPO, PPO)]
+    bench.compare("k a round of FedMOA, time / with a critic", *rounds, pairs=min(bench.pairs, 10), inverse=True)
+    with tempfile.TemporaryDirectory() as root:
+        common = ["--preset", "paper", "--method", "fedmoa", "--aggregation", "fedavg", *bench.stand_ins(Path(root))]
+        if bench.shape.micro_batch_size:
+            common += ["--micro_batch_size", str(bench.shape.micro_batch_size)]
+        for label, flags in (("groups", []), ("a critic", ["--advantages", "ppo"])):
+            out = Path(root) / label.replace(" ", "-")
+            command = [sys.executable, "run.py", *common, *flags, "--rounds", "3", "--profile", "--out", str(out)]
+            subprocess.run(command, cwd=Path(run.__file__).parent, check=True, capture_output=True)
+            profile = read_json((out / "summary.json").read_text("utf-8"))["profile"]
+            bench.add(f"k FedMOA with {label}, peak {profile['memory']}", profile["peak_gib"], "GiB")
+
+
 PARTS = {
     "a": a_lora_layer, "b": b_sampler, "c": c_cohort, "d": d_jacobian, "e": e_qp, "f": f_round, "g": g_cost,
-    "h": h_preset, "i": i_decode_step, "j": partial(h_preset, preset="tinyllama-12gb"),
+    "h": h_preset, "i": i_decode_step, "j": partial(h_preset, preset="tinyllama-12gb"), "k": k_fedmoa,
 }  # fmt: skip

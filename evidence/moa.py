@@ -113,11 +113,11 @@ def fedmoa(lab: Lab) -> None:
 def saturation(lab: Lab) -> None:
     """The share of an auxiliary that saturates, beside the same objective with its target out of reach."""
     seeds, drawn, lines, x = lab.some(rules.seeds_of(10)), [{}, {}, {}], [], np.arange(EIGHTHS) + 1.0
-    jobs = {}
+    jobs, own = {}, tuned(lab)["fedmoa"]
     for name in ("one_step", "six_steps"):
         objectives = ["py:worlds/reasoning.py:accuracy", f"auxiliary=py:worlds/reasoning.py:{name}"]
         setting = {"preset": "fedmoa-tiny", "method": "fedmoa", "personal_rounds": 0, "objectives": objectives}
-        setting |= {"client_objectives": ["code=accuracy"]}  # which has no running values
+        setting |= {"client_objectives": ["code=accuracy"]} | own  # which has no running values
         jobs[name] = [setting | {"seed": seed} for seed in seeds]
     found = lab.groups("saturation", jobs)
     for name, rows in found.items():
