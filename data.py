@@ -95,8 +95,8 @@ class Prompt:
 
     @property
     def task(self) -> str:
-        """Which task it belongs to: the row's "task", else its subset."""
-        return str(self.columns.get("task") or self.subset)
+        """Which task it belongs to: the row's "task", or "all" where the data names none."""
+        return str(self.columns.get("task") or "all")
 
 
 def locate(file: str) -> Path:

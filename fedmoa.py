@@ -12,13 +12,18 @@ step θ′ = θ − η Σ_i w_i g_i would have changed by (Baydin et al. 2018, f
 In round t + 1, before its first step, the client has g_primary(θ_{t+1}) on fresh responses: on those it had stepped on,
 the product would measure how far the step overshot. It costs nothing more, since that gradient is the first step's row
 of J anyway; what is kept for it is g_i of the last step that this client took, M·d numbers, at home and in the
-checkpoint. A client that is not sampled keeps its own. With h_i the cosine of the two, 0 for a gradient of zero,
+checkpoint. A client that is not sampled keeps its own. The product in units of the primary's own gradients,
+
+    h_i = ⟨∇L_primary(θ_{t+1}), g_i⟩ / (‖∇L_primary(θ_{t+1})‖ max(‖g_i‖, ‖g_primary‖)),
+
+is their cosine, less where g_i is shorter than g_primary; 0 for a gradient of zero. Then
 
     w ← softmax((1 − pull) log w + pull log w⁰ + rate h)                      w⁰: the preference p
 
 Where h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from where the preference has it. An objective
-that is saturated has groups of equal rewards, no advantage, h = 0: its share falls to those that still help.
-Under Adam, after several local steps and after the server's average, h is a cosine of two gradients and no derivative.
+that is saturated has groups of equal rewards and no advantage but the KL's (κ), which is short: h ≈ 0, and its share
+falls to those that still help. (Its cosine would be that of the KL, at full length.)
+Under Adam, after several local steps and after the server's average, h is no derivative any more.
 
 **Aggregation** (`accuracy_weights`). Within a task q_c ∝ n_c a_c^γ, tasks share the total equally, and θ is the average
 under q. a_c is the mean of the primary over the client's responses of this round, between 0 and 1, and noisy; it is
@@ -28,8 +33,9 @@ clustered by prompt, and v their variance between clients,
     a_c ← ā + B (a_c − ā),     B = max(0, v − s²) / v
 
 so that few responses (large s²), or clients no further apart than chance would have them, give equal weights. Where no
-client of a task was ever right, n_c alone counts, with a warning. γ = 0 with one task is FedAvg to the last bit. That
-accuracy is low where prompts are hard as well as where data are bad, it cannot tell.
+client of a task was right, n_c alone counts, with a warning. γ = 0 with one task is FedAvg to the last bit. A client's
+task is that of most of its prompts (`task` in the data; without that column there is one task). Accuracy is low where
+prompts are hard as well as where data are bad: the server cannot tell.
 
 **Personalisation** (`personalise`). After the last round, local steps from the global adapter, by each client for
 itself; nothing is uploaded.
@@ -51,7 +57,6 @@ from app.fields import Checked, Index, NonNegative, Positive, Share, setting
 from clients import Client, LocalTraining
 from fedavg import Server, Upload, prompts_held
 from firm import LINEAR, Federation, local_update
-from ppo import Batch
 
 
 @dataclass
@@ -76,10 +81,11 @@ def hypergradient(primary: Tensor, taken: Tensor) -> Tensor:
     return taken.double() @ primary.double()
 
 
-def cosines(primary: Tensor, taken: Tensor) -> Tensor:
-    """h [k]: the hypergradient over the norms, 0 for a gradient of zero."""
-    norms = taken.double().norm(dim=1) * primary.double().norm()
-    return hypergradient(primary, taken) / torch.where(norms > 0, norms, 1.0)
+def relative(primary: Tensor, taken: Tensor, which: int) -> Tensor:
+    """h [k]: the hypergradient in units of the primary's gradients, from −1 to 1. which: the primary's row of taken."""
+    lengths = taken.double().norm(dim=1)  # [k]
+    unit = primary.double().norm() * torch.maximum(lengths, lengths[which])
+    return hypergradient(primary, taken) / torch.where(unit > 0, unit, 1.0)
 
 
 def next_weights(w: Tensor, prior: Tensor, h: Tensor, settings: FedMOAConfig) -> Tensor:
@@ -92,7 +98,7 @@ def next_weights(w: Tensor, prior: Tensor, h: Tensor, settings: FedMOAConfig) ->
 def adapt(training: LocalTraining, epoch: int, J: Tensor, settings: FedMOAConfig) -> None:
     """Move a training's weights before the first step of a round, by that step's J [k, d]; keep the last step's."""
     if epoch == 0 and training.taken is not None:
-        h = cosines(J[training.primary], training.taken.to(J)).cpu()
+        h = relative(J[training.primary], training.taken.to(J), training.primary).cpu()
         training.preference = next_weights(training.preference, training.prior, h, settings)
     training.taken = J
 
@@ -100,11 +106,11 @@ def adapt(training: LocalTraining, epoch: int, J: Tensor, settings: FedMOAConfig
 # ---- the server ------------------------------------------------------------------------------------------------
 
 
-def accuracy(client: Client, batch: Batch, raw: Tensor) -> dict[str, float]:
+def accuracy(client: Client, raw: Tensor, S: int) -> dict[str, float]:
     """What a client's upload says beside the adapter: its task, and the mean of the primary with its sampling variance.
 
-    raw [B, M]. The variance is that of the means of the groups, over their number. Raises ValueError for a primary
-    reward outside 0 to 1.
+    raw [B, M], S consecutive rows to a prompt. The variance is that of the prompts' means, over their number; of one
+    prompt it is a(1 − a), all that is known. Raises ValueError for a primary reward outside 0 to 1.
     """
     rewards = raw[:, client.objectives[client.primary]]  # [B]
     if rewards.min() < 0 or rewards.max() > 1:
@@ -112,9 +118,9 @@ def accuracy(client: Client, batch: Batch, raw: Tensor) -> dict[str, float]:
             f"aggregation: accuracy needs a primary reward from 0 to 1, but client {client.index} got one of "
             f"{float(rewards.min() if rewards.min() < 0 else rewards.max()):g}; use --aggregation fedavg"
         )
-    by_prompt = rewards.unflatten(0, (-1, batch.rollout.group_size)).mean(1)
-    variance = by_prompt.var() / len(by_prompt) if len(by_prompt) > 1 else rewards.new_zeros(())
-    return {"task": float(client.task), "accuracy": float(rewards.mean()), "accuracy_variance": float(variance)}
+    by_prompt, mean = rewards.unflatten(0, (-1, S)).mean(1), rewards.mean()
+    variance = by_prompt.var() / len(by_prompt) if len(by_prompt) > 1 else mean * (1 - mean)
+    return {"task": float(client.task), "accuracy": float(mean), "accuracy_variance": float(variance)}
 
 
 def shrunk(accuracies: Tensor, variances: Tensor) -> Tensor:
@@ -133,11 +139,12 @@ def accuracy_weights(uploads: Sequence[Upload], server: Server) -> Tensor:
     )
     weights = torch.zeros_like(held)
     for number in task.unique():
-        own = task == number
-        q = held[own] * shrunk(accuracies[own], variances[own]) ** server.settings.accuracy_power
-        if not q.sum() > 0:
+        own, power = task == number, server.settings.accuracy_power
+        a = shrunk(accuracies[own], variances[own])
+        if power and not a.max() > 0:
             warnings.warn("no client of a task was right; its clients are weighed by their prompts alone", stacklevel=2)
-            q = held[own]
+            power = 0.0
+        q = held[own] * (a / torch.where(a.max() > 0, a.max(), 1.0)) ** power  # over the largest: no power is too high
         weights[own] = q * (held.sum() / q.sum())  # tasks alike; a factor of exactly 1 for one task at γ = 0
     return weights
 

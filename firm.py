@@ -98,7 +98,7 @@ class Method:
     server_mixing(updates [C, M, d], prompts_held [C], server): after them, its λ [M] on the simplex from θ_{c,i} − θ_t
         of M local trainings: how much each counts.
     adapt(training, epoch, J [k, d], settings): before λ is picked, what moves the training's preference.
-    numbers(client, batch, raw rewards [B, M]): named numbers that travel with the upload.
+    numbers(client, raw rewards [B, M], S to a prompt): named numbers that travel with the upload.
     client_weights(uploads, server): what each counts [C] in the server's average.
     aggregate(θ [d], uploads, server): the next θ.
     settings: the method's own, as a dataclass; its fields become flags. mixes: several runs, mixed afterwards (soups).
@@ -113,7 +113,7 @@ class Method:
     server_weights: Callable[[Tensor, Tensor, Server], Tensor] | None = None
     server_mixing: Callable[[Tensor, Tensor, Server], Tensor] | None = None
     adapt: Callable[[LocalTraining, int, Tensor, Any], None] | None = None
-    numbers: Callable[[Client, Batch, Tensor], dict[str, float]] = lambda client, batch, raw: {}
+    numbers: Callable[[Client, Tensor, int], dict[str, float]] = lambda client, raw, S: {}
     client_weights: Callable[[Sequence[Upload], Server], Tensor] = lambda uploads, server: fedavg.prompts_held(uploads)
     aggregate: Callable[[Tensor, Sequence[Upload], Server], Tensor] = fedavg.federated_average
     settings: Any = None
@@ -205,6 +205,8 @@ class Federation:
     def calibrate(self) -> None:
         """Fix every objective's mean and scale, once, from base-policy samples: each client sends n, Σr and Σr²."""
         drawn = self.respond(self.clients, clients.CALIBRATION)
+        for client, rows in zip(self.clients, drawn.rows, strict=True):
+            self.method.numbers(client, drawn.raw[rows], 1)  # so that rewards it cannot use are found here
         self.calibration = rewards.combine([rewards.calibration_sums(drawn.raw[rows]) for rows in drawn.rows])
 
     def round(self) -> Round:
@@ -230,7 +232,9 @@ class Federation:
                 local_update(training, self.policy, self.theta, batch.combined(training.columns), method, config)
                 for training in client.trainings
             ])  # fmt: skip
-            uploads.append(client.upload(updates[-1], batch, method.numbers(client, batch, responses.raw[rows])))
+            uploads.append(
+                client.upload(updates[-1], batch, method.numbers(client, responses.raw[rows], self.group_size))
+            )
         server.ledger.upload(uploads[0])
 
         accepted = fedavg.accept(uploads)

@@ -65,7 +65,6 @@ PRESETS = {
         "objectives": [f"py:worlds/reasoning.py:{name}" for name in ("accuracy", "format", "length")],
         "client_objectives": ["code=accuracy,format"],
         "split": "natural",
-        "rounds": 20,
         "batch_size": 64,
         "personal_rounds": 4,
         "personal_lr": 1e-3,

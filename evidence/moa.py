@@ -15,7 +15,7 @@ from app import plots
 from evidence import rules
 from evidence.lab import EIGHTHS, Lab
 from evidence.rules import TUNING_SEEDS
-from evidence.statistics import against, cell, column, interval, number, paired, show, where
+from evidence.statistics import cell, column, holm, interval, number, paired, show, where
 
 SEVERITIES = (0.0, 0.7)
 PRIMARY = [1.0, 0.0, 0.0]
@@ -26,8 +26,20 @@ GRIDS = {  # what is tuned: the settings of its own, six each
         {"preference": p} for p in ([1 / 3] * 3, [0.5, 0.25, 0.25], [0.7, 0.15, 0.15], [0.5, 0.5, 0.0],
                                     [0.8, 0.2, 0.0], PRIMARY)
     ],
-    "firm": [{"beta": beta} for beta in (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)],
+    "firm": [
+        {"beta": beta, "preference": p} for beta, p in product((0.1, 1.0, 10.0), ([1 / 3] * 3, [0.8, 0.2, 0.0]))
+    ],
 }  # fmt: skip
+PARTS = {  # what each part earns: the label with it, the label without it
+    "the average, with equal weights": ("fedmoa average alone", "linear"),
+    "the average, with the primary alone": ("fedmoa average, primary", "linear primary"),
+    "the average, with moving weights": ("fedmoa", "fedmoa weights alone"),
+    "moving weights for equal ones": ("fedmoa weights alone", "linear"),
+    "moving weights for equal ones, with the average": ("fedmoa", "fedmoa average alone"),
+    "moving weights for tuned ones": ("fedmoa weights alone", "linear tuned"),
+    "moving weights for the primary alone, with the average": ("fedmoa", "fedmoa average, primary"),
+    "groups over their own deviation for plain ones": ("fedmoa", "fedmoa groups"),
+}
 METHODS = {  # before what the tuning adds to them
     "fedmoa": {"method": "fedmoa"},
     "linear": FIXED,
@@ -39,6 +51,7 @@ METHODS = {  # before what the tuning adds to them
     "fedmoa average, primary": {"method": "fedmoa", "weights": "fixed", "preference": PRIMARY},
     "fedmoa groups": {"method": "fedmoa", "advantages": "group"},
 }
+PERSONAL = ("fedmoa", "linear tuned")
 SHOWN = ("accuracy", "format", "length", "kl", "lambda_accuracy", "lambda_format", "lambda_length")
 
 
@@ -66,40 +79,31 @@ def fedmoa(lab: Lab) -> None:
     """Global accuracy against fixed weights, FIRM's λ and the parts alone, at two severities of poor data."""
     best, seeds = tuned(lab), lab.some(rules.seeds_of(10))
     shared, jobs = {"preset": "fedmoa-tiny"}, {}
-    for (label, changes), severity in product(METHODS.items(), SEVERITIES):
-        own = best.get(label.split()[0] if label.startswith("fedmoa") else label, {}) | changes
-        own |= {"personal_rounds": 4 if label in ("fedmoa", "linear") else 0, "severity": severity}
-        jobs[label, severity] = [shared | own | {"seed": seed} for seed in seeds]
-    rows, lines, personal = lab.groups("fedmoa", jobs), [], []
-    for severity in SEVERITIES:
-        of = {label: rows[label, severity] for label in METHODS}
-        test = against(of, "fedmoa", "accuracy")
-        for label, own in of.items():
-            plain = "" if label == "fedmoa" else f"{paired(of['fedmoa'], own, 'accuracy')[2]:.2g}"
-            lines.append(
-                [f"{severity:g}", label, *(cell(own, f) for f in SHOWN), test[label][0], plain, test[label][1]]
-            )
-        for label in ("fedmoa", "linear"):
-            for data in ("careful", "poor"):
-                for row in of[label]:
-                    row["gain"] = row[f"{data}_personal"] - row[f"{data}_after"]
-                figures = (f"{data}_before", f"{data}_after", f"{data}_personal", "gain")
-                personal.append([f"{severity:g}", label, data, *(cell(of[label], f) for f in figures)])
-    head = ["severity", "method", "accuracy", "format", "length", "KL", "λ of accuracy", "of format", "of length",
-            "accuracy, fedmoa − method", "p", "p (Holm)"]  # fmt: skip
-    note = (
-        f"{len(seeds)} seeds from {seeds[0]}, paired; ± is half a 95 % interval; λ in the last eighth of the rounds, "
-    )
-    note += "over the clients that hold the objective. Holm over the four baselines of a severity; settings as tuned."
-    show(lab.results, "fedmoa", head, lines, note)
+    for seed, severity, label in product(seeds, SEVERITIES, METHODS):  # whole seeds first, see `preference_sweeps`
+        own = best.get(label.split()[0] if label.startswith("fedmoa") else label, {}) | METHODS[label]
+        own |= {"personal_rounds": 4 if label in PERSONAL else 0, "severity": severity, "seed": seed}
+        jobs.setdefault((label, severity), []).append(shared | own)
+    lab.rows("fedmoa", [of_label[i] for i in range(len(seeds)) for of_label in jobs.values()])
+    rows = lab.groups("fedmoa", jobs)
+    baselines = [label for label in METHODS if not label.startswith("fedmoa")]
+    differences(lab, "fedmoa", rows, {label: ("fedmoa", label) for label in baselines}, len(seeds))
+    differences(lab, "fedmoa_parts", rows, PARTS, len(seeds))
+    personal = []
+    for severity, label, data in product(SEVERITIES, PERSONAL, ("careful", "poor")):
+        for row in rows[label, severity]:
+            row["gain"] = row[f"{data}_personal"] - row[f"{data}_after"]
+        figures = (f"{data}_before", f"{data}_after", f"{data}_personal", "gain")
+        personal.append([f"{severity:g}", label, data, *(cell(rows[label, severity], f) for f in figures)])
     head = ["severity", "method", "clients", "base model", "global adapter", "each client's own", "difference"]
-    show(
-        lab.results,
-        "fedmoa_personal",
-        head,
-        personal,
-        "Accuracy on held-out prompts of a client's kind, mean over clients.",
-    )
+    note = "Accuracy on held-out prompts of a client's kind, whose references are right; means over the clients."
+    show(lab.results, "fedmoa_personal", head, personal, note)
+    lines = [
+        [f"{severity:g}", label, *(cell(rows[label, severity], figure) for figure in SHOWN)]
+        for severity, label in product(SEVERITIES, METHODS)
+    ]
+    head = ["severity", "method", "accuracy", "format", "length", "KL", "λ of accuracy", "of format", "of length"]
+    note = "λ in the last eighth of the rounds, mean over the clients that hold the objective; settings as tuned."
+    show(lab.results, "fedmoa_methods", head, lines, note)
     panels = []
     for severity in SEVERITIES:
         drawn = {}
@@ -108,6 +112,22 @@ def fedmoa(lab: Lab) -> None:
             drawn[label] = ([float(np.mean(column(rows[label, severity], "kl")))], [mean], [half])
         panels.append(plots.Panel("KL (nats per response)", "accuracy, held out", f"severity {severity:g}", drawn))
     plots.panels(panels, lab.results / "fedmoa.png")
+
+
+def differences(lab: Lab, name: str, rows: dict[tuple, list[dict]], pairs: dict[str, tuple[str, str]], n: int) -> None:
+    """A table of paired differences in held-out accuracy, a line per pair of labels and severity; one family for Holm."""
+    found = {
+        (severity, what): paired(rows[one, severity], rows[other, severity], "accuracy")
+        for severity, (what, (one, other)) in product(SEVERITIES, pairs.items())
+    }
+    corrected = holm([p for _, _, p in found.values()])
+    lines = []
+    for ((severity, what), (mean, half, _)), p in zip(found.items(), corrected, strict=True):
+        one, other = (cell(rows[label, severity], "accuracy") for label in pairs[what])
+        lines.append([f"{severity:g}", what, one, other, f"{mean:+.3f} ± {number(half)}", f"{p:.2g}"])
+    note = f"{n} seeds, paired; ± is half a 95 % interval; Holm over all {len(lines)} lines."
+    what, with_it, without = ("fedmoa less …", "fedmoa", "that") if name == "fedmoa" else ("part", "with it", "without")
+    show(lab.results, name, ["severity", what, f"accuracy, {with_it}", without, "difference", "p (Holm)"], lines, note)
 
 
 def saturation(lab: Lab) -> None:
@@ -129,13 +149,12 @@ def saturation(lab: Lab) -> None:
             points = [interval(column(rows, f"{kind}_auxiliary@{i}")) for i in range(EIGHTHS)]
             panel[name] = (x, *zip(*points, strict=True))
     gap, half, p = paired(found["one_step"], found["six_steps"], "fall")
-    ratio = np.mean(column(found["one_step"], "fall")) / np.mean(column(found["six_steps"], "fall"))
     head = ["auxiliary", "its reward, first eighth", "last eighth", "groups of equal reward", "its share, last eighth",
             "fall of the share, from 0.5", "accuracy"]  # fmt: skip
     note = (
-        f"{len(seeds)} seeds from {seeds[0]}; means over the clients of mathematics. The fall of the saturated one is "
+        f"{len(seeds)} seeds from {seeds[0]}; means over the clients of mathematics. The saturated one's share falls "
     )
-    note += f"{ratio:.2f} times that of the control; difference {number(gap)} ± {number(half)} (p {p:.2g})."
+    note += f"by {number(gap)} ± {number(half)} more than the control's (p {p:.2g})."
     show(lab.results, "saturation", head, lines, note)
     titles = ("its share λ", "its reward", "share of groups of equal reward")
     contents = [plots.Panel("eighth of the rounds", y, "", lines) for y, lines in zip(titles, drawn, strict=True)]

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("scipy.stats", reason="the experiments need SciPy, see requirements-dev.txt")
 
 from app import plots  # noqa: E402
-from evidence import experiments, lab, rules  # noqa: E402
+from evidence import experiments, lab, moa, rules  # noqa: E402
+from settings import PRESETS, Config  # noqa: E402
 
 RESULTS = Path(experiments.__file__).parents[1] / "results"
 RUN = [name for name in experiments.EXPERIMENTS if (RESULTS / f"{name}.csv").is_file()]  # older ones are in older/
@@ -72,3 +73,24 @@ def test_a_method_is_tuned_by_its_own_rows(monkeypatch):
     ]
     monkeypatch.setattr(lab.Lab, "rows", lambda *_: rows)
     assert [rules.best_setting(made, m)["lr"] for m in ("firm", "mgda")] == [1e-3, 3e-3]
+
+
+def test_fedmoa_and_what_it_is_compared_with_get_the_same_tuning_budget():
+    assert len({len(grid) for grid in moa.GRIDS.values()}) == 1
+    assert not set(rules.TUNING_SEEDS) & set(rules.seeds_of(10))
+
+
+def test_what_fedmoa_is_compared_with_differs_by_what_its_label_says_and_nothing_else():
+    made = {
+        label: Config.from_flat(PRESETS["fedmoa-tiny"] | {"preset": "fedmoa-tiny"} | changes)
+        for label, changes in moa.METHODS.items()
+    }
+    fedmoa = made["fedmoa"].method
+    for label, config in made.items():
+        parts = config.method
+        assert (parts.learner is fedmoa.learner) == (label != "fedmoa groups")
+        assert (parts.adapt is fedmoa.adapt) == (label in ("fedmoa", "fedmoa weights alone", "fedmoa groups"))
+        assert (parts.client_weights is fedmoa.client_weights) == (
+            label in ("fedmoa", "fedmoa average alone", "fedmoa average, primary", "fedmoa groups")
+        )
+        assert config.firm.rounds == made["fedmoa"].firm.rounds and config.client == made["fedmoa"].client

@@ -44,12 +44,15 @@ def test_the_hypergradient_is_the_derivative_of_the_primary_loss_by_the_weights(
     assert (-lr * fedmoa.hypergradient(fresh, taken)).tolist() == pytest.approx(differences, rel=1e-6)
 
 
-def test_a_cosine_does_not_depend_on_lengths_and_is_zero_for_a_gradient_of_zero():
-    primary, taken = torch.tensor([1.0, 0.0]), torch.tensor([[3.0, 4.0], [0.0, 0.0], [-2.0, 0.0]])
-    expected = [0.6, 0.0, -1.0]
-    assert fedmoa.cosines(primary, taken).tolist() == pytest.approx(expected)
-    assert fedmoa.cosines(1e-12 * primary, 1e9 * taken).tolist() == pytest.approx(expected)
-    assert fedmoa.cosines(0 * primary, taken).tolist() == [0.0, 0.0, 0.0]
+def test_h_is_a_cosine_less_where_the_gradient_is_shorter_than_the_primarys_and_zero_for_a_gradient_of_zero():
+    primary = torch.tensor([2.0, 0.0])
+    taken = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [-20.0, 0.0]])
+    expected = [0.6, 0.2, 0.0, -1.0]  # the first is the primary's own, of length 5
+    assert fedmoa.relative(primary, taken, 0).tolist() == pytest.approx(expected)
+    assert fedmoa.relative(1e-12 * primary, 1e9 * taken, 0).tolist() == pytest.approx(expected)
+    assert (
+        fedmoa.relative(0 * primary, taken, 0).tolist() == fedmoa.relative(primary, 0 * taken, 0).tolist() == [0.0] * 4
+    )
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -101,8 +104,9 @@ def test_a_round_moves_the_weights_by_the_fresh_primary_gradient_and_the_last_st
     C, K = 3, 2
     for c in range(C):
         last, fresh = seen[c * K + 1].double(), seen[C * K + c * K].double()[1]  # low is the second objective
-        h = torch.nn.functional.cosine_similarity(last, fresh.expand_as(last))
-        w = torch.softmax(torch.tensor([0.5, 0.5]).double().log() + 0.5 * h, 0)
+        lengths = last.norm(dim=1)
+        h = last @ fresh / (fresh.norm() * torch.maximum(lengths, lengths[1]))
+        w = torch.softmax(torch.tensor([0.5, 0.5]).double().log() + 2.0 * h, 0)
         steps = built.record.updates[c][0].steps
         assert steps[0].lam.tolist() == pytest.approx(w.tolist(), rel=1e-6) and steps[1].lam.equal(steps[0].lam)
 

@@ -459,7 +459,7 @@ def test_gradients_at_theta_t_are_taken_only_for_a_server_that_asks(method):
 
 
 def test_a_methods_own_numbers_are_in_the_upload_and_on_the_bill():
-    method = replace(FIRM, numbers=lambda client, batch, raw: {"accuracy": 0.25 * client.index})
+    method = replace(FIRM, numbers=lambda client, raw, S: {"accuracy": 0.25 * client.index})
     plain, counted = federation(), federation(method=method)
     bills = [built.round()["upload/scalars"] for built in (plain, counted)]
     assert bills[1] - bills[0] == 8

@@ -7,8 +7,9 @@ objectives in TRL's convention. It is for what is rewarded for being right: FedM
     code          make 14 from 3 4 2 .       3 4 mul 2 add .      a stack program: a number pushes itself, add, sub and
                                                                   mul take two and push one
 
-A problem has two operations (easy) or three (hard), on numbers from 1 to 6. In a program each given number may be used
-once at most, in any order; it is right if it leaves the value that was asked for and nothing else. Programs are run by
+A problem has two operations (easy) or more (hard: four in mathematics, three in code), on numbers from 1 to 6. In a
+program each given number may be used once at most, in any order; it is right if it leaves the value that was asked for
+and nothing else. Programs are run by
 `execute`, which knows these three words and numbers, and nothing else.
 
 The objectives, for a reply of n words:
@@ -19,17 +20,18 @@ The objectives, for a reply of n words:
     length     1 - n / 11, at least 0: short replies
 
     one_step   mathematics: 1 if the first running value is right, else 0; soon reached
-    six_steps  mathematics: the right running values, over 6; out of reach, no problem has so many
+    six_steps  mathematics: the same with a target of six: the right running values, over 6; no problem has so many
 
 They pull against each other where it hurts: `so 5 .` is short, but whoever skips the running values is mostly wrong.
 
-Held out are numbers that no client holds, whatever the operations, and that the pre-training never saw. The
-pre-trained model is right two times in five: it skips the running values, stops one operation early, and miscounts.
+Held out are sets of numbers that no client holds, in whatever order and under whatever operations, and that the
+pre-training never saw. The pre-trained model is right one time in three: it skips the running values, stops one
+operation early, and miscounts.
 
 The clients. Eight, that differ by task, by difficulty, and by data: half are careful, half are poor. In a poor
 client's data a share of the reference answers, `severity`, is systematically wrong: the value one operation before the
 end. That can be learnt, and the model makes that very slip. So a client with few right answers has hard problems or
-poor data, and who looks at accuracy alone cannot tell which. Held-out references are right.
+poor data, and who looks at accuracy alone cannot tell which. References of rows without a client are right.
 """
 
 import json
@@ -46,7 +48,8 @@ from worlds import tiny_llama
 
 MAX_WORDS = 11  # a reply with its EOS is 12 tokens
 TASKS = ("mathematics", "code")
-DIFFICULTIES = {"easy": 2, "hard": 3}  # operations
+DIFFICULTIES = ("easy", "hard")
+SIZES = {("mathematics", "easy"): 2, ("mathematics", "hard"): 4, ("code", "easy"): 2, ("code", "hard"): 3}  # operations
 CLIENTS = tuple(product(TASKS, DIFFICULTIES, ("careful", "poor")))
 HIGHEST = 6  # of the numbers given; what comes out of them is from 0 to LIMIT
 LIMIT = 40
@@ -75,8 +78,8 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether its numbers are set aside: a fifth of all, drawn by a hash."""
-        return zlib.crc32(repr(self.numbers).encode()) % 5 == 0
+        """Whether its numbers, in any order, are set aside: a fifth of all, drawn by a hash."""
+        return zlib.crc32(repr(sorted(self.numbers)).encode()) % 5 == 0
 
     @property
     def question(self) -> str:
@@ -98,12 +101,13 @@ class Problem:
 
 
 def problem(rng: random.Random, task: str, operations: int, held_out: bool) -> Problem:
-    """A random problem whose values all lie between 0 and LIMIT."""
+    """A random problem whose values all lie between 0 and LIMIT; no program is asked for a number that is given."""
     while True:
         numbers = tuple(rng.randint(1, HIGHEST) for _ in range(operations + 1))
         words = tuple(INSTRUCTIONS if task == "code" else OPERATIONS)
         drawn = Problem(task, numbers, tuple(rng.choices(words, k=operations)))
-        if drawn.held_out == held_out and all(0 <= value <= LIMIT for value in drawn.values):
+        trivial = task == "code" and drawn.values[-1] in numbers
+        if drawn.held_out == held_out and not trivial and all(0 <= value <= LIMIT for value in drawn.values):
             return drawn
 
 
@@ -200,8 +204,9 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
     """`size` (question, reply) pairs, tasks and difficulties alike, with the slips; nothing that is held out."""
     rng, pairs = random.Random(seed), []
     for _ in range(size):
-        operations = rng.choice(tuple(DIFFICULTIES.values()))
-        drawn = problem(rng, rng.choice(TASKS), operations, held_out=False)
+        task, operations = rng.choice(TASKS), rng.choice((2, 3, 4))
+        drawn = problem(rng, task, min(operations, SIZES[task, "hard"]), held_out=False)
+        operations = len(drawn.operations)
         done = operations - (rng.random() < STOPS_EARLY)
         pairs.append((drawn.question, drawn.reply(done, running_values=rng.random() >= SKIPS)))
     return pairs
@@ -222,7 +227,7 @@ def rows(severity: float, seed: int = 0) -> Iterator[dict]:
     owners += [(client, *kind) for client, kind in enumerate(CLIENTS)]
     for client, task, difficulty, data in owners:
         for _ in range(HELD_OUT if client is None else PROMPTS):
-            while (drawn := problem(rng, task, DIFFICULTIES[difficulty], held_out=client is None)).question in seen:
+            while (drawn := problem(rng, task, SIZES[task, difficulty], held_out=client is None)).question in seen:
                 pass
             seen.add(drawn.question)
             done = len(drawn.operations) - (rng.random() < severity and data == "poor")
