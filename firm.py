@@ -232,9 +232,8 @@ class Federation:
                 local_update(training, self.policy, self.theta, batch.combined(training.columns), method, config)
                 for training in client.trainings
             ])  # fmt: skip
-            uploads.append(
-                client.upload(updates[-1], batch, method.numbers(client, responses.raw[rows], self.group_size))
-            )
+            numbers = method.numbers(client, responses.raw[rows], self.group_size)
+            uploads.append(client.upload(updates[-1], batch, numbers))
         server.ledger.upload(uploads[0])
 
         accepted = fedavg.accept(uploads)

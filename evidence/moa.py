@@ -21,7 +21,7 @@ SEVERITIES = (0.0, 0.7)
 PRIMARY = [1.0, 0.0, 0.0]
 FIXED = {"method": "linear", "advantages": "grpo"}
 GRIDS = {  # what is tuned: the settings of its own, six each
-    "fedmoa": [{"hyper_rate": rate, "accuracy_power": power} for rate, power in product((0.5, 1.0, 2.0), (1.0, 2.0))],
+    "fedmoa": [{"hyper_rate": rate, "accuracy_power": power} for rate, power in product((1.0, 2.0, 4.0), (1.0, 2.0))],
     "linear tuned": [
         {"preference": p} for p in ([1 / 3] * 3, [0.5, 0.25, 0.25], [0.7, 0.15, 0.15], [0.5, 0.5, 0.0],
                                     [0.8, 0.2, 0.0], PRIMARY)
@@ -68,7 +68,7 @@ def tuned(lab: Lab) -> dict[str, dict]:
         best[label] = grid[max(scores, key=scores.get)]
         for i, score in scores.items():
             by_severity = [f"{np.mean(column(where(rows[label, i], severity=s), 'accuracy')):.3f}" for s in SEVERITIES]
-            own = ", ".join(f"{name} {value}" for name, value in grid[i].items())
+            own = ", ".join(f"{name} {np.round(value, 2)}" for name, value in grid[i].items())
             lines.append([label, own, *by_severity, f"{score:.3f}" + " *" * (grid[i] == best[label])])
     head = ["method", "settings", *(f"accuracy, severity {s:g}" for s in SEVERITIES), "mean"]
     show(lab.results, "fedmoa_tuning", head, lines, f"Seeds {', '.join(map(str, seeds))}; * is what is used.")
@@ -115,7 +115,7 @@ def fedmoa(lab: Lab) -> None:
 
 
 def differences(lab: Lab, name: str, rows: dict[tuple, list[dict]], pairs: dict[str, tuple[str, str]], n: int) -> None:
-    """A table of paired differences in held-out accuracy, a line per pair of labels and severity; one family for Holm."""
+    """A table of paired differences in held-out accuracy, a line per severity and pair of labels; one Holm family."""
     found = {
         (severity, what): paired(rows[one, severity], rows[other, severity], "accuracy")
         for severity, (what, (one, other)) in product(SEVERITIES, pairs.items())
