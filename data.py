@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from huggingface_hub import hf_hub_download
@@ -158,8 +158,8 @@ def dialogue_of(row: dict, template: str, where: str) -> tuple[str, dict]:
     if "question" in row and "chosen" not in row:
         if not all(isinstance(row.get(name), str) for name in ("question", "answer")):
             raise ValueError(f"{where}: no text in 'question' or 'answer'; GSM8K rows hold both")
-        if REFERENCE not in row["answer"]:
-            raise ValueError(f"{where}: no {REFERENCE} in 'answer'; GSM8K answers end in '{REFERENCE} ' and the number")
+        if not re.search(rf"{REFERENCE}[^\n]*\d", row["answer"]):
+            raise ValueError(f"{where}: no {REFERENCE} and number in 'answer', in which GSM8K's answers end")
         text = f"\n\nHuman: {template.replace('{question}', row['question'].strip())}{REPLY}"
         return text, {name: value for name, value in row.items() if name != "question"}
     if not isinstance(row.get("chosen"), str):
@@ -324,19 +324,23 @@ def share_out(
 
 
 def split_naturally(prompts: list[Prompt], clients: int, n: int, seed: int) -> tuple[list[list[Prompt]], list[Prompt]]:
-    """(shares, held_out) by the prompts' column `client`, in the order in which clients first appear; n held-out
-    prompts are drawn from those that have none, each subset in proportion. Raises ValueError where that cannot be done.
+    """(shares, held_out) by the prompts' column `client`, in ascending order of it; n held-out prompts are drawn from
+    those that have none, each subset in proportion. Raises ValueError where that cannot be done.
     """
-    owned: dict[Any, list[Prompt]] = {}
+    owned: dict[int | str | None, list[Prompt]] = {}
     for prompt in prompts:
-        owned.setdefault(prompt.columns.get("client"), []).append(prompt)
+        client = prompt.columns.get("client")
+        if client is not None and (isinstance(client, bool) or not isinstance(client, int | str)):
+            raise ValueError(f"split: a row's client is {client!r}; natural needs a number or a name there")
+        owned.setdefault(client, []).append(prompt)
     free = owned.pop(None, [])
     if len(owned) != clients:
         raise ValueError(f"clients: the prompts name {len(owned)} clients in their column client, not {clients}")
     if len(free) < n:
         raise ValueError(f"held_out is {n}, but only {len(free)} prompts have no client: lower it or pass more")
     _, held_out = split_held_out(free, n, seed) if len(free) > n else ([], free)
-    return list(owned.values()), held_out
+    order = sorted(owned, key=lambda client: (isinstance(client, str), client))  # numbers first
+    return [owned[client] for client in order], held_out
 
 
 def split_clients(

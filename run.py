@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import clients
 from app import metrics, plots, report, sweep
 from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
@@ -122,7 +121,7 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
     with tqdm(range(done, rounds), initial=done, total=rounds, **shown) as bar:
         for _ in bar:
             record = federation.round()  # holds every client's batch and, with --diagnostics, gradients
-            lines.append(metrics.line(record, session.names, session.policy.adapter))
+            lines.append(metrics.line(record, session.names, session.policy.adapter, session.primary))
             if session.config.firm.diagnostics:
                 from evidence import diagnostics  # here, so that nothing that trains knows of it
 
@@ -141,9 +140,8 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
 def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> None:
     """The run's pictures, from the lines of metrics.jsonl and the summary."""
     plots.by_round(lines, session.names, out)
-    if session.federation.method.needs_primary:
-        primary = session.names[clients.primary_of(session.config.firm.primary, session.names)]
-        plots.by_task(lines, session.names, primary, session.tasks, out)
+    if session.primary is not None:
+        plots.by_task(lines, session.names, session.names[session.primary], session.tasks, out)
     if session.config.front_is_known:
         points = {}
         for label, stage in (("base model", "before"), (session.config.run.method, "after")):

@@ -6,8 +6,8 @@ names by +, which no name has. Nothing that trains reads what is here, and but f
 bytes a server could not make it from the uploads.
 
 `zero_spread/NAME` is the share of the groups whose responses all have the same reward, and so no advantage. A figure of
-one client is `KIND/clientN`: what its upload says of it, where the method has numbers of its own, and its share of the
-average.
+one client is `KIND/clientN`, where a method has a primary objective: its mean reward, and the client's share of the
+average; and the numbers that the method has it upload.
 
 Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients as
 it does; it and dispersion leave rejected clients out. `kl` is the whole cohort's; κ adapts to that of the
@@ -110,8 +110,8 @@ def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
 
 
 @phase("metrics")
-def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
-    """A round's line of metrics.jsonl."""
+def line(record: Round, names: Sequence[str], adapter: Adapter, primary: int | None = None) -> dict[str, float]:
+    """A round's line of metrics.jsonl; primary: the number of the primary objective, where the method has one."""
     rollout, raw = record.responses.rollout, record.responses.raw
     updates = [update for of_client in record.updates for update in of_client]
     steps = [step for update in updates for step in update.steps]
@@ -131,15 +131,17 @@ def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, flo
     metrics |= by_loss(record, names)
     metrics["ended"] = float(rollout.ended.double().mean())
     metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
-    metrics |= agreement(record, names, adapter) | record.ledger.metrics() | by_client(record)
+    metrics |= agreement(record, names, adapter) | record.ledger.metrics() | by_client(record, primary)
     return metrics | {"seconds": record.seconds}
 
 
-def by_client(record: Round) -> dict[str, float]:
-    """What the uploads say of their clients, and the clients' shares; nothing where the method has no such numbers."""
-    metrics = {}
-    for client, upload, share in zip(record.cohort, record.uploads, record.shares.tolist(), strict=True):
-        own = upload.numbers | ({"share": share} if upload.numbers else {})
+def by_client(record: Round, primary: int | None) -> dict[str, float]:
+    """The figures of every client, see above."""
+    metrics, shares = {}, record.shares.tolist()
+    for client, rows, upload, share in zip(record.cohort, record.responses.rows, record.uploads, shares, strict=True):
+        own = dict(upload.numbers)
+        if primary is not None:
+            own |= {"primary": float(record.responses.raw[rows, primary].mean()), "share": share}
         metrics |= {f"{name}/client{client.index}": value for name, value in own.items()}
     return metrics
 

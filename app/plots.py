@@ -164,8 +164,8 @@ def by_task(metrics: Sequence[dict], names: Sequence[str], primary: str, tasks: 
     shares = {f"client {c}, {task}": of("share", [c]) for task, own in by.items() for c in own}
     panels([
         Panel("round", f"mean {primary}", "On the clients' own prompts, by task",
-              {task: of("accuracy", own) for task, own in by.items()}),
-        Panel("round", "λ, mean over clients", "Weights of the objectives",
+              {task: of("primary", own) for task, own in by.items()}),
+        Panel("round", "λ, mean over those who hold it", "Weights of the objectives",
               {name: (rounds, [m[f"lambda/{name}"] for m in metrics], None) for name in names}),
         Panel("round", "share of the average", "What the server makes of the clients", shares),
     ], out / "tasks.png")  # fmt: skip

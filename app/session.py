@@ -76,12 +76,15 @@ class Session:
         )  # fmt: skip
         self.shares, self.held_out = data.share_out(prompts, config.firm.clients, config.data, config.firm.seed)
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.shares]  # each client's
-        held = held_objectives(config.run.client_objectives, self.names, self.tasks)
+        self.held = held_objectives(config.run.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config.lora, config.rollout, config.firm.seed)
+        self.federation = self.federate(config)
+
+    def federate(self, config: Config) -> Federation:
+        """The federation of these clients under the method and the settings given. Raises ValueError as it does."""
+        check(config)
         numbers = [sorted(set(self.tasks)).index(task) for task in self.tasks]
-        self.federation = Federation(
-            self.policy, self.shares, self.names, self.score, config.method, config, held, numbers
-        )
+        return Federation(self.policy, self.shares, self.names, self.score, config.method, config, self.held, numbers)
 
     @phase("score")
     def score(self, prompts: Sequence[Prompt], rollout: Rollout, holdings: list | None = None) -> Tensor:
@@ -123,6 +126,12 @@ class Session:
         gap = ((rollout.sampled_logp - logp).abs() * rollout.mask).max()
         return self.policy.expected_kl(hidden, hidden_ref, rollout.mask), float(gap)
 
+    @property
+    def primary(self) -> int | None:
+        """The number of the primary objective, where the method has one."""
+        has_one = self.federation.method.needs_primary
+        return clients.primary_of(self.config.firm.primary, self.names) if has_one else None
+
     def of_kind(self, client: int) -> list[int]:
         """The held-out prompts of the subsets that a client trains on; all where there is none."""
         subsets = {prompt.subset for prompt in self.shares[client]}
@@ -144,6 +153,8 @@ class Session:
         digest = hashlib.sha256()
         for share in (*self.shares, self.held_out):
             digest.update(json.dumps([p.token_ids for p in share]).encode())
+            columns = [{k: v for k, v in p.columns.items() if k != "subset"} for p in share]
+            digest.update(json.dumps(columns).encode() if any(columns) else b"")  # what rewards read: references, say
         for name, weight in self.policy.model.named_parameters():
             if not weight.requires_grad:
                 ends = weight.detach().flatten()[[0, weight.numel() // 2, -1]].tolist()
@@ -182,23 +193,26 @@ def held_objectives(specs: Sequence[str], names: Sequence[str], tasks: Sequence[
     """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
 
     A client goes by its number, else by its task, else it holds all. Raises ValueError for a WHO that is no client's
-    number or task, and for a NAME that is no objective.
+    number or task or is named twice, and for a NAME that is no objective.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[int | str, list[int]] = {}
     for spec in specs:
-        who, equals, listed = spec.partition("=")
+        before, equals, listed = spec.rpartition("=")
         if not equals or not all(name in names for name in listed.split(",")):
             raise ValueError(
                 f"client_objectives: {spec!r}; write WHO=NAME,NAME,... with objectives from {', '.join(names)}"
             )
-        if who not in tasks and who not in map(str, range(len(tasks))):
+        who = int(before) if before.isdecimal() else before
+        if who in found:
+            raise ValueError(f"client_objectives: {before} is named twice; give one list")
+        if who not in tasks and who not in range(len(tasks)):
             raise ValueError(
-                f"client_objectives: {who!r} is no client's task and no client; the tasks are "
+                f"client_objectives: {before!r} is no client's task and no client; the tasks are "
                 f"{', '.join(sorted(set(tasks)))}, the clients 0 to {len(tasks) - 1}"
             )
         found[who] = [names.index(name) for name in listed.split(",")]
     everything = list(range(len(names)))
-    return [found.get(str(client), found.get(task, everything)) for client, task in enumerate(tasks)]
+    return [found.get(client, found.get(task, everything)) for client, task in enumerate(tasks)]
 
 
 def check(config: Config) -> None:
@@ -216,6 +230,10 @@ def check(config: Config) -> None:
     p = mgda.preference_vector(config.firm.preference, len(names))
     if not method.takes_preference and p.std(correction=0) > 1e-9:
         raise ValueError(f"preference: {method.name} takes none; leave it out, or use firm, linear or morlhf")
+    if config.run.severity and (config.rollout.model or config.run.world != "reasoning" or config.data.prompts):
+        raise ValueError("severity: only the reasoning world has poor clients; add --world reasoning")
+    if config.run.severity and config.data.split != "natural":
+        raise ValueError("severity: wrong references would be held out too; add --split natural")
     if config.rollout.model and not config.data.prompts:
         raise ValueError("prompts: name the files that go with --model, as --prompts FILE...")
     for file in config.data.prompts:

@@ -146,8 +146,11 @@ def begin(config: Config, points: Points, kind: str) -> Path:
         written = {name: saved.pop(name) for name in plan}
     except (OSError, ValueError, KeyError, TypeError):  # without --out, or where it names no sweep of ours
         with new_directory(config.run.out, f"{kind}-{config.run.preset}") as out:
-            method, ps = next(iter(points.items()))
-            Session(one_run(config, SPECIALIST if METHODS[method].mixes else method, ps[0], out))  # finds what is wrong
+            of = {SPECIALIST if METHODS[method].mixes else method: ps[0] for method, ps in points.items()}
+            first, *others = [one_run(config, method, p, out) for method, p in of.items()]
+            session = Session(first)  # finds what is wrong
+            for other in others:
+                session.federate(other)
             write_text(out / "sweep.json", json.dumps({"settings": settings}, indent=2) + "\n")
         return out
     saved = shared_settings(Config.from_flat(saved)) | written

@@ -1,6 +1,9 @@
 """FedMOA: the hypergradient, the weights, the accuracy-aware average, personalisation, and any mix of the parts."""
 
+import contextlib
 import copy
+import io
+import json
 import warnings
 from dataclasses import replace
 
@@ -11,6 +14,7 @@ from test_firm import federation
 
 import clients
 import fedmoa
+from app import metrics
 from app.checkpoint import federation_state, restore_federation
 from fedavg import Server, Upload
 from fedmoa import FEDMOA, FedMOAConfig
@@ -19,6 +23,7 @@ from grpo import GRPO, Groups
 from ppo import PPO
 from run import main
 from settings import parse
+from worlds import reasoning
 
 # the weights
 
@@ -140,6 +145,13 @@ def test_the_weights_and_the_gradients_travel_through_a_checkpoint():
     assert torch.equal(built.theta, other.theta)
 
 
+def test_a_checkpoint_from_before_the_first_round_gives_back_the_preference():
+    built, moved = federation(method=FEDMOA), federation(method=FEDMOA)
+    moved.round(), moved.round()
+    restore_federation(moved, *federation_state(built))
+    assert all(c.trainings[0].preference.tolist() == [0.5, 0.5] and c.trainings[0].taken is None for c in moved.clients)
+
+
 def test_a_checkpoint_holds_no_critic():
     built = federation(method=FEDMOA)
     built.round()
@@ -196,6 +208,13 @@ def test_tasks_share_the_average_equally():
     assert (w / w.sum()).tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 2])
 
 
+def test_no_power_is_so_high_that_a_right_answer_counts_as_none():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        w = weights_of([0.02, 0.03], power=300.0)
+    assert (w / w.sum()).tolist() == pytest.approx([0.0, 1.0])
+
+
 def test_with_a_power_of_zero_and_one_task_the_average_is_fedavg_to_the_last_bit():
     assert weights_of([0.0, 0.3, 0.9], held=[3, 7, 11], power=0.0).tolist() == [3.0, 7.0, 11.0]
     even = replace(FEDMOA, settings=FedMOAConfig(accuracy_power=0.0))
@@ -234,26 +253,37 @@ def test_one_client_of_a_task_keeps_its_accuracy():
     assert fedmoa.shrunk(torch.tensor([0.25]).double(), torch.tensor([0.1]).double()).tolist() == [0.25]
 
 
-def test_a_client_sends_its_task_and_its_accuracy_with_the_variance_of_the_means_of_its_groups():
-    built = federation(method=FEDMOA)
+@pytest.mark.parametrize(
+    ("settings", "column"), [({}, 0), ({"primary": "third", "M": 3, "held": [[0, 2], [2], [1, 2]]}, 2)]
+)
+def test_a_client_sends_its_task_and_its_accuracy_with_the_variance_of_the_means_of_its_groups(settings, column):
+    built = federation(method=FEDMOA, **settings)
     built.round()
     for upload, rows in zip(built.record.uploads, built.record.responses.rows, strict=True):
-        rewards = built.record.responses.raw[rows, 0].numpy()
+        rewards = built.record.responses.raw[rows, column].numpy()
         means = rewards.reshape(3, 2).mean(1)
         assert upload.numbers == pytest.approx(
             {"task": 0.0, "accuracy": rewards.mean(), "accuracy_variance": means.var(ddof=1) / 3}
         )
 
 
+def test_the_accuracy_of_one_prompt_is_not_held_for_certain():
+    client = federation(method=FEDMOA).clients[0]
+    raw = torch.tensor([1.0, 0.0, 0.0, 0.0]).double()[:, None]
+    assert fedmoa.accuracy(client, raw, 4)["accuracy_variance"] == pytest.approx(0.25 * 0.75)
+
+
 def test_the_average_and_its_logged_shares_follow_the_uploads():
     built = federation(method=FEDMOA)
     before = built.theta.clone()
-    line = built.round()
+    built.round()
+    line = metrics.line(built.record, built.names, built.policy.adapter, primary=1)
     shares = torch.tensor([line[f"share/client{c}"] for c in range(3)]).double()
     moved = torch.stack([upload.thetas[0] - before for upload in built.record.uploads])
     assert float(shares.sum()) == pytest.approx(1.0)
     assert torch.allclose(built.theta - before, (shares[:, None] * moved.double()).sum(0).float(), atol=1e-7)
     assert line["accuracy/client1"] == built.record.uploads[1].numbers["accuracy"]
+    assert line["primary/client1"] == pytest.approx(float(built.record.responses.raw[6:12, 1].mean()))
 
 
 def test_the_bill_is_the_adapter_and_the_named_scalars():
@@ -272,7 +302,8 @@ def test_a_client_that_was_never_right_among_others_that_were_counts_for_nothing
         return torch.stack([zero, raw[:, 1]], 1)
 
     built.score = scored
-    assert built.round()["share/client0"] < 0.01
+    built.round()
+    assert built.record.shares[0] < 0.01
 
 
 @pytest.mark.parametrize("value", [-0.5, 1.5])
@@ -304,6 +335,15 @@ def test_a_personal_round_is_the_clients_part_of_a_federation_of_its_own():
     alone.round()
     own = fedmoa.personalise(built, built.clients[0], FedMOAConfig(personal_rounds=1))
     assert torch.allclose(own, alone.theta, atol=1e-7)
+
+
+def test_every_personal_round_draws_afresh(monkeypatch):
+    built = federation(method=FEDMOA)
+    built.round()
+    drawn, respond = [], built.respond
+    built.respond = lambda *arguments: drawn.append(respond(*arguments)) or drawn[-1]
+    fedmoa.personalise(built, built.clients[0], FedMOAConfig(personal_rounds=2, personal_lr=1e-12))
+    assert not torch.equal(*(responses.rollout.responses[:, :1] for responses in drawn))
 
 
 def test_every_client_ends_at_an_adapter_of_its_own_and_none_without_rounds():
@@ -365,6 +405,10 @@ def test_a_part_has_its_settings_whatever_the_method():
      ("--method fedmoa --client_objectives 0=distinct", "primary: client 0 does not hold length"),
      ("--client_objectives maths=length", "client_objectives: 'maths' is no client's task"),
      ("--client_objectives 0=width", "client_objectives: '0=width'; write WHO=NAME"),
+     ("--client_objectives 0=length 0=distinct", "client_objectives: 0 is named twice"),
+     ("--severity 0.5", "severity: only the reasoning world"),
+     ("--preset fedmoa-tiny --severity 0.5 --split iid", "severity: wrong references would be held out too"),
+     ("--compare fedmoa fedcmoo --client_objectives 0=length", "fedcmoo's server cannot compare"),
      ("--client_objectives 0:length", "client_objectives: '0:length'; write WHO=NAME"),
      ("--method fsmgda --personal_rounds 1", "personal_rounds: fsmgda has no local training"),
      ("--split natural", "clients: the prompts name 0 clients")],
@@ -389,4 +433,48 @@ def test_a_warning_is_given_once_and_no_figure_is_nan_where_accuracy_is_zero():
         warnings.simplefilter("always")
         line = built.round()
     assert len(caught) == 1 and all(np.isfinite(value) for name, value in line.items() if name != "cosine")
-    assert [line[f"share/client{c}"] for c in range(3)] == pytest.approx([4 / 15, 5 / 15, 6 / 15])
+    assert built.record.shares.tolist() == pytest.approx([4 / 15, 5 / 15, 6 / 15])
+
+
+# a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The preset in miniature, on a model that has hardly been trained: the run directory, and what was printed."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        taught = reasoning.pretrain
+        patch.setattr(reasoning, "pretrain", lambda **settings: taught(steps=30, progress=False))
+        out = tmp_path_factory.mktemp("runs") / "run"
+        small = "--rounds 2 --batch_size 8 --held_out 16 --eval_samples 2 --personal_rounds 1 --severity 0.5"
+        assert main(["--preset", "fedmoa-tiny", *small.split(), "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+def test_a_run_leaves_the_picture_of_tasks_and_an_adapter(finished):
+    assert {"tasks.png", "weights.png", "adapter", "summary.json"} <= {path.name for path in finished[0].iterdir()}
+
+
+def test_the_summary_has_every_clients_primary_before_after_and_personal(finished):
+    summary = json.loads((finished[0] / "summary.json").read_text("utf-8"))
+    assert [client["task"] for client in summary["clients"]] == ["mathematics"] * 4 + ["code"] * 4
+    assert all(set(client["primary"]) == {"before", "after", "personal"} for client in summary["clients"])
+    assert [client["objectives"] for client in summary["clients"]][3:5] == [
+        ["accuracy", "format", "length"], ["accuracy", "format"]
+    ]  # fmt: skip
+    everybody = np.mean([client["primary"]["after"]["mean"] for client in summary["clients"]])
+    assert everybody == pytest.approx(summary["objectives"]["accuracy"]["after"]["mean"])  # four kinds of equal size
+
+
+def test_the_closing_table_has_a_line_for_every_task_and_client(finished):
+    table = finished[1].split("accuracy on held-out prompts of the clients' kinds")[1]
+    assert table.index("code  ") < table.index("client 4: code, easy") < table.index("mathematics  ")
+    assert table.count("client ") == 8
+
+
+def test_the_log_has_every_clients_primary_and_share(finished):
+    line = json.loads((finished[0] / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert sum(line[f"share/client{c}"] for c in range(8)) == pytest.approx(1.0)
+    assert [line[f"primary/client{c}"] for c in range(8)] == [line[f"accuracy/client{c}"] for c in range(8)]
+    assert [line[f"task/client{c}"] for c in (0, 4)] == [1.0, 0.0]  # in the order of their names

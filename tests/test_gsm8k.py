@@ -23,17 +23,18 @@ AWKWARD = [
     ("1.5 million people", 1500000), ("2 thousand", 2000), ("1½ cups", "3/2"), ("about ¾", "3/4"), ("3/0", None),
     ("€20 (twenty)", 20), ("It costs 12,50", 50), ("between 3-4", 4), ("-7", -7), ("(-7)", -7),
     ("He owes -7.25 dollars", "-29/4"), ("1,2,3", 3), ("70 000", 0),
+    ("#### 18 ####", 18), ("#### 18\n####", 18), ("3 eggs\n####", None), ("#### 18th of May 20", 20), ("12th", None),
+    ("the 100th of 7", 7), ("#### __18__", 18), (r"-\frac{3}{4}", "-3/4"), ("-¾", "-3/4"), ("the answer is...18", 18),
+    ("#### 3 + 4 = 7", 7), ("#### 12 * 5 = 60", 60), (r"\boxed{1{,}234}", 1234), ("**Answer**: 18 (3 per day)", 18),
+    ("5%-10%", 10), ("#### USD18", 18), ("Rs.18", 18), ("The answer isn't 5, it is 6", 6), ("9" * 5000, None),
+    (r"\boxed{3} and not \boxed{4}", 4), ("2 MILLION", 2000000), (r"1\frac{1}{2}", "3/2"),
     ("answer: none of 5", 5), ("the answer is unknown", None), ("£3.20 each, 4 in all", 4),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "value"), AWKWARD, ids=[repr(text) for text, _ in AWKWARD])
+@pytest.mark.parametrize(("text", "value"), AWKWARD, ids=[repr(text)[:40] for text, _ in AWKWARD])
 def test_the_answer_of_an_awkward_text(text, value):
     assert gsm8k.answer_of(text) == (None if value is None else Fraction(value))
-
-
-def test_there_are_forty_awkward_texts():
-    assert len({text for text, _ in AWKWARD}) >= 40
 
 
 ROWS = [
@@ -60,12 +61,13 @@ def prompts_of(tmp_path, rows, **settings):
 def test_a_row_becomes_the_question_in_the_template_and_keeps_its_answer(tmp_path):
     prompt = prompts_of(tmp_path, ROWS, template="Q: {question} {now}")[0]
     assert prompt.text == "\n\nHuman: Q: Ann has 3 pens and buys 4. How many? {now}\n\nAssistant:"
-    assert prompt.columns == {"answer": ROWS[0]["answer"]} and prompt.subset == prompt.task == "gsm8k"
+    assert prompt.columns == {"answer": ROWS[0]["answer"]} and (prompt.subset, prompt.task) == ("gsm8k", "all")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [({"question": "How many?", "answer": "7"}, "gsm8k.jsonl:2: no #### in 'answer'"),
+    [({"question": "How many?", "answer": "7"}, "gsm8k.jsonl:2: no #### and number in 'answer'"),
+     ({"question": "How many?", "answer": "Five.\n#### five"}, "gsm8k.jsonl:2: no #### and number in 'answer'"),
      ({"question": "How many?"}, "gsm8k.jsonl:2: no text in 'question' or 'answer'")],
 )  # fmt: skip
 def test_a_row_without_a_reference_is_refused_by_its_line(tmp_path, row, message):
@@ -85,7 +87,16 @@ def test_a_response_without_a_number_is_wrong_and_nothing_breaks():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3 + 4 = 7\n#### 7", 1), ("#### 7", 0), ("so 7", 0), ("so\n#### 7 and on", 0), ("so\n#### x", 0), ("", 0)],
+    [
+        ("3 + 4 = 7\n#### 7", 1),
+        ("#### 7", 0),
+        ("so 7", 0),
+        ("so\n#### 7 pens", 1),
+        ("so\n#### 1st", 0),
+        ("#### 7\nso", 0),
+        ("so\n#### x", 0),
+        ("", 0),
+    ],
 )
 def test_format_is_some_reasoning_and_then_the_marked_number(text, value):
     assert gsm8k.format([""], [text]) == [float(value)]
@@ -95,9 +106,9 @@ def test_length_falls_with_words_to_zero():
     assert gsm8k.length(["", "", ""], ["", "w " * 75, "w " * 400]) == [1.0, 0.5, 0.0]
 
 
-def test_code_in_a_response_is_read_and_not_run(tmp_path):
-    gsm8k.accuracy([""], [f"open({str(tmp_path / 'made')!r}, 'w')\n#### 7"], [ROWS[0]["answer"]])
-    assert not (tmp_path / "made").exists()
+def test_a_reference_without_a_number_is_refused_and_not_equal_to_no_answer():
+    with pytest.raises(ValueError, match="no number in the reference answer 'x ####'"):
+        gsm8k.accuracy(["", ""], ["", ""], ["#### 3", "x ####"])
 
 
 GSM8K = os.environ.get("GSM8K_TEST")  # the published test file

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data import DataConfig, load_prompts, share_out
+from data import DataConfig, Prompt, load_prompts, share_out
 from worlds import reasoning, tiny_llama
 
 MATHS, CODE = "\n\nHuman: what is 3 + 4 - 2 ?\n\nAssistant:", "\n\nHuman: make 14 from 3 4 2 .\n\nAssistant:"
@@ -49,6 +49,7 @@ def test_the_running_values_of_a_sum_are_pythons():
      (MATHS, "7 , 5 so 5", 0, 0), (MATHS, "5", 0, 0), (MATHS, "", 0, 0), (MATHS, "7 so 7 .", 0, 1),
      (MATHS, "7 5 so 5 .", 0, 0), (CODE, "3 4 mul 2 add .", 1, 1), (CODE, "3 4 mul 2 add", 0, 0),
      (CODE, "3 4 add .", 0, 1), (CODE, "2 3 4 mul add .", 1, 1), (CODE, "14 .", 0, 0),
+     (CODE, "3 .", 0, 0), (CODE, "3", 0, 0),
      (CODE, "3 4 mul 1 add 1 add .", 0, 0), (CODE, "", 0, 0), (CODE, ".", 0, 0)],
 )  # fmt: skip
 def test_accuracy_and_format_of_a_reply(prompt, reply, accurate, made):
@@ -81,11 +82,22 @@ def test_a_prompt_from_elsewhere_is_refused_by_name():
 
 
 def numbers_of(question: str) -> tuple:
-    return reasoning.asked(f"Human: {question}\n\nAssistant:")[1]
+    return tuple(sorted(reasoning.asked(f"Human: {question}\n\nAssistant:")[1]))
 
 
-def test_no_number_that_is_held_out_was_trained_on_by_anybody():
-    rows = list(reasoning.rows(0.0))
+def test_a_lone_number_is_no_program_even_where_it_is_the_answer():
+    assert reasoning.accuracy([CODE], ["3 ."], ["3"]) == [1.0] and reasoning.format([CODE], ["3 ."]) == [0.0]
+
+
+def test_no_program_is_asked_for_a_number_that_is_given():
+    rows = [row for row in reasoning.rows(0.0) if row["task"] == "code"]
+    questions = [row["chosen"].split("Human: make ")[1].split(" .")[0] for row in rows]
+    assert not [q for q in questions if q.split(" from ")[0] in q.split(" from ")[1].split()]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_numbers_that_are_held_out_were_trained_on_by_anybody_in_any_order(seed):
+    rows = list(reasoning.rows(0.0, seed))
     questions = [row["chosen"].split("Human: ")[1].split("\n\n")[0] for row in rows]
     held = {numbers_of(q) for q, row in zip(questions, rows, strict=True) if "client" not in row}
     owned = {numbers_of(q) for q, row in zip(questions, rows, strict=True) if "client" in row}
@@ -177,6 +189,23 @@ def test_the_prompts_load_and_go_to_the_clients_they_name(tmp_path, monkeypatch)
     assert [{p.columns["client"] for p in share} for share in shares] == [{c} for c in range(8)]
     assert Counter(p.subset for p in held_out) == {f"{t}, {d}": 16 for t in reasoning.TASKS for d in ("easy", "hard")}
     assert {p.task for p in shares[7]} == {"code"}
+
+
+def prompt_of(client) -> Prompt:
+    return Prompt("", (), "", (1,), "own", {} if client is None else {"client": client})
+
+
+def test_clients_are_numbered_in_ascending_order_of_their_column():
+    shares, _ = share_out(
+        [prompt_of(c) for c in (2, None, "b", 0, 1, "a", 0)], 5, DataConfig(held_out=1, split="natural"), 0
+    )
+    assert [share[0].columns["client"] for share in shares] == [0, 1, 2, "a", "b"] and len(shares[0]) == 2
+
+
+@pytest.mark.parametrize("client", [[1], True, 0.5])
+def test_a_client_that_is_no_number_and_no_name_is_refused(client):
+    with pytest.raises(ValueError, match="split: a row's client is"):
+        share_out([prompt_of(client), prompt_of(None)], 1, DataConfig(held_out=1, split="natural"), 0)
 
 
 @pytest.mark.parametrize(("clients", "n", "message"), [(7, 8, "name 8 clients .* not 7"), (8, 129, "only 128 prompts")])
