@@ -19,6 +19,7 @@ import run
 from app.checkpoint import federation_state, restore_federation
 from baselines import FSMGDA, MORLHF
 from evidence import bench
+from fedmoa import FEDMOA
 from firm import FIRM
 from grpo import Groups
 from lora import LoRAConfig
@@ -233,7 +234,7 @@ def test_with_the_adapter_off_the_captured_step_is_left_alone(gpu, dtype):
     assert torch.equal(policy.sample(PROMPTS, UNIFORMS).responses, trained.responses)
 
 
-METHODS = (FIRM, MORLHF, FSMGDA, fedcmoo())
+METHODS = (FIRM, MORLHF, FSMGDA, fedcmoo(), FEDMOA)
 OTHERS = {"gram": "cross", "optimizer": "adam-keep", "max_grad_norm": 0.1}
 TRAINED = [(method, settings) for method in METHODS for settings in ({}, OTHERS)]
 TRAINED.append((replace(FIRM, learner=Groups), {"group_size": 2}))
@@ -249,7 +250,7 @@ def test_a_federation_trains_as_on_the_cpu(gpu, method, settings):
             assert metrics[key] == pytest.approx(expected[key], rel=1e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", [FIRM, fedcmoo(iterations=50)], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [FIRM, fedcmoo(iterations=50), FEDMOA], ids=lambda method: method.name)
 def test_a_federation_goes_on_from_its_checkpoint(gpu, method):
     small = {"optimizer": "adam-keep", "clients": 2, "batch_size": 4, "ppo": {"epochs": 1}}
     whole, resumed = (federation(device=gpu, method=method, **small) for _ in range(2))
