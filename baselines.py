@@ -70,13 +70,13 @@ def one_per_objective(p: Tensor) -> list[Tensor]:
     return list(torch.eye(len(p)).split(1, dim=1))
 
 
-def min_norm_of_updates(updates: Tensor, prompts_held: Tensor, server: Server) -> Tensor:
+def min_norm_of_updates(updates: Tensor, weights: Tensor, server: Server) -> Tensor:
     """FSMGDA's λ [M]: the min-norm weights of the averaged updates Δ_m. [paper]
 
-    updates [C, M, d], prompts_held [C]. Where several λ are min-norm, or every update is zero, λ is the one nearest
+    updates [C, M, d], weights [C]. Where several λ are min-norm, or every update is zero, λ is the one nearest
     uniform. [ours]
     """
-    mean = torch.stack([fedavg.average(of_all_clients, prompts_held) for of_all_clients in updates.unbind(1)])  # [M, d]
+    mean = torch.stack([fedavg.average(of_all_clients, weights) for of_all_clients in updates.unbind(1)])  # [M, d]
     return mgda.solve(mgda.normalise(mgda.gram(mean)), beta=0.0)
 
 

@@ -54,8 +54,9 @@ class LocalTraining:
     """One training that a client does in every round, on the k rewards scores @ columns.
 
     columns [m, k] of the m objectives that the client holds; preference [k] among the rewards; learner: how it learns;
-    primary: which of the rewards is the primary one. A method's `adapt` may move the preference away from the prior,
-    and keep for that the gradients taken [k, d] in the last step.
+    primary: which of its objectives is the primary one, and which of the rewards where nothing combines them. A
+    method's `adapt` may move the preference away from the prior; for that the gradients taken [k, d] in the last step
+    are kept.
     """
 
     def __init__(self, columns: Tensor, preference: Tensor, learner: PPO, primary: int | None = None) -> None:
@@ -72,8 +73,9 @@ class LocalTraining:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": self.moments})
         return optimizer
 
-    def keep(self, optimizer: torch.optim.Optimizer, config: ClientConfig) -> None:
-        """What lasts of the optimizer after the update."""
+    def keep(self, optimizer: torch.optim.Optimizer, config: ClientConfig, taken: Tensor | None = None) -> None:
+        """What lasts after the update: of the optimizer, and the last step's gradients [k, d] where asked for."""
+        self.taken = taken
         if config.optimizer == "adam-keep":
             self.moments = optimizer.state_dict()["state"]
 

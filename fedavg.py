@@ -2,7 +2,8 @@
 
     θ_{t+1} = θ_t + η_s Σ_c w_c (θ_c − θ_t),      w_c = n_c / Σ n_c,
 
-n_c the number of prompts client c holds. η_s = 1 is plain FedAvg, Σ_c w_c θ_c. [paper: FedAvg. ours: η_s, w_c]
+n_c the number of prompts client c holds, unless a method has weights of its own (`fedmoa.py`). η_s = 1 is plain FedAvg,
+Σ_c w_c θ_c. [paper: FedAvg. ours: η_s, w_c]
 
 Averaging A and B separately is not averaging BA: mean(BA) − mean(B) mean(A) is what the federation loses by it, logged
 as `adapter/averaging_residual`. Every method that averages A and B separately has this residual.

@@ -61,7 +61,7 @@ class FIRMConfig(Checked):
     )
     beta: NonNegative = setting(0.01, "weight of the regulariser [paper: 0.01]; 0 is MGDA")
     preference: list[float] | None = setting(None, "p, a weight per objective; uniform if not given")
-    primary: str | None = setting(None, "the objective that counts most, where a method asks; the first if not given")
+    primary: str | None = setting(None, "the objective that fedmoa's parts go by; the first if not given")
     gram: Literal["normalised", "raw", "cross"] = setting(
         "normalised", "the QP's Gram: normalised by its trace [paper], raw, or cross (of two half-batches)"
     )
@@ -95,9 +95,9 @@ class Method:
     learner: how a client learns (advantages, and what lasts of a round), `ppo.PPO` or one of `grpo.py`.
     server_weights(J [C, M, d], prompts_held [C], server): before the local updates, the server's λ [M] on the simplex
         from all gradients at θ_t, in the place of `weights`.
-    server_mixing(updates [C, M, d], prompts_held [C], server): after them, its λ [M] on the simplex from θ_{c,i} − θ_t
+    server_mixing(updates [C, M, d], weights [C], server): after them, its λ [M] on the simplex from θ_{c,i} − θ_t
         of M local trainings: how much each counts.
-    adapt(training, epoch, J [k, d], settings): before λ is picked, what moves the training's preference.
+    adapt(training, batch, J [k, d], settings): before the first step, what moves the training's preference.
     numbers(client, raw rewards [B, M], S to a prompt): named numbers that travel with the upload.
     client_weights(uploads, server): what each counts [C] in the server's average.
     aggregate(θ [d], uploads, server): the next θ.
@@ -112,7 +112,7 @@ class Method:
     learner: Callable[..., PPO] = PPO
     server_weights: Callable[[Tensor, Tensor, Server], Tensor] | None = None
     server_mixing: Callable[[Tensor, Tensor, Server], Tensor] | None = None
-    adapt: Callable[[LocalTraining, int, Tensor, Any], None] | None = None
+    adapt: Callable[[LocalTraining, Batch, Tensor, Any], None] | None = None
     numbers: Callable[[Client, Tensor, int], dict[str, float]] = lambda client, raw, S: {}
     client_weights: Callable[[Sequence[Upload], Server], Tensor] = lambda uploads, server: fedavg.prompts_held(uploads)
     aggregate: Callable[[Tensor, Sequence[Upload], Server], Tensor] = fedavg.federated_average
@@ -147,8 +147,8 @@ def local_update(
         observe = config.firm.diagnostics and epoch == 0
         halves = observe or config.firm.gram == "cross"
         gradients = ppo.policy_gradients(policy, batch, advantages.normalised, config.ppo, halves)  # with J [k, d]
-        if method.adapt:
-            method.adapt(training, epoch, gradients.J, method.settings)
+        if method.adapt and epoch == 0:
+            method.adapt(training, batch, gradients.J, method.settings)
         G = mgda.gram(gradients.J)  # [k, k]
         lam = method.weights(qp_matrix(G, gradients, config.firm), training.preference, config.firm)  # [k]
         direction = lam.to(gradients.J) @ gradients.J  # [d]
@@ -157,7 +157,7 @@ def local_update(
         if observe:
             update.halves = gradients.halves
     learner.fit(batch, advantages)
-    training.keep(optimizer, config.client)
+    training.keep(optimizer, config.client, gradients.J if method.adapt else None)
     update.theta = adapter.vector()
     return update
 

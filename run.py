@@ -15,7 +15,8 @@ run the rounds, measure again, write the run directory:
     metrics.jsonl    a line a round                      adapter/        PEFT's format
     summary.json     what came of it                     checkpoint/     for --resume
     rewards.png, weights.png (and front.png on the embedded world, whose exact Pareto front is known)
-    tasks.png        for methods with a primary objective: its rewards by task, the weights, the clients' shares
+    tasks.png        for methods with a primary objective: its rewards by task, its weights, the clients' shares
+    personal/        with --personal_rounds: every client's own adapter, in PEFT's format
     grams/           with --diagnostics: every round's inner products, so that λ can be solved again under another β
 
 Left out on purpose: experiment trackers (metrics.jsonl is plain), schedules of the learning rate.
@@ -51,7 +52,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     """
     started = time.perf_counter()
     say = print if progress and not title else lambda *_: None
-    name = "-".join(filter(None, (config.run.method, config.run.advantages, config.run.preset)))
+    parts = (config.run.advantages, config.run.weights, config.run.aggregation)
+    name = "-".join(filter(None, (config.run.method, *parts, config.run.preset)))
     new = new_directory(config.run.out, name)
     with nullcontext(resume) if resume else new as out:
         session = Session(config, progress)
@@ -64,7 +66,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         with Stopwatch() if config.run.profile else nullcontext() as watch:
             lines = do_rounds(session, before, out, title)
         after = session.evaluate("trained model")
-        personal = session.personalised() if config.own["fedmoa"].personal_rounds else None
+        personal = session.personalised(out / "personal") if config.own["fedmoa"].personal_rounds else None
     except BaseException:
         say(f"\nwhat is done is kept; python run.py --resume {out} goes on from there")
         raise
@@ -141,7 +143,7 @@ def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]],
     """The run's pictures, from the lines of metrics.jsonl and the summary."""
     plots.by_round(lines, session.names, out)
     if session.primary is not None:
-        plots.by_task(lines, session.names, session.names[session.primary], session.tasks, out)
+        plots.by_task(lines, session.names[session.primary], session.tasks, out)
     if session.config.front_is_known:
         points = {}
         for label, stage in (("base model", "before"), (session.config.run.method, "after")):

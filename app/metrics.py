@@ -6,8 +6,7 @@ names by +, which no name has. Nothing that trains reads what is here, and but f
 bytes a server could not make it from the uploads.
 
 `zero_spread/NAME` is the share of the groups whose responses all have the same reward, and so no advantage. A figure of
-one client is `KIND/clientN`, where a method has a primary objective: its mean reward, and the client's share of the
-average; and the numbers that the method has it upload.
+one client is `KIND/clientN`, where a method has a primary objective.
 
 Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients as
 it does; it and dispersion leave rejected clients out. `kl` is the whole cohort's; κ adapts to that of the
@@ -136,12 +135,13 @@ def line(record: Round, names: Sequence[str], adapter: Adapter, primary: int | N
 
 
 def by_client(record: Round, primary: int | None) -> dict[str, float]:
-    """The figures of every client, see above."""
-    metrics, shares = {}, record.shares.tolist()
-    for client, rows, upload, share in zip(record.cohort, record.responses.rows, record.uploads, shares, strict=True):
-        own = dict(upload.numbers)
-        if primary is not None:
-            own |= {"primary": float(record.responses.raw[rows, primary].mean()), "share": share}
+    """Of every client, where there is a primary objective: its mean reward, its mean λ, the client's share."""
+    if primary is None:
+        return {}
+    metrics, shares, M = {}, record.shares.tolist(), record.responses.raw.shape[1]
+    for client, rows, updates, share in zip(record.cohort, record.responses.rows, record.updates, shares, strict=True):
+        lam = objective_weights(client, updates, record.mixing, M)[:, primary].mean()
+        own = {"primary": float(record.responses.raw[rows, primary].mean()), "weight": float(lam), "share": share}
         metrics |= {f"{name}/client{client.index}": value for name, value in own.items()}
     return metrics
 

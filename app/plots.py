@@ -150,9 +150,9 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     ], out / "weights.png")  # fmt: skip
 
 
-def by_task(metrics: Sequence[dict], names: Sequence[str], primary: str, tasks: Sequence[str], out: Path) -> None:
-    """A run's tasks.png: the primary's reward on the clients' own prompts, mean of every task; the weights; what every
-    client counts in the average. tasks: each client's.
+def by_task(metrics: Sequence[dict], primary: str, tasks: Sequence[str], out: Path) -> None:
+    """A run's tasks.png: the primary's reward on the clients' own prompts, mean of every task; what it weighs with
+    every client, and what every client counts in the average. tasks: each client's.
     """
     rounds = [m["round"] + 1 for m in metrics]
 
@@ -161,13 +161,14 @@ def by_task(metrics: Sequence[dict], names: Sequence[str], primary: str, tasks: 
         return rounds, [float(np.nanmean(v)) if not np.isnan(v).all() else np.nan for v in own], None
 
     by = {task: [c for c, own in enumerate(tasks) if own == task] for task in sorted(set(tasks))}
-    shares = {f"client {c}, {task}": of("share", [c]) for task, own in by.items() for c in own}
+    weights, shares = (
+        {f"client {c}, {task}": of(kind, [c]) for task, own in by.items() for c in own} for kind in ("weight", "share")
+    )
     panels([
         Panel("round", f"mean {primary}", "On the clients' own prompts, by task",
               {task: of("primary", own) for task, own in by.items()}),
-        Panel("round", "λ, mean over those who hold it", "Weights of the objectives",
-              {name: (rounds, [m[f"lambda/{name}"] for m in metrics], None) for name in names}),
-        Panel("round", "share of the average", "What the server makes of the clients", shares),
+        Panel("round", f"λ of {primary}", "What it weighs with the clients", weights),
+        Panel("round", "share of the average", "What the clients weigh with the server", shares),
     ], out / "tasks.png")  # fmt: skip
 
 

@@ -43,9 +43,10 @@ def header(session: Session, out: Path) -> str:
     config, policy, counts = session.config, session.policy, session.counts
     total = sum(p.numel() for p in policy.model.parameters())
     sizes = sorted(len(share) for share in session.shares)
+    parts = (config.run.advantages, config.run.weights, config.run.aggregation)  # in the place of the method's own
     dropped = [f"{counts[k]} {k.replace('_', ' ')}" for k in ("duplicates", "too_short", "too_long") if counts[k]]
     return "\n".join([
-        f"{config.run.method} · {session.base_model}",
+        " · ".join([config.run.method, *(part for part in parts if part), session.base_model]),
         f"  device      {session.device}, {config.rollout.dtype}, seed {config.firm.seed}",
         f"  adapter     {policy.adapter.size:,} trainable of {total:,} parameters "
         f"(rank {config.lora.lora_rank}, {len(policy.adapter.layers)} layers)",
@@ -120,14 +121,14 @@ def by_client(
 
 
 def client_table(session: Session, found: Sequence[dict[str, Any]]) -> str:
-    """The primary objective by task, then by client."""
+    """The primary objective by task, a plain mean over its clients, then by client."""
     stages = list(found[0]["primary"])
     name = session.names[clients.primary_of(session.config.firm.primary, session.names)]
-    rows = [["", "prompts", "holds", *stages]]
+    rows = [["", "trains on", "holds", *stages]]
     for task in sorted(set(session.tasks)):
         own = [line for line in found if line["task"] == task]
         means = [sum(line["primary"][stage]["mean"] for line in own) / len(own) for stage in stages]
-        rows.append([task, str(sum(line["prompts"] for line in own)), "", *(f"{mean:.3f}        " for mean in means)])
+        rows.append([task, str(sum(line["prompts"] for line in own)), "", *(f"{mean:.3f}" for mean in means)])
         for line in own:
             kind = line["subsets"][0] if len(line["subsets"]) == 1 else f"{len(line['subsets'])} subsets"
             figures = [plus_minus(line["primary"][stage], "") for stage in stages]

@@ -137,12 +137,13 @@ class Session:
         subsets = {prompt.subset for prompt in self.shares[client]}
         return [i for i, p in enumerate(self.held_out) if p.subset in subsets] or list(range(len(self.held_out)))
 
-    def personalised(self) -> list[Evaluation]:
-        """Each client's adapter after its local rounds on its own, on held-out prompts of its kind."""
+    def personalised(self, directory: Path) -> list[Evaluation]:
+        """Each client's adapter after local rounds on its own: saved, and measured on held-out prompts of its kind."""
         found, theta = [], self.federation.theta
         for client in tqdm(self.federation.clients, "personalisation", disable=not self.progress, leave=False):
             own = fedmoa.personalise(self.federation, client, self.config.own["fedmoa"])
             self.policy.adapter.assign(own)
+            self.policy.adapter.save(directory / f"client{client.index}", self.base_model)
             found.append(self.evaluate(f"client {client.index}", self.of_kind(client.index)))
         self.policy.adapter.assign(theta)
         return found

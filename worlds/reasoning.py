@@ -201,7 +201,7 @@ def vocabulary() -> list[str]:
 
 
 def corpus(seed: int, size: int) -> list[tuple[str, str]]:
-    """`size` (question, reply) pairs, tasks and difficulties alike, with the slips; nothing that is held out."""
+    """`size` (question, reply) pairs with the slips, of 2 to 4 operations, programs of 3 at most; nothing held out."""
     rng, pairs = random.Random(seed), []
     for _ in range(size):
         task, operations = rng.choice(TASKS), rng.choice((2, 3, 4))
