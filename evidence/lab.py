@@ -1,9 +1,9 @@
 """Many runs, and what is computed of each: what the experiments are made with. [ours]
 
-A job is a dict of settings that differ from the preset `tiny`, or from the one that it names; `Lab.rows` turns jobs into rows of results/NAME.csv,
-each an ordinary run through `run.train`, on worker processes of one thread each. A finished run is a row at once, and a
-row that is there is not run again: it is found by its settings and the version of the update, `UPDATE`. Every row says
-which commit made it.
+A job is a dict of settings that differ from the preset `tiny`, or from the one that it names; `Lab.rows` turns jobs
+into rows of results/NAME.csv, each an ordinary run through `run.train`, on worker processes of one thread each. A
+finished run is a row at once, and a row that is there is not run again: it is found by its settings and the version of
+the update, `UPDATE`. Every row says which commit made it.
 
 Progress is measured against the exact Pareto front of the held-out prompts: a gain is normalised by what the ideal
 point would gain, gain_j / (ideal_j − base_j), and of a sweep `sweep.normalised_hypervolume` counts.

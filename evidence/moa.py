@@ -3,8 +3,8 @@
 Experiments as those of `experiments.py`. [ours]
 
 All at the settings of the preset fedmoa-tiny, on equal prompts, responses and rounds. What a method has of its own is
-chosen on seeds of its own, six settings each: FedMOA's rate and γ, the fixed weights, FIRM's β and p. The judge is accuracy
-on held-out prompts, whose references are right, as a mean over both severities.
+chosen on seeds of its own, six settings each: FedMOA's rate and γ, the fixed weights, FIRM's β and p. The judge is
+accuracy on held-out prompts, whose references are right, as a mean over both severities.
 """
 
 from itertools import product
