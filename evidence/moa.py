@@ -104,13 +104,13 @@ def fedmoa(lab: Lab) -> None:
     head = ["severity", "method", "accuracy", "format", "length", "KL", "λ of accuracy", "of format", "of length"]
     note = "λ in the last eighth of the rounds, mean over the clients that hold the objective; settings as tuned."
     show(lab.results, "fedmoa_methods", head, lines, note)
-    panels = []
-    for severity in SEVERITIES:
-        drawn = {}
-        for label in METHODS:
-            mean, half = interval(column(rows[label, severity], "accuracy"))
-            drawn[label] = ([float(np.mean(column(rows[label, severity], "kl")))], [mean], [half])
-        panels.append(plots.Panel("KL (nats per response)", "accuracy, held out", f"severity {severity:g}", drawn))
+    x, panels = range(len(METHODS)), []
+    for figure, y in (("accuracy", "accuracy, held out"), ("kl", "KL (nats per response)")):
+        lines = {}
+        for severity in SEVERITIES:
+            points = [interval(column(rows[label, severity], figure)) for label in METHODS]
+            lines[f"severity {severity:g}"] = (x, *zip(*points, strict=True))
+        panels.append(plots.Panel("", y, "", lines, ticks=list(METHODS)))
     plots.panels(panels, lab.results / "fedmoa.png")
 
 
