@@ -15,7 +15,8 @@
         θ_{t+1} ← θ_t + η_s Σ_c w_c (θ_c − θ_t),  w_c ∝ prompts held by c
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]
 
-A method is a few swappable parts on this engine (`Method`); `baselines.py` has those that FIRM is compared with.
+A method is a few swappable parts on this engine (`Method`): who picks λ and from what, what is uploaded, what clients
+weigh. `baselines.py` has those that FIRM is compared with, `fedmoa.py` one that moves p before a client's first step.
 
 Cohort-wide, since its clients share θ_t, are two things: responses are sampled in one batch, and a reward model may
 score in one. Neither changes what a client would get alone, up to rounding (`rollout.py`). All else is client by client
@@ -243,10 +244,10 @@ class Federation:
             server.mixing = method.server_mixing(moved, server.weights, server)
         self.theta = method.aggregate(self.theta, accepted, server)
         self.policy.adapter.assign(self.theta)
-        seconds = time.perf_counter() - started
-        shares = fedavg.shares(uploads, server.weights)  # [C]
-        mixed = server.mixing
-        record = Round(t, cohort, responses, updates, uploads, mixed, shares, self.kl_coef, server.ledger, seconds)
+        record = Round(
+            t, cohort, responses, updates, uploads, server.mixing, fedavg.shares(uploads, server.weights), self.kl_coef,
+            server.ledger, time.perf_counter() - started,
+        )  # fmt: skip
 
         kl = float(np.mean([upload.kl for upload in accepted]))
         self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(accepted) * config.firm.batch_size, config.ppo)

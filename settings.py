@@ -183,11 +183,11 @@ class Config(TrainingConfig):
         if run.weights:
             if method.trainings is not Method.trainings:
                 raise ValueError(f"weights: {method.name} has one loss and no weights to pick; leave --weights out")
-            own = WEIGHTS[run.weights]
-            parts |= {"weights": own.weights, "adapt": own.adapt, "takes_preference": own.takes_preference}
+            donor = WEIGHTS[run.weights]
+            parts |= {name: getattr(donor, name) for name in ("weights", "adapt", "takes_preference")}
         if run.aggregation:
-            own = AGGREGATIONS[run.aggregation]
-            parts |= {"client_weights": own.client_weights, "numbers": own.numbers}
+            donor = AGGREGATIONS[run.aggregation]
+            parts |= {name: getattr(donor, name) for name in ("client_weights", "numbers")}
         method = replace(method, **parts)
         return replace(method, settings=self.own.get("fedmoa" if method.needs_primary else method.name))
 
