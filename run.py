@@ -53,7 +53,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     started = time.perf_counter()
     say = print if progress and not title else lambda *_: None
     parts = (config.run.advantages, config.run.weights, config.run.aggregation)
-    name = "-".join(filter(None, (config.run.method, *parts, config.run.preset)))
+    method = "" if config.run.preset.startswith(config.run.method) else config.run.method  # no fedmoa-fedmoa-tiny
+    name = "-".join(filter(None, (method, *parts, config.run.preset)))
     new = new_directory(config.run.out, name)
     with nullcontext(resume) if resume else new as out:
         session = Session(config, progress)
