@@ -61,13 +61,18 @@ class Upload:
 
     thetas: Tensor  # [trainings, d] the adapter that each local training ended at; FIRM has one
     prompts_held: int
-    kl: float  # mean KL to the reference per response, in nats: κ adapts to it
+    kl: float | None = None  # mean KL to the reference per response, in nats: κ adapts to it, where there is one
     numbers: dict[str, float] = field(default_factory=dict)  # of the method's own
 
     @property
     def finite(self) -> bool:
         """Whether the server accepts it: no NaN and no infinity in any of its numbers."""
-        return bool(torch.isfinite(self.thetas).all()) and all(map(math.isfinite, (self.kl, *self.numbers.values())))
+        return bool(torch.isfinite(self.thetas).all()) and all(map(math.isfinite, self.scalars))
+
+    @property
+    def scalars(self) -> list[float]:
+        """What travels beside the adapters."""
+        return [self.prompts_held, *([] if self.kl is None else [self.kl]), *self.numbers.values()]
 
 
 def accept(uploads: Sequence[Upload]) -> list[Upload]:
@@ -140,7 +145,7 @@ class Ledger:
 
     def upload(self, upload: Upload) -> None:
         """Count a client's upload: its adapters, prompts held, KL, and every number of the method's own."""
-        self.up({"theta": upload.thetas}, scalars=2 + len(upload.numbers))
+        self.up({"theta": upload.thetas}, scalars=len(upload.scalars))
 
     def _count(self, way: str, tensors: dict[str, Tensor], scalars: int) -> None:
         for part, size in message_bytes(tensors, scalars).items():

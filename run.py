@@ -6,6 +6,7 @@
     python run.py --resume runs/firm-tiny                    go on after a crash, same result
     python run.py --sweep 0.1 0.3 0.5 0.7 0.9                a run per preference: the trade-off (app/sweep.py)
     python run.py --compare firm linear morlhf soups         methods side by side; with --sweep at every preference
+    python run.py --preset pluralllm-tiny                    a predictor of preferences (app/predictor_run.py)
 
 Every setting is a flag (settings.py). `train(config)` is the whole run as a function: prepare (all that can
 be wrong is found here, before any long work), measure the base model on held-out prompts, calibrate the rewards once,
@@ -34,7 +35,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from app import metrics, plots, report, sweep
+import pluralllm
+from app import metrics, plots, predictor_run, report, sweep
 from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
 from app.stopwatch import Stopwatch, peak_memory
@@ -161,7 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # our own, of `fedmoa.py`, among our lines
     config, resume, preferences, methods = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        if preferences or methods:
+        if config.run.method == pluralllm.NAME:
+            if preferences or methods:
+                raise ValueError(f"method: {pluralllm.NAME} trains no policy; leave --sweep and --compare out")
+            predictor_run.train(config, resume)
+        elif preferences or methods:
             sweep.sweep(config, preferences, methods, train)
         else:
             train(config, resume)

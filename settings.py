@@ -19,11 +19,13 @@ import baselines
 import fedmoa
 import firm
 import grpo
+import pluralllm
 from app.fields import Checked, Count, Index, Share, setting
 from clients import ClientConfig
 from data import DataConfig
 from firm import FIRMConfig, Method, TrainingConfig
 from lora import LoRAConfig
+from pluralllm import PluralConfig
 from ppo import PPO, PPOConfig
 from rollout import RolloutConfig
 
@@ -89,6 +91,20 @@ PRESETS = {
         "eval_samples": 4,
         "eval_batch_size": 256,
     },
+    "pluralllm-tiny": {  # the preference predictor on the survey world: a laptop CPU, about a minute
+        "method": "pluralllm",
+        "world": "survey",
+        "rounds": 100,
+        "lr": 6e-4,
+        "min_questions": 5,
+        "max_questions": 20,
+        "threads": 1,
+    },
+    "pluralllm": {  # on GlobalOpinionQA; --opinions names its file, --encoder a model that embeds
+        "method": "pluralllm",
+        "rounds": 100,
+        "lr": 3e-4,
+    },
     "paper": {},  # the fields' defaults: the paper's settings where it states them, else RiC's or ours
 }
 PRESETS["tinyllama-12gb"] = PRESETS["tinyllama"] | {  # the same training, in smaller pieces
@@ -106,7 +122,9 @@ class RunConfig(Checked):
     preset: Literal[tuple(PRESETS)] = setting(
         "tiny", "settings to start from; paper, the defaults of all fields, is what --model alone starts from"
     )
-    method: Literal[tuple(METHODS)] = setting("firm", "; ".join(f"{m.name}: {m.help}" for m in METHODS.values()))
+    method: Literal[(*METHODS, pluralllm.NAME)] = setting(
+        "firm", "; ".join([*(f"{m.name}: {m.help}" for m in METHODS.values()), f"{pluralllm.NAME}: {pluralllm.HELP}"])
+    )
     advantages: Literal[tuple(LEARNERS)] | None = setting(
         None, "how a client learns: ppo, with a critic; group, from --group_size responses to a prompt, without one; "
         "grpo, the same over the group's deviation; the method's own if not given"
@@ -124,7 +142,9 @@ class RunConfig(Checked):
         [],
         "WHO=NAME,NAME,...: the objectives that some clients hold, WHO a client's number or a task; all if not given",
     )
-    world: Literal["toy", "reasoning"] = setting("toy", "the embedded world that stands in where no --model is given")
+    world: Literal["toy", "reasoning", "survey"] = setting(
+        "toy", "the embedded world that stands in where no --model is given"
+    )
     severity: Share = setting(0.0, "reasoning world: share of wrong references in the data of its poor clients")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to run; auto takes a GPU where there is one")
     threads: Index = setting(0, "CPU threads; 0 leaves torch's choice")
@@ -145,7 +165,7 @@ class RunConfig(Checked):
 OWN_SETTINGS = {method.name: type(method.settings) for method in METHODS.values() if method.settings}
 SETTINGS = {  # the dataclasses whose fields are flags
     "run": RunConfig, "rollout": RolloutConfig, "data": DataConfig, "firm": FIRMConfig, "client": ClientConfig,
-    "ppo": PPOConfig, "lora": LoRAConfig, **OWN_SETTINGS,
+    "ppo": PPOConfig, "lora": LoRAConfig, "plural": PluralConfig, **OWN_SETTINGS,
 }  # fmt: skip
 REMOVED = {  # settings that older versions wrote into config.json, and their neutral value
     "entropy_coef": 0.0, "gamma": 1.0,
@@ -161,6 +181,7 @@ class Config(TrainingConfig):
     rollout: RolloutConfig
     data: DataConfig
     lora: LoRAConfig
+    plural: PluralConfig
     own: dict[str, Any]
 
     @classmethod

@@ -172,6 +172,36 @@ def by_task(metrics: Sequence[dict], primary: str, tasks: Sequence[str], out: Pa
     ], out / "tasks.png")  # fmt: skip
 
 
+def predictor(
+    metrics: Sequence[dict], start: dict[str, float], groups: dict[str, dict], sides: Sequence[str], out: Path
+) -> None:
+    """A predictor's curves.png and groups.png: alignment and loss by round; every group's alignment beside two guesses.
+
+    start: the alignment of each side before training; groups: a group's figures by side, as in summary.json.
+    """
+    lines, losses = {}, {}
+    for side in sides:
+        measured = [m for m in metrics if f"alignment/{side}" in m]
+        scores = [start[side], *(m[f"alignment/{side}"] for m in measured)]
+        lines[side] = ([0, *(m["round"] + 1 for m in measured)], scores, None)
+        losses[side] = ([m["round"] + 1 for m in metrics], [m[f"loss/{side}"] for m in metrics], None)
+    panels([
+        Panel("round", "alignment, unseen groups", "How well unseen groups are known", lines),
+        Panel("round", "loss", "Training loss, mean over clients and steps", losses),
+    ], out / "curves.png")  # fmt: skip
+    names = [f"{name} *" if figures["unseen"] else name for name, figures in groups.items()]
+    figure, ax = plt.subplots(figsize=(0.55 * len(names) + 2, 3.6), layout="constrained")
+    shown = (*sides, "mean answer", "uniform")
+    for i, side in enumerate(shown):
+        x = np.arange(len(names)) + 0.8 * (i / len(shown) - 0.5) + 0.4 / len(shown)
+        heights = [figures[side] for figures in groups.values()]
+        ax.bar(x, heights, 0.8 / len(shown), color=COLOURS[i], label=side)
+    ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    tidy(ax, "", "alignment", "Every group; * took no part in training")
+    figure.legend(loc="outside lower center", ncol=len(shown), frameon=False)
+    save(figure, out / "groups.png")
+
+
 def pareto(
     groups: dict[str, dict[str, np.ndarray]], base: np.ndarray, exact: np.ndarray | None, names: Sequence[str],
     path: Path, gain: str = "worst normalised gain",

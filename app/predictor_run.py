@@ -1,0 +1,260 @@
+"""The run that trains a predictor of preferences, federated and centralised side by side. [ours]
+
+    python run.py --preset pluralllm-tiny                                      on the survey world
+    python run.py --preset pluralllm --opinions FILE --encoder DIR_OR_HUB      on GlobalOpinionQA
+
+Both sides take equally many steps, the central one each of them over all groups. A run directory holds config.json,
+metrics.jsonl (a line a round), summary.json, checkpoint/, curves.png, groups.png, and predictor/ (`app/predictor.py`).
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+import pluralllm
+from app import plots, predictor, quiet_libraries
+from app.files import new_directory, read_lines, to_json, write_tensors, write_text
+from app.report import aligned
+from fedavg import message_bytes
+from pluralllm import PredictorFederation
+from settings import Config
+from worlds import opinions, survey
+
+
+class Training:
+    """What a run needs. Raises ValueError where something is wrong with the settings or what they name."""
+
+    def __init__(self, config: Config, progress: bool = True) -> None:
+        plural, firm = config.plural, config.firm
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        quiet_libraries()
+        device = config.run.device
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.train, self.unseen = list(plural.train_groups), list(plural.unseen_groups)
+        self.file, self.encoder = plural.opinions, plural.encoder
+        if self.file:
+            if not self.encoder:
+                raise ValueError("encoder: name the model that embeds the questions, as --encoder DIR_OR_HUB")
+            self.train, self.unseen = (
+                self.train or list(opinions.TRAIN_GROUPS),
+                self.unseen or list(opinions.UNSEEN_GROUPS),
+            )
+        elif config.run.world == "survey":
+            model, file, _ = survey.prepare(firm.seed, progress=progress)
+            self.file, self.encoder = str(file), self.encoder or str(model)
+            self.train, self.unseen = self.train or list(survey.TRAIN_GROUPS), self.unseen or list(survey.UNSEEN_GROUPS)
+        else:
+            raise ValueError("opinions: name the file of survey answers, as --opinions FILE; or add --world survey")
+        questions, answers = opinions.read(self.file)
+        opinions.check_groups("train_groups", self.train, list(answers), self.file)
+        opinions.check_groups("unseen_groups", self.unseen, list(answers), self.file)
+        if both := set(self.train) & set(self.unseen):
+            raise ValueError(f"unseen_groups: {min(both)} is a training group too; leave it out of one of them")
+        self.survey = opinions.survey_of(
+            questions, answers, self.train + self.unseen, self.encoder, self.device, progress=progress
+        )
+        pluralllm.check_contexts(self.survey, self.train + self.unseen, plural)
+        own = [[group] for group in self.train]
+        if (firm.clients_per_round or 1) > len(own):
+            raise ValueError(f"clients_per_round: {firm.clients_per_round} is more than groups, {len(own)}")
+        made = {"federated": own, "centralised": [self.train]} if plural.central else {"federated": own}
+        self.sides = {
+            side: PredictorFederation(self.survey, held, firm.rounds, config.client.lr, firm.seed, plural,
+                                      firm.clients_per_round if side == "federated" else None)
+            for side, held in made.items()
+        }  # fmt: skip
+        self.config = config
+
+    def scores(self, side: str, groups: Sequence[str]) -> Tensor:
+        """`pluralllm.alignment` of one side, [G, Q]."""
+        model = self.sides[side].model
+        return pluralllm.alignment(self.survey, model, groups, self.config.plural, self.config.firm.seed)
+
+    def save(self, directory: Path) -> None:
+        """All that --resume needs beside config.json, in one file."""
+        tensors = {f"{side}.{name}": t for side, f in self.sides.items() for name, t in f.state().items()}
+        directory.mkdir(exist_ok=True)
+        values = {"rounds_done": self.sides["federated"].rounds_done, "groups": self.train + self.unseen}
+        values["rounds"] = self.config.firm.rounds
+        write_tensors(directory / "state.safetensors", tensors, {"values": json.dumps(values)})
+
+    def restore(self, directory: Path) -> None:
+        """Take back what `save` wrote. Raises ValueError where the file is damaged, or of another run."""
+        file = directory / "state.safetensors"
+        try:
+            tensors = safetensors.torch.load_file(file)
+            with safetensors.safe_open(file, "pt") as opened:
+                values = json.loads(opened.metadata()["values"])
+        except SafetensorError as error:
+            raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error
+        if values["groups"] != self.train + self.unseen:
+            raise ValueError("resume: the groups have changed since; start a new run with --out")
+        if values["rounds"] != self.config.firm.rounds:
+            raise ValueError(f"rounds: the learning rate's decay was planned for {values['rounds']}; ask for as many")
+        for side, federation in self.sides.items():
+            own = {n.removeprefix(f"{side}."): t for n, t in tensors.items() if n.startswith(f"{side}.")}
+            federation.restore(own, values["rounds_done"])
+
+
+def train(config: Config, resume: Path | None = None, progress: bool = True) -> dict[str, Any]:
+    """One whole run. Returns what summary.json holds. Raises ValueError on bad input, before any long work."""
+    started, plural = time.perf_counter(), config.plural
+    say = print if progress else lambda *_: None
+    with nullcontext(resume) if resume else new_directory(config.run.out, config.run.preset) as out:
+        training = Training(config, progress)
+        say(header(training, out))
+        lines = []
+        if resume:
+            training.restore(out / "checkpoint")
+            lines = read_lines(out / "metrics.jsonl")[: training.sides["federated"].rounds_done]
+            say(f"goes on after round {len(lines)}")
+        else:
+            write_text(out / "config.json", json.dumps(config.flat(), indent=2) + "\n")
+            training.save(out / "checkpoint")
+        start = {side: average(training.scores(side, training.unseen)) for side in training.sides}
+    (out / "summary.json").unlink(missing_ok=True)
+    rounds = config.firm.rounds
+    try:
+        with tqdm(
+            range(len(lines), rounds), initial=len(lines), total=rounds, desc="round", disable=not progress
+        ) as bar:
+            for t in bar:
+                lines.append(do_round(training, evaluated=(t + 1) % plural.eval_every == 0 or t + 1 == rounds))
+                if "alignment/federated" in lines[-1]:
+                    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
+                    training.save(out / "checkpoint")
+                    bar.set_postfix_str(f"alignment {lines[-1]['alignment/federated']:.3f}")
+    except BaseException:
+        say(f"\nwhat is done is kept; python run.py --resume {out} goes on from there")
+        raise
+    federation = training.sides["federated"]
+    predictor.save(out / "predictor", federation.model, training.encoder, training.survey, plural, config.firm.seed)
+    summary = summarise(training, start, lines, time.perf_counter() - started)
+    plots.predictor(lines, start, summary["groups"], list(training.sides), out)
+    write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
+    say(table(summary))
+    say(f"{out}: predictor/, metrics.jsonl, summary.json, pictures")
+    return summary
+
+
+def do_round(training: Training, evaluated: bool) -> dict[str, float]:
+    """A round of either side, and its line in metrics.jsonl."""
+    line: dict[str, float] = {}
+    for side, federation in training.sides.items():
+        started = time.perf_counter()
+        figures = federation.round()
+        line |= {"round": figures["round"], f"loss/{side}": figures["loss"]}
+        line[f"seconds/{side}"] = time.perf_counter() - started
+        if side == "federated":
+            line |= {name: value for name, value in figures.items() if name not in ("round", "loss")}
+    if evaluated:
+        for side in training.sides:
+            scores = training.scores(side, training.unseen)
+            line |= {f"alignment/{side}": average(scores), f"worst/{side}": float(pluralllm.by_group(scores).min())}
+            line[f"fairness/{side}"] = pluralllm.fairness(scores)
+    return line
+
+
+def average(scores: Tensor) -> float:
+    """The alignment score of several groups: each group's, averaged. scores [G, Q]."""
+    return float(pluralllm.by_group(scores).mean())
+
+
+def summarise(training: Training, start: dict[str, float], lines: list[dict], seconds: float) -> dict[str, Any]:
+    """What summary.json holds."""
+    config, groups = training.config, training.train + training.unseen
+    plural, data = config.plural, training.survey
+    scores = {side: training.scores(side, groups) for side in training.sides}
+    scores |= {
+        "uniform": pluralllm.guessed(data, groups),
+        "mean answer": pluralllm.guessed(data, groups, training.train),
+    }
+    found, n = {}, len(training.train)
+    for i, group in enumerate(groups):
+        held = data.questions_of(group)
+        found[group] = {"unseen": group in training.unseen, "questions": len(held)}
+        found[group]["points"] = data.points_held(group)
+        for side, each in scores.items():
+            found[group][side] = float(each[i].nanmean()) if not each[i].isnan().all() else math.nan
+        known = ~scores["mean answer"][i].isnan() & ~scores["federated"][i].isnan()
+        found[group] |= {"overlap": int(known.sum())}
+        found[group]["federated, overlap"] = float(scores["federated"][i, known].mean())
+        found[group]["mean answer, overlap"] = float(scores["mean answer"][i, known].mean())
+    sides = {}
+    for side in training.sides:
+        unseen = scores[side][n:]
+        sides[side] = {"start": start[side], "alignment": average(unseen)}
+        sides[side] |= {"worst": float(pluralllm.by_group(unseen).min()), "fairness": pluralllm.fairness(unseen)}
+        sides[side]["jain_over_groups"] = pluralllm.jain(pluralllm.by_group(unseen))
+    if len(sides) > 1:
+        better = max(figures["alignment"] for figures in sides.values())
+        for side, figures in sides.items():
+            at = [line["round"] + 1 for line in lines if f"alignment/{side}" in line]
+            curve = [line[f"alignment/{side}"] for line in lines if f"alignment/{side}" in line]
+            reached = pluralllm.convergence(curve, figures["start"] + 0.95 * (better - figures["start"]))
+            figures["rounds_to_converge"] = None if reached is None else at[reached]
+    x, y, _ = data.points(groups[0], predictor.context_of(data, groups[0], plural, config.firm.seed))
+    return {
+        "method": pluralllm.NAME, "seed": config.firm.seed, "seconds": seconds, "rounds": config.firm.rounds,
+        "training_seconds": {side: sum(line[f"seconds/{side}"] for line in lines) for side in training.sides},
+        "parameters": len(training.sides["federated"].theta), "questions": len(data.questions),
+        "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
+        "context_bytes": sum(message_bytes({"x": x, "y": y}).values()), "encoder": training.encoder,
+        "sides": sides, "groups": found,
+    }  # fmt: skip
+
+
+def header(training: Training, out: Path) -> str:
+    """What is about to run, in a few lines."""
+    config, data = training.config, training.survey
+    federation = training.sides["federated"]
+    return "\n".join([
+        f"{pluralllm.NAME} · {training.file}",
+        f"  device      {training.device}, seed {config.firm.seed}",
+        f"  encoder     {training.encoder}, embeddings of width {data.embeddings.shape[1]}",
+        f"  predictor   {len(federation.theta):,} parameters",
+        f"  questions   {len(data.questions):,}, {len(data.embeddings):,} options",
+        f"  groups      {len(training.train)} train, a client each; {len(training.unseen)} are only asked",
+        f"  federation  {config.firm.rounds} rounds of {config.plural.local_steps} steps"
+        + (", and as many steps with all groups in one place" if "centralised" in training.sides else ""),
+        f"  run         {out}",
+    ])  # fmt: skip
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The closing table: every group's alignment, then what comes of the unseen ones."""
+    sides, guesses = list(summary["sides"]), ("mean answer", "uniform")
+    rows = [["", "questions", *sides, *guesses, "federated | mean answer, on the overlap"]]
+    for group, figures in summary["groups"].items():
+        name = f"{group} *" if figures["unseen"] else group
+        cells = [f"{figures[side]:.3f}" for side in (*sides, *guesses)]
+        both = f"{figures['federated, overlap']:.3f} | {figures['mean answer, overlap']:.3f} ({figures['overlap']})"
+        rows.append([name, str(figures["questions"]), *cells, both])
+    lines = [
+        "",
+        "alignment, 1 - Jensen-Shannon distance to a group's answers; * took no part in training",
+        *aligned(rows),
+    ]
+    for side, figures in summary["sides"].items():
+        line = (
+            f"{side}: unseen groups {figures['start']:.3f} -> {figures['alignment']:.3f}, worst {figures['worst']:.3f}"
+        )
+        line += f", fairness {figures['fairness']:.3f}"
+        if "rounds_to_converge" in figures:
+            line += f", converged {'never' if (at := figures['rounds_to_converge']) is None else f'after round {at}'}"
+        lines.append(line)
+    lines.append(
+        f"uploads {summary['upload_bytes_per_client_round']:,} bytes per client and round; {summary['seconds']:.0f} s"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""The third embedded world: survey questions, groups that answer by their values, and a language model to align. [ours]
+
+It stands in for GlobalOpinionQA (`worlds/opinions.py` reads either) and a language model that answers its questions.
+
+    what matters most for schools ?        family · work · faith · order        north 1: 0.41  0.07  0.38  0.14
+
+Groups have values v in the plane. They lie about four centres: north opposite south, east opposite west. Of an option
+o on issue i the people of a group think u = 2 (s_i ⊙ ℓ_o) · v + a_o + b_io, and they choose it with the odds exp(u):
+ℓ_o is what a word stands for, s_i how much an issue is about it, a_o and b_io what everybody likes. A group is asked
+some of the questions, and of its people PEOPLE answer, so what it answered is a sample of what it thinks.
+
+Eight groups take part, two about every centre; six are asked only afterwards. Whoever has seen how a group answers some
+questions can tell its values, and so how it answers others: that is what the predictor has to learn in context.
+
+The language model is pre-trained to answer with one of the options listed, whichever it may be. To align it is to move
+its answers to what groups prefer, and opposite groups pull in opposite directions. What a group thinks is known for
+every question (`Opinions.shares`), so that a policy is judged by the truth and not by the predictor that rewarded it.
+
+All but the pre-training is drawn from a seed: values, words' meanings, questions, samples.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from worlds import tiny_llama
+
+ISSUES = ("schools", "towns", "farms", "courts", "taxes", "roads", "homes", "trade")
+WORDS = ("family", "work", "faith", "freedom", "order", "wealth", "health", "learning", "nature", "honour", "peace",
+         "fame")  # fmt: skip
+CENTRES = {"north": (0.0, 1.0), "south": (0.0, -1.0), "east": (1.0, 0.0), "west": (-1.0, 0.0)}
+TRAIN_GROUPS = tuple(f"{centre} {i}" for i in (1, 2) for centre in CENTRES)
+UNSEEN_GROUPS = (*(f"{centre} 3" for centre in CENTRES), "north 4", "south 4")
+SPREAD = 0.2  # of the groups about their centre, in every direction
+QUESTIONS, ASKED = 80, 48  # of the survey, and those of a group
+PEOPLE = 200
+OPTIONS = (3, 4, 5)
+PROMPTS, HELD_OUT = 256, 64  # other questions, for the language model: the clients', and those that no client has
+
+
+@dataclass(frozen=True)
+class Opinions:
+    """What words and issues are about, and what groups think, drawn from one seed."""
+
+    meaning: np.ndarray  # ℓ [words, 2]
+    about: np.ndarray  # s [issues, 2]
+    liked: np.ndarray  # a + b [issues, words]
+    values: dict[str, np.ndarray]  # v [2] of every group
+
+    @classmethod
+    def drawn(cls, seed: int) -> "Opinions":
+        """The opinions of a seed."""
+        rng = np.random.default_rng(seed)
+        meaning, about = rng.normal(size=(len(WORDS), 2)), 1 + 0.3 * rng.normal(size=(len(ISSUES), 2))
+        liked = 0.7 * rng.normal(size=len(WORDS)) + 0.3 * rng.normal(size=(len(ISSUES), len(WORDS)))
+        values = {
+            group: np.array(CENTRES[group.split()[0]]) + SPREAD * rng.normal(size=2)
+            for group in (*TRAIN_GROUPS, *UNSEEN_GROUPS)
+        }
+        return cls(meaning, about, liked, values)
+
+    def shares(self, group: str, issue: str, options: Sequence[str]) -> np.ndarray:
+        """What share of a group's people would choose each option [k], were all of them asked."""
+        i, chosen = ISSUES.index(issue), [WORDS.index(option) for option in options]
+        u = 2 * (self.about[i] * self.meaning[chosen]) @ self.values[group] + self.liked[i, chosen]  # [k]
+        odds = np.exp(u - u.max())
+        return odds / odds.sum()
+
+
+@lru_cache(maxsize=4096)
+def issue_of(question: str) -> str:
+    """The issue of a question. Raises ValueError for one of another world."""
+    words = question.split()
+    if words[:4] == ["what", "matters", "most", "for"] and len(words) == 6 and words[4] in ISSUES:
+        return words[4]
+    raise ValueError(f"question outside the survey world: {question!r}")
+
+
+def questions(seed: int, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(question, options), no two of the same issue and options."""
+    rng, seen = random.Random(seed), set()
+    while len(seen) < number:
+        issue, options = rng.choice(ISSUES), tuple(rng.sample(WORDS, rng.choice(OPTIONS)))
+        if (issue, frozenset(options)) not in seen:
+            seen.add((issue, frozenset(options)))
+            yield f"what matters most for {issue} ?", options
+
+
+def asked(question: str, options: Sequence[str]) -> str:
+    """A question and its options, as the language model reads them."""
+    return f"{question.removesuffix(' ?')} : {' , '.join(options[:-1])} or {options[-1]} ?"
+
+
+# ---- the files -------------------------------------------------------------------------------------------------
+
+
+def answers(seed: int) -> Iterator[dict]:
+    """What every group answered, as rows of an opinions file."""
+    opinions, rng = Opinions.drawn(seed), np.random.default_rng([seed, 1])
+    survey = list(questions(seed, QUESTIONS))
+    for group in opinions.values:
+        for q in sorted(rng.choice(QUESTIONS, ASKED, replace=False)):
+            question, options = survey[q]
+            chose = rng.multinomial(PEOPLE, opinions.shares(group, issue_of(question), options))
+            yield {"question": question, "group": group, "options": options, "distribution": (chose / PEOPLE).tolist()}
+
+
+def prompts(seed: int) -> Iterator[dict]:
+    """Questions that are not in the survey, as prompts in HH-RLHF's form, with `question` and `options` beside it."""
+    for question, options in list(questions(seed, QUESTIONS + PROMPTS + HELD_OUT))[QUESTIONS:]:
+        dialogue = f"\n\nHuman: {asked(question, options)}\n\nAssistant: {options[0]} ."
+        yield {"chosen": dialogue, "question": question, "options": options}
+
+
+def vocabulary() -> list[str]:
+    """Every word of the world."""
+    return ["what", "matters", "most", "for", ":", ",", "or", "?", ".", *ISSUES, *WORDS]
+
+
+def pretrain(steps: int = 800, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: bool = True):
+    """A fresh model that answers with one of the options, see `tiny_llama.pretrain`."""
+    rng = random.Random(seed)
+    pairs = [(asked(question, options), f"{rng.choice(options)} .") for question, options in
+             (draw(rng) for _ in range(steps * batch_size))]  # fmt: skip
+    return tiny_llama.pretrain(vocabulary(), pairs, batch_size, lr, seed, progress)
+
+
+def draw(rng: random.Random) -> tuple[str, tuple[str, ...]]:
+    """Any question."""
+    return f"what matters most for {rng.choice(ISSUES)} ?", tuple(rng.sample(WORDS, rng.choice(OPTIONS)))
+
+
+def prepare(seed: int = 0, cache_dir: Path | None = None, progress: bool = True, **settings) -> tuple[Path, Path, Path]:
+    """(checkpoint directory, opinions file, prompt file) of the world: from the cache, or made now.
+
+    seed: that of the opinions; settings are `pretrain`'s. Raises ValueError where the cache cannot be written.
+    """
+
+    def pretrained(directory: Path) -> None:
+        for part in pretrain(**settings, progress=progress):
+            part.save_pretrained(directory / "model")
+
+    def written(directory: Path) -> None:
+        for name, rows in (("opinions", answers(seed)), ("prompts", prompts(seed))):
+            (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    model = tiny_llama.cached(pretrained, __file__, settings, cache_dir)
+    files = tiny_llama.cached(written, __file__, {"seed": seed}, cache_dir)
+    return model / "model", files / "opinions.jsonl", files / "prompts.jsonl"
