@@ -8,6 +8,9 @@ and tests find it there. What a server remembers goes into `server.state`, and a
     fsmgda    M·d                            server, min-norm over the M averaged updates            no
     fedcmoo   (1 + e)·d, M(M+1) scalars      server, towards min-norm of compressed gradients        no
     soups     d, in each of M separate runs  nobody: the trained specialists are interpolated by p   yes
+    minimum   d                              nobody: the least of a response's M rewards is its one  no
+    maximum   d                              nobody: the greatest of them                            no
+    adaptive  d, M scalars                   server: Σ_j α_j R_j is one reward, α from the past      no
 
 `linear` (fixed weights) and `mgda` (β = 0) stand beside FIRM in `firm.py`.
 
@@ -39,6 +42,11 @@ A client would keep A_c and take its first local step with it; the simulation co
 Rewarded Soups (Ramé et al. 2023): train one specialist per objective, then serve Σ_m p_m θ_m for any p.         [paper]
 It averages A and B apart, so the served update is not the average of the specialists' products BA.
 
+Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261): groups' rewards become one on the reward side, as Σ_j R_j / M
+does in MORLHF. α = softmax((1 − h) / T), h_j the running mean of objective j's raw reward, which must lie between 0 and
+1 (an alignment, a share): who is served worst so far counts most. [paper: the three, abstracts only. ours: of
+calibrated rewards; h decays by `adaptive_rate` a round; the first round has equal α]
+
 Left out on purpose: FedCMOO-Pref, its top-k compression and momentum (0 in the code), FSMGDA's compressed uploads.
 """
 
@@ -52,9 +60,11 @@ from torch import Tensor
 
 import fedavg
 import mgda
-from app.fields import Checked, Count, Positive, setting
-from fedavg import Ledger, Server
+from app.fields import Checked, Count, Positive, Share, setting
+from clients import Client, LocalTraining
+from fedavg import Ledger, Server, Upload
 from firm import LINEAR
+from ppo import Batch
 
 POWER_ITERATIONS = 2  # of the randomised SVD [code]
 RESIDUAL_RATIO = 1.5  # ‖C‖ / ‖D‖ up to which the residuals' cross terms are guessed [code]
@@ -211,4 +221,60 @@ def fedcmoo_weights(J: Tensor, prompts_held: Tensor, server: Server) -> Tensor:
 FEDCMOO = replace(
     LINEAR, name="fedcmoo", help="one lambda a round, by the server, from compressed gradients", takes_preference=False,
     server_weights=fedcmoo_weights, settings=FedCMOOConfig(),
+)  # fmt: skip
+
+
+# ---- one reward of several, on the reward side -----------------------------------------------------------------
+
+
+@dataclass
+class AdaptiveConfig(Checked):
+    """The adaptive aggregation's own settings."""
+
+    adaptive_temperature: Positive = setting(
+        0.1, "adaptive: T; 0.1 gives an objective whose mean reward is 0.1 lower e times the weight [ours]"
+    )
+    adaptive_rate: Share = setting(0.3, "adaptive: how much of the running mean reward a round is [ours]")
+
+
+def smallest(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
+    """Each response has the least of its calibrated rewards, [B, M] -> [B, 1]. [paper]"""
+    return replace(batch, scores=batch.scores.amin(1, keepdim=True))
+
+
+def largest(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
+    """Each response has the greatest of its calibrated rewards, [B, M] -> [B, 1]. [paper]"""
+    return replace(batch, scores=batch.scores.amax(1, keepdim=True))
+
+
+def weighed(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
+    """Each response has Σ_j α_j R_j, with the server's α [M], which becomes the training's column. [paper]"""
+    if "alpha" in state:
+        training.columns = state["alpha"][:, None]
+    return batch.combined(training.columns)
+
+
+def mean_rewards(client: Client, raw: Tensor, S: int) -> dict[str, float]:
+    """What a client's upload says beside the adapter: its mean raw reward of every objective. raw [B, M]."""
+    return {f"reward{j}": value for j, value in enumerate(raw.mean(0).tolist())}
+
+
+def adapt_alpha(theta: Tensor, uploads: Sequence[Upload], server: Server) -> Tensor:
+    """The next θ [d], by FedAvg; the running means h [M] and the next round's α [M] go into the server's state."""
+    means = torch.tensor(
+        [[v for n, v in u.numbers.items() if n.startswith("reward")] for u in uploads]
+    ).double()  # [C, M]
+    now, rate = fedavg.average(means, fedavg.prompts_held(uploads)), server.settings.adaptive_rate
+    h = server.state["alignment"] = (1 - rate) * server.state["alignment"] + rate * now if server.state else now
+    server.state["alpha"] = torch.softmax((1 - h) / server.settings.adaptive_temperature, 0)
+    server.ledger.down({}, scalars=len(h))
+    return fedavg.federated_average(theta, uploads, server)
+
+
+UNIFORM = replace(MORLHF, takes_preference=False)
+MINIMUM = replace(UNIFORM, name="minimum", help="the least of a response's rewards", combine=smallest)
+MAXIMUM = replace(UNIFORM, name="maximum", help="the greatest of a response's rewards", combine=largest)
+ADAPTIVE = replace(
+    UNIFORM, name="adaptive", help="the one reward Σ α_j R_j, α by how badly an objective is served", combine=weighed,
+    numbers=mean_rewards, aggregate=adapt_alpha, settings=AdaptiveConfig(),
 )  # fmt: skip

@@ -182,6 +182,7 @@ def personalise(federation: Federation, client: Client, settings: FedMOAConfig) 
         policy.adapter.assign(theta)
         responses = federation.respond([client], clients.PERSONAL, federation.group_size, i)
         (batch,) = federation.prepare([client], responses)
-        theta = local_update(training, policy, theta, batch.combined(training.columns), method, config).theta
+        rewarded = method.combine(batch, training, federation.server_state)
+        theta = local_update(training, policy, theta, rewarded, method, config).theta
     policy.adapter.assign(federation.theta)
     return theta

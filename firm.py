@@ -93,6 +93,7 @@ class Method:
 
     weights(Ĝ [k, k], p [k], config): a client's λ [k] on the simplex, once per optimizer step; Ĝ from `qp_matrix`.
     trainings(p [M]): a matrix [M, k] per local training of a client, whose rewards are scores @ it; one k for all.
+    combine(batch, training, state): that training's batch with its k rewards; state: the server's.
     learner: how a client learns (advantages, and what lasts of a round), `ppo.PPO` or one of `grpo.py`.
     server_weights(J [C, M, d], prompts_held [C], server): before the local updates, the server's λ [M] on the simplex
         from all gradients at θ_t, in the place of `weights`.
@@ -110,6 +111,9 @@ class Method:
     weights: Callable[[Tensor, Tensor, FIRMConfig], Tensor]
     takes_preference: bool = True
     trainings: Callable[[Tensor], list[Tensor]] = lambda p: [torch.eye(len(p))]  # one, on every objective
+    combine: Callable[[Batch, LocalTraining, dict[str, Tensor]], Batch] = lambda batch, training, state: batch.combined(
+        training.columns
+    )
     learner: Callable[..., PPO] = PPO
     server_weights: Callable[[Tensor, Tensor, Server], Tensor] | None = None
     server_mixing: Callable[[Tensor, Tensor, Server], Tensor] | None = None
@@ -188,7 +192,8 @@ class Federation:
         p = mgda.preference_vector(config.firm.preference, len(self.names))
         held, tasks = held or [range(len(p)) for _ in shares], tasks or [0] * len(shares)
         primary = clients.primary_of(config.firm.primary, self.names)
-        server = f"{method.name}'s server" if method.server_weights or method.server_mixing else None
+        compares = method.server_weights or method.server_mixing or method.aggregate is not Method.aggregate
+        server = f"{method.name}'s server" if compares else None
         clients.check_held(held, self.names, "diagnostics" if config.firm.diagnostics else server)
         if method.needs_primary:
             clients.check_primary(held, self.names, primary)
@@ -230,8 +235,9 @@ class Federation:
         updates, uploads = [], []
         for client, batch, rows in zip(cohort, batches, responses.rows, strict=True):
             updates.append([
-                local_update(training, self.policy, self.theta, batch.combined(training.columns), method, config)
+                local_update(training, self.policy, self.theta, rewarded, method, config)
                 for training in client.trainings
+                for rewarded in [method.combine(batch, training, self.server_state)]
             ])  # fmt: skip
             numbers = method.numbers(client, responses.raw[rows], self.group_size)
             uploads.append(client.upload(updates[-1], batch, numbers))

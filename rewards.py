@@ -7,6 +7,8 @@ completion_ids, messages and subset. An objective is written `[NAME=]SPEC`, wher
     rule:NAME               one of RULES, below
     hf:DIR_OR_HUB           a reward model, below
     py:FILE.py:FUNCTION     your own function; FILE as seen from the current folder, the project's, or its worlds/
+    group:PREDICTOR:GROUP   how many of a group choose what the response chose, as a saved predictor (app/predictor.py)
+                            has it; prompts need the columns question and options
 
 **A reward model** reads prompt and response and gives logits[0]. It reads its own chat template, where its tokenizer
 has one, else the pair of texts ("\\n\\nHuman: ... \\n\\nAssistant:", response), with a space before the last marker
@@ -44,8 +46,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from app.predictor import group_objective
 from app.user_code import load_function, user_errors
 from data import REPLY, Prompt, to_messages
+from worlds.opinions import slug
 
 # ---- rules ---------------------------------------------------------------------------------------------------
 
@@ -216,13 +220,18 @@ class Objective:
 def parse_spec(text: str) -> tuple[str, str, str]:
     """(name, kind, rest) of `[NAME=]KIND:REST`. Raises ValueError saying what is wrong with it."""
     match = re.fullmatch(r"(?:([^=:]*)=)?([^:=]*):(.+)", text)
-    if not match or match[2] not in ("rule", "hf", "py"):
-        raise ValueError(f"objective {text!r}: write [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")
+    if not match or match[2] not in ("rule", "hf", "py", "group"):
+        raise ValueError(
+            f"objective {text!r}: write [NAME=]rule:NAME, hf:DIR_OR_HUB, py:FILE.py:FUNCTION or group:PREDICTOR:GROUP"
+        )
     name, kind, rest = match.groups()
+    if kind == "group" and not re.fullmatch(r".+:.+", rest):
+        raise ValueError(f"objective {text!r}: name the group too, as in group:PREDICTOR:GROUP")
     if kind == "py" and not re.fullmatch(r".+:\w+", rest):
         raise ValueError(f"objective {text!r}: name the function too, as in py:FILE.py:FUNCTION")
     if name is None:
-        name = Path(rest).resolve().name if kind == "hf" else rest.rpartition(":")[2]
+        last = rest.rpartition(":")[2]
+        name = {"hf": Path(rest).resolve().name, "group": slug(last)}.get(kind, last)
     if name in RESERVED_NAMES:
         raise ValueError(f"objective {text!r}: the metrics use that name; put another NAME= in front")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -249,6 +258,8 @@ def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size:
                 function = load_reward_model(rest, device, dtype, batch_size=batch_size)
             elif kind == "py":
                 function = load_function(name, rest)
+            elif kind == "group":
+                function = group_objective(*rest.rsplit(":", 1))
             elif rest in RULES:
                 function = RULES[rest]
             else:

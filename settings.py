@@ -32,7 +32,7 @@ from rollout import RolloutConfig
 METHODS: dict[str, Method] = {  # the one registry: flags, help, sweeps, pictures, experiments, tests
     method.name: method
     for method in (firm.FIRM, firm.MGDA, firm.LINEAR, baselines.MORLHF, baselines.FSMGDA, baselines.FEDCMOO,
-                   baselines.SOUPS, fedmoa.FEDMOA)
+                   baselines.SOUPS, fedmoa.FEDMOA, baselines.MINIMUM, baselines.MAXIMUM, baselines.ADAPTIVE)
 }  # fmt: skip
 LEARNERS = {"ppo": PPO, "group": grpo.Groups, "grpo": grpo.GRPO}
 WEIGHTS = {"min-norm": firm.FIRM, "fixed": firm.LINEAR, "hypergradient": fedmoa.FEDMOA}  # whose λ
@@ -95,7 +95,7 @@ PRESETS = {
         "method": "pluralllm",
         "world": "survey",
         "rounds": 100,
-        "lr": 6e-4,
+        "lr": 1e-3,
         "min_questions": 5,
         "max_questions": 20,
         "threads": 1,
@@ -104,6 +104,19 @@ PRESETS = {
         "method": "pluralllm",
         "rounds": 100,
         "lr": 3e-4,
+    },
+    "plural-firm-tiny": {  # FIRM on what four groups of the survey world prefer; trains their predictor first, once
+        "world": "survey",
+        "objectives": [f"group:survey:{centre}-1" for centre in ("north", "south", "east", "west")],
+        "beta": 1.0,
+        "split": "iid",
+        "batch_size": 64,
+        "max_new_tokens": 3,
+        "lora_rank": 8,
+        "lr": 3e-3,
+        "kl_coef": 0.01,
+        "kl_target": 0.0,
+        "threads": 1,
     },
     "paper": {},  # the fields' defaults: the paper's settings where it states them, else RiC's or ours
 }
@@ -137,7 +150,9 @@ class RunConfig(Checked):
         None, "what clients weigh in the average: fedavg, by their prompts; accuracy, as fedmoa; the method's own if "
         "not given"
     )  # fmt: skip
-    objectives: list[str] = setting([], "[NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION, one or more")
+    objectives: list[str] = setting(
+        [], "[NAME=]rule:NAME, hf:DIR_OR_HUB, py:FILE.py:FUNCTION or group:PREDICTOR:GROUP, one or more"
+    )
     client_objectives: list[str] = setting(
         [],
         "WHO=NAME,NAME,...: the objectives that some clients hold, WHO a client's number or a task; all if not given",

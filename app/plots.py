@@ -21,9 +21,9 @@ from settings import METHODS
 
 METHOD_NAMES = list(METHODS)
 METHOD_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#661100", "#01665E", "#332288"]
-METHOD_COLOURS += ["#EECC66"]
+METHOD_COLOURS += ["#EECC66", "#2000E0"]
 COLOURS = ["#882255", "#44AA99", "#332288", "#CC6677", "#117733", "#88CCEE", "#999933", "#AA4499", "#DDCC77", "#222222"]
-MARKERS = "osD^vP*Xph"
+MARKERS = "osD^vP*Xph<>"
 BLACK = {"color": "black"}  # the exact front, and the base model
 BASE = BLACK | {"marker": "x", "markersize": 9, "markeredgewidth": 2, "linestyle": "", "label": "base model"}
 
@@ -37,8 +37,9 @@ def style(label: str, position: int) -> dict:
     """
     name, _, variant = label.partition(" ")
     known = name in METHOD_NAMES
-    turn, i = divmod(METHOD_NAMES.index(name) if known else position, 10)  # beyond ten: other pairs of the same
-    colour, marker = (METHOD_COLOURS if known else COLOURS)[i], MARKERS[(i + turn) % 10]
+    palette = METHOD_COLOURS if known else COLOURS
+    turn, i = divmod(METHOD_NAMES.index(name) if known else position, len(palette))  # beyond: other pairs of the same
+    colour, marker = palette[i], MARKERS[(i + turn) % len(MARKERS)]
     found = {"color": colour, "marker": marker, "markersize": 8 if marker == "*" else 5, "label": label}
     if not (known and variant):
         return found | {"linestyle": "-"}

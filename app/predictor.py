@@ -78,7 +78,7 @@ class SavedPredictor:
 
     def group(self, name: str) -> str:
         """A group by its name or its slug. Raises ValueError for one that it does not know."""
-        found = [group for group in self.groups if name in (group, slug(group))]
+        found = [group for group in self.groups if name in (group, opinions.slug(group))]
         if not found:
             opinions.check_groups("group", [name], self.groups, "the predictor")
         return found[0]
@@ -125,11 +125,6 @@ def load(directory: str, encoder: str | None = None) -> SavedPredictor:
 
 
 # ---- the reward made from it -----------------------------------------------------------------------------------
-
-
-def slug(group: str) -> str:
-    """A group's name as an objective's: "United States" -> "united-states"."""
-    return re.sub(r"[^a-z0-9_]+", "-", group.lower()).strip("-")
 
 
 def chosen(response: str, options: Sequence[str]) -> int | None:

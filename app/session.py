@@ -31,7 +31,7 @@ from data import Prompt
 from firm import Federation, Method
 from rollout import Policy, Rollout, context_of, load_model
 from settings import Config
-from worlds import reasoning, toy
+from worlds import reasoning, survey, toy
 
 
 @dataclass
@@ -55,11 +55,17 @@ class Session:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         check(config)
         quiet_libraries()
+        self.base_model, files, specs = config.rollout.model, config.data.prompts, config.run.objectives
+        if not self.base_model and config.run.world == "survey":
+            made = survey.prepare(config.firm.seed, progress=progress)
+            self.base_model, files = str(made.model), files or [str(made.prompts)]
+            from app import predictor_run  # here: it reports as a run does, and a run's report reads sessions
+
+            specs = predictor_run.of_the_world(specs, config.firm.seed, progress)
         self.objectives = rewards.load_objectives(
-            config.run.objectives, self.device, config.run.reward_dtype, config.run.reward_batch_size
+            specs, self.device, config.run.reward_dtype, config.run.reward_batch_size
         )
         self.names = [objective.name for objective in self.objectives]
-        self.base_model, files = config.rollout.model, config.data.prompts
         if not self.base_model:
             if config.run.world == "reasoning":
                 made = reasoning.prepare(config.run.severity, config.firm.seed, progress=progress)

@@ -13,7 +13,8 @@ from evidence.lab import Lab
 from evidence.statistics import column, where
 from settings import METHODS
 
-COMPARED = [name for name, method in METHODS.items() if not method.needs_primary]  # fedmoa: `moa.py`
+ONE_REWARD = ["minimum", "maximum", "adaptive"]  # one reward of several groups': `plural.py`
+COMPARED = [name for name, method in METHODS.items() if not method.needs_primary and name not in ONE_REWARD]
 GRID = {"lr": (1.5e-3, 3e-3, 6e-3), "server_lr": (1.0, 2.0), "kl_coef": (0.003, 0.01)}
 TUNING_SEEDS = (101, 102)
 COMMON = {"lr": 3e-3, "server_lr": 2.0, "kl_coef": 0.003}  # the best of `tuning`, on average over its first 7 methods

@@ -122,7 +122,7 @@ def test_a_group_named_twice_is_refused():
 
 @pytest.fixture(scope="module")
 def encoder():
-    return opinions.Encoder(str(survey.prepare(progress=False)[0]))
+    return opinions.Encoder(str(survey.prepare(progress=False).model))
 
 
 def test_an_embedding_is_the_mean_of_the_last_hidden_states(encoder):
@@ -144,7 +144,7 @@ def test_a_text_beyond_the_context_is_cut(encoder):
 
 
 def test_embeddings_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
-    model, asked = str(survey.prepare(progress=False)[0]), [Question("q ?", ("family", "faith"))]
+    model, asked = str(survey.prepare(progress=False).model), [Question("q ?", ("family", "faith"))]
     first = opinions.embedded(asked, model, progress=False, cache_dir=tmp_path)
     monkeypatch.setattr(opinions, "Encoder", None)
     assert torch.equal(opinions.embedded(asked, model, progress=False, cache_dir=tmp_path), first)
@@ -162,7 +162,18 @@ def test_a_survey_keeps_what_its_groups_were_asked():
     questions = [Question(f"q{i} ?", ("family", "faith")) for i in range(3)]
     half = torch.tensor([0.5, 0.5])
     answers = {"a": {0: half}, "b": {2: half}, "c": {1: half}}
-    found = opinions.survey_of(questions, answers, ["b", "a"], str(survey.prepare(progress=False)[0]), progress=False)
+    found = opinions.survey_of(
+        questions, answers, ["b", "a"], str(survey.prepare(progress=False).model), progress=False
+    )
     assert [q.text for q in found.questions] == ["q0 ?", "q2 ?"]
     assert {group: list(own) for group, own in found.answers.items()} == {"b": [1], "a": [0]}
     assert len(found.embeddings) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("United States", "united-states"), ("India (Current national sample)", "india-current-national-sample"),
+     ("north 1", "north-1")],
+)  # fmt: skip
+def test_a_groups_slug(name, expected):
+    assert opinions.slug(name) == expected

@@ -182,15 +182,6 @@ def test_a_directory_without_a_predictor_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("United States", "united-states"), ("India (Current national sample)", "india-current-national-sample"),
-     ("north 1", "north-1")],
-)  # fmt: skip
-def test_a_groups_slug(name, expected):
-    assert predictor.slug(name) == expected
-
-
-@pytest.mark.parametrize(
     ("response", "expected"),
     [
         ("family", 0), (" Faith .", 1), ("order", 2), ("A", 0), ("b.", 1), ("(C)", 2), ("B) faith", 1), ("B: faith", 1),

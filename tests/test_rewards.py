@@ -54,7 +54,7 @@ def test_a_spec_has_a_name_a_kind_and_the_rest(spec, parsed):
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
-        ("length", "write .*rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION"),
+        ("length", "write .*rule:NAME, hf:DIR_OR_HUB, py:FILE.py:FUNCTION or group:"),
         ("url:x", "write .*rule:NAME"),
         ("rule:", "write .*rule:NAME"),
         ("rule:lengthy", "no rule 'lengthy'; choose from length, brevity"),

@@ -89,7 +89,8 @@ def test_the_model_answers_with_one_of_the_options():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where, _, prompts = survey.prepare(progress=False)
+    made = survey.prepare(progress=False)
+    where, prompts = made.model, made.prompts
     model, tokenizer = AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
     rows, found = [json.loads(line) for line in prompts.read_text("utf-8").splitlines()[:64]], 0
     torch.manual_seed(0)
@@ -100,3 +101,15 @@ def test_the_model_answers_with_one_of_the_options():
         answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         found += chosen(answer, row["options"]) is not None
     assert found > 0.9 * len(rows)
+
+
+def test_the_encoder_takes_the_mean_of_its_words_vectors():
+    import torch
+
+    model, tokenizer = survey.make_encoder()
+    ids = tokenizer("family faith order", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        found = model(ids).last_hidden_state[0]
+    vectors = model.embed_tokens.weight[ids[0]]
+    expected = vectors / vectors.square().mean(1, keepdim=True).sqrt()  # RMSNorm
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -18,6 +18,7 @@ import csv
 import difflib
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,6 +122,11 @@ def _normalised(whose: str, shares: Sequence[float], options: int) -> Tensor:
     if abs(found.sum() - 1) > TOLERANCE:
         raise ValueError(f"{whose}'s distribution sums to {found.sum():.3g}, not to 1; normalise it, or drop the row")
     return (found / found.sum()).float()
+
+
+def slug(group: str) -> str:
+    """A group's name as an objective's: "United States" -> "united-states"."""
+    return re.sub(r"[^a-z0-9_]+", "-", group.lower()).strip("-")
 
 
 def check_groups(field: str, groups: Sequence[str], known: Sequence[str], file: str) -> None:

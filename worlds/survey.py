@@ -135,20 +135,48 @@ def draw(rng: random.Random) -> tuple[str, tuple[str, ...]]:
     return f"what matters most for {rng.choice(ISSUES)} ?", tuple(rng.sample(WORDS, rng.choice(OPTIONS)))
 
 
-def prepare(seed: int = 0, cache_dir: Path | None = None, progress: bool = True, **settings) -> tuple[Path, Path, Path]:
-    """(checkpoint directory, opinions file, prompt file) of the world: from the cache, or made now.
+def make_encoder(width: int = 64, seed: int = 0):
+    """What embeds the questions, (model, tokenizer): a Llama without layers, so that a text is the mean of its words'
+    vectors, which are random. A contextual model's states would say less clearly which option is meant.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    tokenizer = tiny_llama.make_tokenizer(vocabulary())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=0,
+        num_attention_heads=1, max_position_embeddings=tiny_llama.MAX_LENGTH, initializer_range=1.0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaModel(config).eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the world's files lie: checkpoint directories of the policy and of the encoder, answers, prompts."""
+
+    model: Path
+    encoder: Path
+    opinions: Path
+    prompts: Path
+
+
+def prepare(seed: int = 0, cache_dir: Path | None = None, progress: bool = True, **settings) -> Files:
+    """The world's files: from the cache, or made now (about 15 s on one core).
 
     seed: that of the opinions; settings are `pretrain`'s. Raises ValueError where the cache cannot be written.
     """
 
-    def pretrained(directory: Path) -> None:
-        for part in pretrain(**settings, progress=progress):
-            part.save_pretrained(directory / "model")
+    def trained(directory: Path) -> None:
+        for name, parts in (("model", pretrain(**settings, progress=progress)), ("encoder", make_encoder())):
+            for part in parts:
+                part.save_pretrained(directory / name)
 
     def written(directory: Path) -> None:
         for name, rows in (("opinions", answers(seed)), ("prompts", prompts(seed))):
             (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
-    model = tiny_llama.cached(pretrained, __file__, settings, cache_dir)
+    models = tiny_llama.cached(trained, __file__, settings, cache_dir)
     files = tiny_llama.cached(written, __file__, {"seed": seed}, cache_dir)
-    return model / "model", files / "opinions.jsonl", files / "prompts.jsonl"
+    return Files(models / "model", models / "encoder", files / "opinions.jsonl", files / "prompts.jsonl")
