@@ -60,15 +60,15 @@ def _product_norm(P: Tensor, Q: Tensor) -> Tensor:
     return ((P.T @ P) * (Q @ Q.T)).sum().double().clamp_min(0.0)
 
 
-def mean_cosine(G: Tensor) -> float:
-    """Mean cosine over the pairs of objectives, from their Gram matrix [M, M]: below 0 they conflict.
+def pair_cosines(G: Tensor) -> Tensor:
+    """The cosine of every pair of objectives [M (M − 1) / 2], from their Gram matrix [M, M]: below 0 they conflict.
 
-    A zero gradient has cosine 0 with everything. NaN for M = 1, where there is no pair.
+    A zero gradient has cosine 0 with everything.
     """
     norms = G.diagonal().clamp_min(0.0).sqrt()
     cosines = G / (norms[:, None] * norms).clamp_min(torch.finfo(G.dtype).tiny)
     i, j = torch.triu_indices(len(G), len(G), offset=1)
-    return float(cosines[i, j].mean())
+    return cosines[i, j]
 
 
 def objective_weights(client: Client, updates: Sequence[Update], mixing: Tensor, M: int) -> Tensor:
@@ -124,8 +124,9 @@ def line(record: Round, names: Sequence[str], adapter: Adapter, primary: int | N
     metrics["kl_weight"] = record.kl_coef * float(np.mean(weighed))
     for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
         metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
-    cosines = [mean_cosine(step.gram) for step in steps if len(step.gram) > 1]  # where there is a pair
-    metrics["cosine"] = float(np.mean(cosines)) if cosines else math.nan
+    cosines = [pair_cosines(step.gram) for step in steps if len(step.gram) > 1]  # where there is a pair
+    metrics["cosine"] = float(np.mean([float(pairs.mean()) for pairs in cosines])) if cosines else math.nan
+    metrics["lowest_cosine"] = float(np.mean([float(pairs.min()) for pairs in cosines])) if cosines else math.nan
     metrics["logp_gap"] = float(np.mean([update.batch.logp_gap() for update in updates]))
     metrics |= by_loss(record, names)
     metrics["ended"] = float(rollout.ended.double().mean())

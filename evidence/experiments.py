@@ -24,6 +24,7 @@ from app.session import Session
 from evidence import rules
 from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_volume
 from evidence.moa import fedmoa, saturation
+from evidence.plural import plural, predictor
 from evidence.rules import COMMON, GRID, PREFERENCES, ROUNDS, TUNING_SEEDS, VARIANTS
 from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
 from evidence.update import COLD, cooled, groups
@@ -301,7 +302,7 @@ def communication(lab: Lab) -> None:
 
 EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
                                        trace, rank, clients, learners, groups, pareto, long, fedmoa,
-                                       saturation)}  # fmt: skip
+                                       saturation, predictor, plural)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

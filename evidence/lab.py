@@ -42,6 +42,7 @@ BASE = PRESETS["tiny"] | {"preset": "tiny", "diagnostics": True}  # what a job's
 NAMES = ("helpful", "harmless")
 UPDATE = 2  # raise it with every change that alters more than the rounding of a run of equal settings
 EIGHTHS = 8  # pieces that the curves of a run in the reasoning world are cut into
+FIGURES = {"pluralllm-tiny": "predictor_figures", "plural-firm-tiny": "plural_figures"}  # of `plural.py`
 BETAS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
 LOGGED = {  # columns of a row, and the names under which metrics.jsonl has them for every round
     "lambda_helpful": "lambda/helpful", "lambda_harmless": "lambda/harmless", "disagreement": "lambda/disagreement",
@@ -155,6 +156,10 @@ def run_job(job: dict) -> list[dict]:
     with tempfile.TemporaryDirectory(prefix="experiment-", dir="runs") as scratch:
         if job.get("preset") == "fedmoa-tiny":
             return [reasoning_figures(job, Path(scratch) / "run")]
+        if figures := FIGURES.get(job.get("preset")):
+            from evidence import plural  # here: it is made with this module
+
+            return [getattr(plural, figures)(job, Path(scratch) / "run")]
         if job["method"] == "soups":
             return soups(job, Path(scratch))
         out, settings = Path(scratch) / "run", {name: value for name, value in job.items() if name != "cold"}

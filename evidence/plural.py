@@ -1,0 +1,263 @@
+"""The preference predictor against centralised training, and FIRM against one aggregated reward where groups conflict.
+
+Experiments as those of `experiments.py`, on the survey world. [ours]
+
+`predictor`: federated and central training of one model take equally many optimizer steps, each central step over all
+groups, each with a decay as long as its own steps; either at its own best learning rate, of equal grids. In a second
+table the public code's counting: as many central steps as there are rounds.
+
+`plural`: a policy that answers survey questions, rewarded by the predictor's shares for four groups, is judged by what
+the groups truly think, on questions that neither the survey nor a client's prompts hold, and from its probabilities:
+
+    share      Σ_o π(o) s_g(o), what it would get from group g for one answer; greatest where it answers with the mode
+    alignment  1 − the distance of π over the options from s_g
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import pluralllm
+import run
+from app import plots, predictor_run
+from app.files import read_lines
+from app.session import Session
+from evidence import rules
+from evidence.lab import Lab, byte_figures
+from evidence.rules import TUNING_SEEDS
+from evidence.statistics import cell, column, holm, interval, number, paired, show
+from settings import PRESETS, Config
+from worlds import survey
+
+SIDES = ("federated", "centralised")
+RATES = (3e-4, 1e-3, 3e-3)  # of the predictor
+POLICY_RATES = (3e-3, 6e-3)
+GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
+METHODS = {
+    "firm β=0.01": {"method": "firm", "beta": 0.01},
+    "firm β=1": {"method": "firm", "beta": 1.0},
+    "firm β=10": {"method": "firm", "beta": 10.0},
+    "mgda": {"method": "mgda"},
+    "linear": {"method": "linear"},
+    "morlhf": {"method": "morlhf"},  # the average
+    **{method: {"method": method} for method in rules.ONE_REWARD},
+}
+WITH_GROUPS = ("firm β=1", "linear", "minimum", "adaptive")  # of responses, in the place of the critic
+
+
+# ---- figures of one run ----------------------------------------------------------------------------------------
+
+
+def predictor_figures(job: dict, out: Path) -> dict:
+    """Both sides' final figures on unseen groups, their curves, and what the context is worth."""
+    config = Config.from_flat(PRESETS["pluralllm-tiny"] | job | {"out": str(out)})
+    summary = predictor_run.train(config, progress=False)
+    row = {"method": pluralllm.NAME, "seed": job["seed"]}
+    for side, figures in summary["sides"].items():
+        row |= {
+            f"{side}_{name}": figures[name] for name in ("start", "alignment", "worst", "fairness", "jain_over_groups")
+        }
+        row[f"{side}_seconds"] = summary["training_seconds"][side]
+        curve = [line[f"alignment/{side}"] for line in read_lines(out / "metrics.jsonl") if f"alignment/{side}" in line]
+        row |= {f"{side}@{(i + 1) * config.plural.eval_every}": value for i, value in enumerate(curve)}
+    for name in ("uniform", "mean answer"):
+        row[name] = float(np.mean([g[name] for g in summary["groups"].values() if g["unseen"]]))
+    training = predictor_run.Training(config, progress=False)
+    training.restore(out / "checkpoint")
+    data, unseen = training.survey, training.unseen
+    pairs = dict(zip(unseen, unseen[1:] + unseen[:1], strict=True))
+    for name, swapped in (("own_context", False), ("other_context", True)):
+        model = training.sides["federated"].model
+        scores = pluralllm.alignment(data, model, unseen, shorter_contexts(config), job["seed"], pairs, swapped)
+        row[name] = float(pluralllm.by_group(scores).mean())
+    return row
+
+
+def shorter_contexts(config: Config) -> pluralllm.PluralConfig:
+    """Contexts of 15 questions: of more, two groups hardly have so many in common."""
+    return pluralllm.PluralConfig(
+        **vars(config.plural) | {"context_questions": min(15, config.plural.context_questions)}
+    )
+
+
+def plural_figures(job: dict, out: Path) -> dict:
+    """Every group's true share and alignment under the trained policy, and their worst, mean and Jain's index."""
+    config = Config.from_flat(PRESETS["plural-firm-tiny"] | job | {"out": str(out)})
+    summary, metrics = run.train(config, progress=False), read_lines(out / "metrics.jsonl")
+    row = {"method": job["method"], "seed": job["seed"], "kl": summary["kl"]["mean"]}
+    row |= {name: float(np.mean([line[name] for line in metrics])) for name in ("cosine", "lowest_cosine")}
+    row |= {f"lambda_{name}": float(np.mean([line[f"lambda/{name}"] for line in metrics])) for name in GROUPS}
+    session = Session(config, progress=False)
+    row |= {f"base_{name}": value for name, value in truth(session, job["seed"]).items()}
+    session.policy.adapter.load(out / "adapter")
+    return row | truth(session, job["seed"]) | byte_figures(metrics) | {
+        "training_seconds": sum(line["seconds"] for line in metrics)
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def truth(session: Session, seed: int) -> dict[str, float]:
+    """The policy as it stands against what the groups truly think, on the held-out prompts."""
+    opinions, policy = survey.Opinions.drawn(seed), session.policy
+    shares, scores, answered = {g: [] for g in GROUPS}, {g: [] for g in GROUPS}, []
+    for prompt in session.held_out:
+        options, issue = prompt.columns["options"], survey.issue_of(prompt.columns["question"])
+        logits = policy.model(input_ids=torch.tensor([prompt.token_ids])).logits[0, -1].double()
+        pi = torch.softmax(logits, 0)[policy.tokenizer.convert_tokens_to_ids(list(options))]  # [k], a word is a token
+        answered.append(float(pi.sum()))
+        for group in GROUPS:
+            true = torch.tensor(opinions.shares(group.replace("-", " "), issue, options))
+            shares[group].append(float(pi @ true))
+            which = torch.zeros(len(options), dtype=torch.long)
+            scores[group].append(1 - float(pluralllm.distances(pi / pi.sum(), true, which)))
+    found = {"answered": float(np.mean(answered))}
+    for name, values in (("share", shares), ("alignment", scores)):
+        means = torch.tensor([np.mean(values[group]) for group in GROUPS])
+        found |= {f"{name}_{group}": float(value) for group, value in zip(GROUPS, means, strict=True)}
+        found |= {f"worst_{name}": float(means.min()), f"mean_{name}": float(means.mean())}
+        found[f"jain_{name}"] = pluralllm.jain(means)
+    return found
+
+
+# ---- federated and central training ----------------------------------------------------------------------------
+
+
+def predictor(lab: Lab) -> None:
+    """Alignment, worst group, fairness and rounds to convergence of the predictor, federated less centralised."""
+    shared, tuning = {"preset": "pluralllm-tiny"}, lab.some(TUNING_SEEDS)[: 1 if lab.quick else None]
+    grid = {(rate,): [shared | {"lr": rate, "eval_every": 20, "seed": n} for n in tuning] for rate in RATES}
+    tried = lab.groups("predictor_tuning", grid)
+    best, lines = {}, []
+    for side in SIDES:
+        scores = {rate: np.mean(column(tried[(rate,)], f"{side}_alignment")) for rate in RATES}
+        best[side] = max(scores, key=scores.get)
+        lines.append([side, *(f"{scores[rate]:.3f}" + " *" * (rate == best[side]) for rate in RATES)])
+    head = ["side", *(f"alignment, lr {rate:g}" for rate in RATES)]
+    show(lab.results, "predictor_tuning", head, lines, f"Seeds {', '.join(map(str, tuning))}; * is what is used.")
+    seeds = lab.some(rules.seeds_of(5))
+    jobs = {side: [shared | {"lr": best[side], "eval_every": 2, "seed": n} for n in seeds] for side in SIDES}
+    jobs["paper"] = [job | {"local_steps": 1} for job in jobs["centralised"]]
+    rows = lab.groups("predictor", {(label,): own for label, own in jobs.items()})
+    sides = {side: (side, rows[(side,)]) for side in SIDES}
+    compare(lab, "predictor", sides, seeds)
+    compare(lab, "predictor_counting", sides | {"centralised": ("centralised", rows[("paper",)])}, seeds)
+    own, other = (np.array(column(rows[("federated",)], f"{who}_context")) for who in ("own", "other"))
+    mean, half = interval(own - other)
+    print(f"a group's own context less another's: {mean:+.3f} ± {half:.3f}")
+    drawn = sides | {"centralised, a step a round": ("centralised", rows[("paper",)])}
+    lines = {label: mean_curve(own, side) for label, (side, own) in drawn.items()}
+    plots.panels([plots.Panel("round", "alignment, unseen groups", "", lines)], lab.results / "predictor.png")
+
+
+def curves_of(rows: list[dict], side: str) -> list[tuple[list[int], list[float]]]:
+    """(rounds, alignment) of every row."""
+    found = []
+    for row in rows:
+        points = sorted((int(key.partition("@")[2]), row[key]) for key in row if key.startswith(f"{side}@"))
+        found.append(tuple(map(list, zip(*points, strict=True))))
+    return found
+
+
+def mean_curve(rows: list[dict], side: str) -> tuple[list[int], list[float], list[float]]:
+    """(rounds, mean alignment, half its 95 % interval) over the rows."""
+    curves = curves_of(rows, side)
+    points = [interval(np.array(at)) for at in zip(*(curve for _, curve in curves), strict=True)]
+    return curves[0][0], [mean for mean, _ in points], [half for _, half in points]
+
+
+def compare(lab: Lab, name: str, sides: dict[str, tuple[str, list[dict]]], seeds) -> None:
+    """A line per side and their paired differences."""
+    figures = ("alignment", "worst", "fairness", "jain_over_groups")
+    values = {s: {f: np.array(column(rows, f"{key}_{f}")) for f in figures} for s, (key, rows) in sides.items()}
+    reached = {side: [] for side in sides}
+    for i in range(len(seeds)):
+        better = max(values[side]["alignment"][i] for side in sides)
+        start = np.mean([rows[i][f"{key}_start"] for key, rows in sides.values()])
+        level = start + 0.95 * (better - start)
+        for side, (key, rows) in sides.items():
+            at, curve = curves_of(rows, key)[i]
+            found = pluralllm.convergence(curve, level)
+            reached[side].append(math.nan if found is None else at[found])
+    lines = []
+    for side in sides:
+        there = [r for r in reached[side] if not math.isnan(r)]
+        mean = f"{np.mean(there):.0f} ({len(there)} of {len(seeds)})" if there else f"never (0 of {len(seeds)})"
+        cells = (interval(values[side][f]) for f in figures)
+        lines.append([side, *(f"{m:.3f} ± {number(h)}" for m, h in cells), mean])
+    differences = []
+    for figure in figures:
+        mean, half = interval(values["federated"][figure] - values["centralised"][figure])
+        differences.append(f"{mean:+.3f} ± {number(half)}")
+    ratios = np.array(reached["federated"]) / np.array(reached["centralised"])
+    both = ratios[~np.isnan(ratios)]
+    fewer = f"{100 * (1 - both.mean()):.0f} % fewer ({len(both)} seeds)" if len(both) else "-"
+    lines.append(["federated - centralised", *differences, fewer])
+    head = ["side", "alignment", "worst group", "fairness index", "Jain's index over groups", "rounds to convergence"]
+    note = f"Unseen groups, {len(seeds)} seeds from {seeds[0]}; ± is half a 95 % interval, differences are paired. "
+    note += "Convergence: the first mean of three evaluations past start + 0.95 (the better end - start), in rounds; "
+    note += "mean over the seeds that reach it."
+    show(lab.results, name, head, lines, note)
+
+
+# ---- FIRM where groups conflict --------------------------------------------------------------------------------
+
+
+def plural(lab: Lab) -> None:
+    """Worst group, mean and fairness of FIRM and of one aggregated reward, with the critic and with groups."""
+    shared, tuning = {"preset": "plural-firm-tiny"}, lab.some(TUNING_SEEDS)[: 1 if lab.quick else None]
+    seeds = lab.some(rules.seeds_of(10))[: 1 if lab.quick else None]
+    labels = METHODS | {f"{m} groups": METHODS[m] | {"advantages": "group"} for m in WITH_GROUPS}
+    if lab.quick:
+        labels = {
+            label: labels[label] for label in ("firm β=1", "linear", "adaptive", "firm β=1 groups", "linear groups")
+        }
+    rates = POLICY_RATES[:1] if lab.quick else POLICY_RATES
+    grid = {
+        (label, r): [shared | labels[label] | {"lr": r, "seed": n} for n in tuning] for label in labels for r in rates
+    }
+    tried, best, lines = lab.groups("plural_tuning", grid), {}, []
+    for label in labels:
+        scores = {rate: np.mean(column(tried[label, rate], "worst_share")) for rate in rates}
+        best[label] = max(scores, key=scores.get)
+        lines.append([label, *(f"{scores[rate]:.3f}" + " *" * (rate == best[label]) for rate in rates)])
+    head = ["method", *(f"worst group's share, lr {rate:g}" for rate in rates)]
+    show(lab.results, "plural_tuning", head, lines, f"Seeds {', '.join(map(str, tuning))}; * is what is used.")
+    jobs = {label: [shared | labels[label] | {"lr": best[label], "seed": n} for n in seeds] for label in labels}
+    lab.rows("plural", [own[i] for i in range(len(seeds)) for own in jobs.values()])  # whole seeds first
+    rows = {label: lab.rows("plural", own) for label, own in jobs.items()}
+    figures = ("worst_share", "mean_share", "jain_share", "worst_alignment", "mean_alignment", "kl", "lowest_cosine")
+    lines = [[label, *(cell(own, f) for f in figures)] for label, own in rows.items()]
+    base = rows["linear"]
+    lines.append(["base model", *(cell(base, f"base_{f}") for f in figures[:5]), "0", ""])
+    head = [
+        "method",
+        "worst group's share",
+        "mean share",
+        "Jain's index",
+        "worst alignment",
+        "mean alignment",
+        "KL",
+        "cosine",
+    ]
+    show(
+        lab.results, "plural", head, lines, f"{len(seeds)} seeds from {seeds[0]}, each method at its best lr of three."
+    )
+    lines, tests = [], []
+    for other in [label for label in labels if not label.startswith("firm β=1") or "β=10" in label]:
+        one = rows["firm β=1 groups" if other.endswith("groups") else "firm β=1"]
+        tests.append([paired(one, rows[other], f) for f in ("worst_share", "mean_share", "worst_alignment", "kl")])
+        lines.append([other, *(f"{m:+.3f} ± {number(h)}" for m, h, _ in tests[-1])])
+    for i, position in enumerate((0, 2)):
+        for line, p in zip(lines, holm([test[position][2] for test in tests]), strict=True):
+            line.insert(2 + 2 * i + (1 if i else 0), f"{p:.2g}")
+    head = ["firm β=1 less …", "worst group's share", "p (Holm)", "mean share", "worst alignment", "p (Holm)", "KL"]
+    show(lab.results, "plural_versus", head, lines, f"{len(seeds)} seeds, paired; each p is corrected over its column.")
+    panels = []
+    for title, groups in (("with a critic", False), ("with groups of responses", True)):
+        own = {label.removesuffix(" groups"): rows[label] for label in labels if label.endswith("groups") == groups}
+        drawn = {label: ([np.mean(column(of, "mean_share"))], *([v] for v in interval(column(of, "worst_share"))))
+                 for label, of in own.items()}  # fmt: skip
+        panels.append(plots.Panel("mean share", "worst group's share", title, drawn))
+    plots.panels(panels, lab.results / "plural.png")
