@@ -7,6 +7,7 @@ colour-blind readers: those of methods begin with Okabe and Ito's, all others ar
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import matplotlib
 
@@ -190,7 +191,7 @@ def predictor(
         Panel("round", "alignment, unseen groups", "How well unseen groups are known", lines),
         Panel("round", "loss", "Training loss, mean over clients and steps", losses),
     ], out / "curves.png")  # fmt: skip
-    names = [f"{name} *" if figures["unseen"] else name for name, figures in groups.items()]
+    names = [shorten(name, 20, placeholder="…") + " *" * figures["unseen"] for name, figures in groups.items()]
     figure, ax = plt.subplots(figsize=(0.55 * len(names) + 2, 3.6), layout="constrained")
     shown = (*sides, "mean answer", "uniform")
     for i, side in enumerate(shown):

@@ -13,9 +13,11 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -185,6 +187,7 @@ def summarise(training: Training, start: dict[str, float], lines: list[dict], se
     for i, group in enumerate(groups):
         held = data.questions_of(group)
         found[group] = {"unseen": group in training.unseen, "questions": len(held)}
+        found[group]["targets"] = len(held) - plural.context_questions  # of every draw
         found[group]["points"] = data.points_held(group)
         for side, each in scores.items():
             found[group][side] = float(each[i].nanmean()) if not each[i].isnan().all() else math.nan
@@ -212,8 +215,33 @@ def summarise(training: Training, start: dict[str, float], lines: list[dict], se
         "parameters": len(training.sides["federated"].theta), "questions": len(data.questions),
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
         "context_bytes": sum(message_bytes({"x": x, "y": y}).values()), "encoder": training.encoder,
+        "context": worth_of_context(training),
         "sides": sides, "groups": found,
     }  # fmt: skip
+
+
+def worth_of_context(training: Training) -> dict[str, dict[str, Any]]:
+    """What a group's own answers tell beyond another's: the alignment of unseen groups that share 15 questions with
+    another unseen one, given 15 of these as the group answered them, or as the other did (the one it shares most with).
+    """
+    data, unseen, size = training.survey, training.unseen, min(15, training.config.plural.context_questions)
+    shared = {g: {h: len(data.answers[g].keys() & data.answers[h].keys()) for h in unseen if h != g} for g in unseen}
+    partners = {g: max(own, key=own.get) for g, own in shared.items() if own and max(own.values()) >= size}
+    settings = replace(training.config.plural, context_questions=size)
+    found = {}
+    for name, swapped in (("own", False), ("other", True)):
+        scores = pluralllm.alignment(
+            data,
+            training.sides["federated"].model,
+            list(partners),
+            settings,
+            training.config.firm.seed,
+            partners,
+            swapped,
+        )
+        for group, value in zip(partners, pluralllm.by_group(scores).tolist(), strict=True):
+            found.setdefault(group, {"partner": partners[group]})[name] = value
+    return found
 
 
 def header(training: Training, out: Path) -> str:
@@ -236,12 +264,12 @@ def header(training: Training, out: Path) -> str:
 def table(summary: dict[str, Any]) -> str:
     """The closing table: every group's alignment, then what comes of the unseen ones."""
     sides, guesses = list(summary["sides"]), ("mean answer", "uniform")
-    rows = [["", "questions", *sides, *guesses, "federated | mean answer, on the overlap"]]
+    rows = [["", "questions", "targets", *sides, *guesses, "federated | mean answer, on the overlap"]]
     for group, figures in summary["groups"].items():
         name = f"{group} *" if figures["unseen"] else group
         cells = [f"{figures[side]:.3f}" for side in (*sides, *guesses)]
         both = f"{figures['federated, overlap']:.3f} | {figures['mean answer, overlap']:.3f} ({figures['overlap']})"
-        rows.append([name, str(figures["questions"]), *cells, both])
+        rows.append([name, str(figures["questions"]), str(figures["targets"]), *cells, both])
     lines = [
         "",
         "alignment, 1 - Jensen-Shannon distance to a group's answers; * took no part in training",
@@ -255,6 +283,11 @@ def table(summary: dict[str, Any]) -> str:
         if "rounds_to_converge" in figures:
             line += f", converged {'never' if (at := figures['rounds_to_converge']) is None else f'after round {at}'}"
         lines.append(line)
+    if contexts := summary["context"].values():
+        own, other = (np.mean([each[name] for each in contexts]) for name in ("own", "other"))
+        lines.append(
+            f"{len(contexts)} unseen groups given 15 of their own answers {own:.3f}, as another answered {other:.3f}"
+        )
     lines.append(
         f"uploads {summary['upload_bytes_per_client_round']:,} bytes per client and round; {summary['seconds']:.0f} s"
     )

@@ -361,3 +361,74 @@ def test_a_restored_fedcmoo_goes_on_bit_for_bit():
     whole.round(), resumed.round()
     assert torch.equal(whole.theta, resumed.theta)
     assert torch.equal(whole.server_state["lambda"], resumed.server_state["lambda"])
+
+
+# one reward of several
+
+
+def batch_of(scores):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Scored:
+        scores: torch.Tensor
+
+    return Scored(torch.tensor(scores))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [(baselines.MINIMUM, [[1.0], [-4.0]]), (baselines.MAXIMUM, [[3.0], [4.0]])]
+)
+def test_the_least_or_the_greatest_reward_of_a_response_is_its_one(method, expected):
+    scored = batch_of([[1.0, 2.0, 3.0], [4.0, 0.0, -4.0]])
+    assert method.combine(scored, None, {}).scores.tolist() == expected
+
+
+def upload(held, **rewards):
+    return Upload(torch.zeros(1, 3), held, 0.0, rewards)
+
+
+def adapted(state, *uploads, **settings):
+    server = Server(1.0, state, np.random.default_rng(0), baselines.AdaptiveConfig(**settings))
+    server.weights = torch.tensor([float(u.prompts_held) for u in uploads])
+    baselines.adapt_alpha(torch.zeros(3), uploads, server)
+    return server
+
+
+def test_alpha_is_the_softmax_of_how_badly_an_objective_was_served():
+    server = adapted({}, upload(1, reward0=0.2, reward1=0.9), upload(3, reward0=0.6, reward1=0.1))
+    h = np.array([0.25 * 0.2 + 0.75 * 0.6, 0.25 * 0.9 + 0.75 * 0.1])  # by prompts held
+    expected = np.exp((1 - h) / 0.1)
+    assert server.state["alpha"].tolist() == pytest.approx(expected / expected.sum())
+
+
+def test_the_running_mean_takes_its_rate_of_every_round():
+    state = {"alignment": torch.tensor([0.5, 0.5]).double(), "alpha": torch.tensor([0.5, 0.5]).double()}
+    server = adapted(state, upload(1, reward0=0.9, reward1=0.1), adaptive_rate=0.25)
+    assert server.state["alignment"].tolist() == pytest.approx([0.6, 0.4])
+
+
+def test_the_adaptive_reward_is_weighed_by_the_servers_alpha_of_the_round_before():
+    built = federation(method=baselines.ADAPTIVE)
+    first = built.round()
+    assert [first[f"lambda/{name}"] for name in built.names] == pytest.approx([0.5, 0.5])
+    alpha = built.server_state["alpha"].tolist()
+    second = built.round()
+    assert [second[f"lambda/{name}"] for name in built.names] == pytest.approx(alpha)
+    assert abs(alpha[0] - 0.5) > 1e-3
+
+
+def test_the_adaptive_method_bills_a_number_per_objective_both_ways():
+    plain, adaptive = (federation(method=method).round() for method in (MORLHF, baselines.ADAPTIVE))
+    assert adaptive["upload/scalars"] - plain["upload/scalars"] == 8 * 2
+    assert adaptive["download/scalars"] - plain["download/scalars"] == 8 * 2
+
+
+def test_an_adaptive_federation_goes_on_from_its_checkpoint():
+    whole, half, other = (federation(method=baselines.ADAPTIVE) for _ in range(3))
+    for _ in range(3):
+        whole.round()
+    half.round()
+    restore_federation(other, *federation_state(half))
+    other.round(), other.round()
+    assert torch.equal(other.theta, whole.theta)
