@@ -144,8 +144,22 @@ def predictor(lab: Lab) -> None:
     compare(lab, "predictor", sides, seeds)
     compare(lab, "predictor_counting", sides | {"centralised": ("centralised", rows[("paper",)])}, seeds)
     own, other = (np.array(column(rows[("federated",)], f"{who}_context")) for who in ("own", "other"))
-    mean, half = interval(own - other)
-    print(f"a group's own context less another's: {mean:+.3f} ± {half:.3f}")
+    lines = [[cell(rows[("federated",)], f) for f in ("own_context", "other_context", "uniform", "mean answer")]]
+    lines[0].insert(2, "{:+.3f} ± {:.3f}".format(*interval(own - other)))
+    head = [
+        "15 of its own answers",
+        "as another group answered",
+        "difference",
+        "every option alike",
+        "mean answer of others",
+    ]
+    show(
+        lab.results,
+        "predictor_context",
+        head,
+        lines,
+        "Alignment of unseen groups, federated; the other has another centre.",
+    )
     drawn = sides | {"centralised, a step a round": ("centralised", rows[("paper",)])}
     lines = {label: mean_curve(own, side) for label, (side, own) in drawn.items()}
     plots.panels([plots.Panel("round", "alignment, unseen groups", "", lines)], lab.results / "predictor.png")
@@ -161,10 +175,10 @@ def curves_of(rows: list[dict], side: str) -> list[tuple[list[int], list[float]]
 
 
 def mean_curve(rows: list[dict], side: str) -> tuple[list[int], list[float], list[float]]:
-    """(rounds, mean alignment, half its 95 % interval) over the rows."""
+    """(rounds, mean alignment, half its 95 % interval) over the rows, at every fifth evaluation."""
     curves = curves_of(rows, side)
-    points = [interval(np.array(at)) for at in zip(*(curve for _, curve in curves), strict=True)]
-    return curves[0][0], [mean for mean, _ in points], [half for _, half in points]
+    points = [interval(at) for at in zip(*(curve for _, curve in curves), strict=True)]
+    return curves[0][0][4::5], [mean for mean, _ in points][4::5], [half for _, half in points][4::5]
 
 
 def compare(lab: Lab, name: str, sides: dict[str, tuple[str, list[dict]]], seeds) -> None:

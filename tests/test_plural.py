@@ -1,7 +1,5 @@
 """The survey world as a run, and how its policies are judged by what groups truly think."""
 
-import json
-
 import pytest
 import torch
 
@@ -70,4 +68,4 @@ def test_convergence_is_counted_in_rounds_against_the_better_side():
     rows = [{"a_start": 0.5, "b_start": 0.5, **{f"{s}@{2 * i}": v for s in "ab" for i, v in enumerate(c[s], 1)}}
             for c in [{"a": [0.5, 0.9, 0.9, 0.9, 0.9], "b": [0.5, 0.5, 0.6, 0.7, 0.7]}]]  # fmt: skip
     assert plural.curves_of(rows, "a") == [([2, 4, 6, 8, 10], [0.5, 0.9, 0.9, 0.9, 0.9])]
-    assert json.dumps(plural.mean_curve(rows, "b")[0]) == "[2, 4, 6, 8, 10]"
+    assert plural.mean_curve(rows * 2, "b") == ([10], [0.7], [0.0])  # every fifth
