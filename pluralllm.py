@@ -22,7 +22,8 @@ Centralised training is the same thing with one client that holds all groups: th
 [code] context and target sizes, 9 to 90 questions each, drawn for every step. [ours] a group with fewer than 180
 questions draws from what it has, and keeps at least 9 as targets; the mean over points for the sum, which would weigh a
 step by its draw; n_c of all points held, for those of the last draw; one decay over the whole training, for one of 100
-steps that comes round again. Draws hang on (seed, step, group), so that a group draws alike whoever trains.
+steps that comes round again. Draws hang on (seed, step, group), so that a group draws alike whichever side
+trains, as long as the list of groups is the same.
 
 Left out on purpose: batches of several draws, dropout (0 in [code] too).
 """
@@ -191,14 +192,14 @@ def draw(available: Sequence[int], settings: PluralConfig, rng: np.random.Genera
     return order[:context], order[context : context + targets]
 
 
-def check_contexts(survey: Survey, groups: Sequence[str], settings: PluralConfig) -> None:
+def check_contexts(answers: dict[str, dict[int, Tensor]], groups: Sequence[str], settings: PluralConfig) -> None:
     """Raise ValueError for a group with too few questions to train on or to be evaluated by."""
     for field, needed in (
         ("min_questions", 2 * settings.min_questions),
         ("context_questions", settings.context_questions + 1),
     ):
         for group in groups:
-            if (n := len(survey.answers[group])) < needed:
+            if (n := len(answers[group])) < needed:
                 raise ValueError(
                     f"{field}: {group} has {n} questions and needs {needed}; lower {field}, or drop the group"
                 )

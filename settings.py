@@ -214,7 +214,8 @@ class Config(TrainingConfig):
         method, run = METHODS[self.run.method], self.run
         parts = {"learner": LEARNERS[run.advantages]} if run.advantages else {}
         for field in ("weights", "aggregation"):
-            if getattr(run, field) and (method.server_weights or method.server_mixing):
+            own_server = method.server_weights or method.server_mixing or method.aggregate is not Method.aggregate
+            if getattr(run, field) and own_server:
                 raise ValueError(f"{field}: {method.name} has a server of its own for that; leave --{field} out")
         if run.weights:
             if method.trainings is not Method.trainings:

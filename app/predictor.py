@@ -47,14 +47,17 @@ def context_of(data: Survey, group: str, settings: pluralllm.PluralConfig, seed:
     return [own[j] for j in rng.permutation(len(own))[: settings.context_questions]]
 
 
+def context_rows(data: Survey, group: str, settings: pluralllm.PluralConfig, seed: int) -> list[dict]:
+    """A group's context as it is written down, and as it travels: questions, options, shares."""
+    chosen = [(data.questions[q], data.answers[group][q]) for q in context_of(data, group, settings, seed)]
+    return [{"question": q.text, "options": q.options, "distribution": y.tolist()} for q, y in chosen]
+
+
 def save(
     directory: Path, model: Predictor, encoder: str, data: Survey, settings: pluralllm.PluralConfig, seed: int
 ) -> None:
     """Write a predictor and its groups' contexts."""
-    contexts = {}
-    for group in data.answers:
-        chosen = [(data.questions[q], data.answers[group][q]) for q in context_of(data, group, settings, seed)]
-        contexts[group] = [{"question": q.text, "options": q.options, "distribution": y.tolist()} for q, y in chosen]
+    contexts = {group: context_rows(data, group, settings, seed) for group in data.answers}
     where = str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder
     about = {"architecture": ARCHITECTURE, "width": model.width, "encoder": where, "groups": contexts}
     directory.mkdir(exist_ok=True)
@@ -78,7 +81,7 @@ class SavedPredictor:
 
     def group(self, name: str) -> str:
         """A group by its name or its slug. Raises ValueError for one that it does not know."""
-        found = [group for group in self.groups if name in (group, opinions.slug(group))]
+        found = [g for g in self.groups if g == name] or [g for g in self.groups if opinions.slug(g) == name]
         if not found:
             opinions.check_groups("group", [name], self.groups, "the predictor")
         return found[0]
@@ -107,21 +110,20 @@ def load(directory: str, encoder: str | None = None) -> SavedPredictor:
         raise ValueError(
             f"predictor: {directory} holds none ({error}); name the predictor/ of a pluralllm run"
         ) from error
-    if about.get("architecture") != ARCHITECTURE:
-        raise ValueError(
-            f"predictor: {directory} is of another architecture, {about.get('architecture')}; train it anew"
-        )
-    asked = opinions.Encoder(encoder or about["encoder"])
-    if (width := asked.model.config.hidden_size) != about["width"]:
-        raise ValueError(
-            f"encoder: it embeds in {width} numbers and the predictor reads {about['width']}; name its own"
-        )
-    model = Predictor(about["width"])
+    if not isinstance(about, dict) or about.get("architecture") != ARCHITECTURE:
+        raise ValueError(f"predictor: {directory} is of another architecture; train it anew")
     try:
+        asked, model = opinions.Encoder(encoder or about["encoder"]), Predictor(about["width"])
+        if (width := asked.model.config.hidden_size) != model.width:
+            raise ValueError(
+                f"encoder: it embeds in {width} numbers and the predictor reads {model.width}; name its own"
+            )
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError(f"predictor: {directory} has weights that are not finite; train it anew")
+        return SavedPredictor(model.eval(), asked, about["groups"])
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"predictor: {directory} does not fit its description; train it anew") from error
-    return SavedPredictor(model.eval(), asked, about["groups"])
 
 
 # ---- the reward made from it -----------------------------------------------------------------------------------
@@ -129,9 +131,11 @@ def load(directory: str, encoder: str | None = None) -> SavedPredictor:
 
 def chosen(response: str, options: Sequence[str]) -> int | None:
     """The position of the option that a response chose: by its text, or by its letter, A for the first; else None."""
-    plain = lambda text: re.sub(r"\W+", " ", text).strip().casefold()  # noqa: E731
+    plain = lambda text: re.sub(r"\W+", " ", text).strip().casefold() or text.strip()  # noqa: E731 - "+" stays
     given, texts = plain(response), [plain(option) for option in options]
-    if given in texts:
+    if response.strip() in options:
+        return list(options).index(response.strip())
+    if given and given in texts:
         return texts.index(given)
     lettered = re.match(r"\W*([a-z])\b\W*(.*)", response.strip(), re.IGNORECASE | re.DOTALL)
     if lettered:

@@ -7,6 +7,7 @@ Both sides take equally many steps, the central one each of them over all groups
 metrics.jsonl (a line a round), summary.json, checkpoint/, curves.png, groups.png, and predictor/ (`app/predictor.py`).
 """
 
+import hashlib
 import json
 import math
 import re
@@ -24,11 +25,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+import clients
+import fedavg
 import pluralllm
 from app import plots, predictor, quiet_libraries
 from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.report import aligned
-from fedavg import message_bytes
 from pluralllm import PredictorFederation
 from settings import PRESETS, Config
 from worlds import opinions, survey, tiny_llama
@@ -64,13 +66,13 @@ class Training:
         opinions.check_groups("unseen_groups", self.unseen, list(answers), self.file)
         if both := set(self.train) & set(self.unseen):
             raise ValueError(f"unseen_groups: {min(both)} is a training group too; leave it out of one of them")
+        pluralllm.check_contexts(answers, self.train + self.unseen, plural)
+        if (firm.clients_per_round or 1) > len(self.train):
+            raise ValueError(f"clients_per_round: {firm.clients_per_round} is more than groups, {len(self.train)}")
         self.survey = opinions.survey_of(
             questions, answers, self.train + self.unseen, self.encoder, self.device, progress=progress
         )
-        pluralllm.check_contexts(self.survey, self.train + self.unseen, plural)
         own = [[group] for group in self.train]
-        if (firm.clients_per_round or 1) > len(own):
-            raise ValueError(f"clients_per_round: {firm.clients_per_round} is more than groups, {len(own)}")
         made = {"federated": own, "centralised": [self.train]} if plural.central else {"federated": own}
         self.sides = {
             side: PredictorFederation(self.survey, held, firm.rounds, config.client.lr, firm.seed, plural,
@@ -84,12 +86,20 @@ class Training:
         model = self.sides[side].model
         return pluralllm.alignment(self.survey, model, groups, self.config.plural, self.config.firm.seed)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what a restart cannot do without: the embeddings and the answers."""
+        digest = hashlib.sha256(self.survey.embeddings.cpu().numpy().tobytes())
+        for group, own in self.survey.answers.items():
+            digest.update(json.dumps([group, {q: shares.tolist() for q, shares in own.items()}]).encode())
+        return digest.hexdigest()
+
     def save(self, directory: Path) -> None:
         """All that --resume needs beside config.json, in one file."""
         tensors = {f"{side}.{name}": t for side, f in self.sides.items() for name, t in f.state().items()}
         directory.mkdir(exist_ok=True)
         values = {"rounds_done": self.sides["federated"].rounds_done, "groups": self.train + self.unseen}
-        values["rounds"] = self.config.firm.rounds
+        values |= {"rounds": self.config.firm.rounds, "fingerprint": self.fingerprint}
         write_tensors(directory / "state.safetensors", tensors, {"values": json.dumps(values)})
 
     def restore(self, directory: Path) -> None:
@@ -101,8 +111,8 @@ class Training:
                 values = json.loads(opened.metadata()["values"])
         except SafetensorError as error:
             raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error
-        if values["groups"] != self.train + self.unseen:
-            raise ValueError("resume: the groups have changed since; start a new run with --out")
+        if values["groups"] != self.train + self.unseen or values["fingerprint"] != self.fingerprint:
+            raise ValueError("resume: groups, answers or embeddings have changed since; start a new run with --out")
         if values["rounds"] != self.config.firm.rounds:
             raise ValueError(f"rounds: the learning rate's decay was planned for {values['rounds']}; ask for as many")
         for side, federation in self.sides.items():
@@ -117,15 +127,15 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     with nullcontext(resume) if resume else new_directory(config.run.out, config.run.preset) as out:
         training = Training(config, progress)
         say(header(training, out))
-        lines = []
+        start, lines = {side: average(training.scores(side, training.unseen)) for side in training.sides}, []
         if resume:
             training.restore(out / "checkpoint")
             lines = read_lines(out / "metrics.jsonl")[: training.sides["federated"].rounds_done]
             say(f"goes on after round {len(lines)}")
         else:
             write_text(out / "config.json", json.dumps(config.flat(), indent=2) + "\n")
+            write_text(out / "metrics.jsonl", "")
             training.save(out / "checkpoint")
-        start = {side: average(training.scores(side, training.unseen)) for side in training.sides}
     (out / "summary.json").unlink(missing_ok=True)
     rounds = config.firm.rounds
     try:
@@ -139,7 +149,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
                     training.save(out / "checkpoint")
                     bar.set_postfix_str(f"alignment {lines[-1]['alignment/federated']:.3f}")
     except BaseException:
-        say(f"\nwhat is done is kept; python run.py --resume {out} goes on from there")
+        say(f"\nkept are the rounds up to the last evaluation; python run.py --resume {out} goes on from there")
         raise
     federation = training.sides["federated"]
     predictor.save(out / "predictor", federation.model, training.encoder, training.survey, plural, config.firm.seed)
@@ -208,13 +218,13 @@ def summarise(training: Training, start: dict[str, float], lines: list[dict], se
             curve = [line[f"alignment/{side}"] for line in lines if f"alignment/{side}" in line]
             reached = pluralllm.convergence(curve, figures["start"] + 0.95 * (better - figures["start"]))
             figures["rounds_to_converge"] = None if reached is None else at[reached]
-    x, y, _ = data.points(groups[0], predictor.context_of(data, groups[0], plural, config.firm.seed))
+    context = predictor.context_rows(data, groups[0], plural, config.firm.seed)
     return {
         "method": pluralllm.NAME, "seed": config.firm.seed, "seconds": seconds, "rounds": config.firm.rounds,
         "training_seconds": {side: sum(line[f"seconds/{side}"] for line in lines) for side in training.sides},
         "parameters": len(training.sides["federated"].theta), "questions": len(data.questions),
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
-        "context_bytes": sum(message_bytes({"x": x, "y": y}).values()), "encoder": training.encoder,
+        "context_bytes": len(json.dumps(context).encode()), "encoder": training.encoder,
         "context": worth_of_context(training),
         "sides": sides, "groups": found,
     }  # fmt: skip
@@ -286,7 +296,7 @@ def table(summary: dict[str, Any]) -> str:
     if contexts := summary["context"].values():
         own, other = (np.mean([each[name] for each in contexts]) for name in ("own", "other"))
         lines.append(
-            f"{len(contexts)} unseen groups given 15 of their own answers {own:.3f}, as another answered {other:.3f}"
+            f"{len(contexts)} unseen groups given some of their own answers {own:.3f}, as another answered {other:.3f}"
         )
     lines.append(
         f"uploads {summary['upload_bytes_per_client_round']:,} bytes per client and round; {summary['seconds']:.0f} s"
@@ -302,13 +312,15 @@ def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list
     if not any(re.match(pattern, spec) for spec in specs):
         return list(specs)
     about = PRESETS["pluralllm-tiny"] | {"seed": seed, "central": False, "eval_every": 1000, "context_draws": 1}
-    source = Path(pluralllm.__file__).read_text("utf-8")
+    modules = (pluralllm, clients, fedavg, predictor, opinions)
+    sources = [Path(module.__file__).read_text("utf-8") for module in modules]
 
     def trained(directory: Path) -> None:
         if progress:
             print("the survey world's predictor is trained first, once")
-        config = Config.from_flat(about | {"out": str(directory / "run")})
-        train(config, progress=False)
+        threads = torch.get_num_threads()
+        train(Config.from_flat(about | {"device": "cpu", "out": str(directory / "run")}), progress=False)
+        torch.set_num_threads(threads)
 
-    entry = tiny_llama.cached(trained, survey.__file__, about | {"source": source})
+    entry = tiny_llama.cached(trained, survey.__file__, about | {"sources": sources})
     return [re.sub(pattern, rf"\g<1>{entry / 'run' / 'predictor'}:", spec) for spec in specs]

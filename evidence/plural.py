@@ -255,9 +255,7 @@ def plural(lab: Lab) -> None:
         "KL",
         "cosine",
     ]
-    show(
-        lab.results, "plural", head, lines, f"{len(seeds)} seeds from {seeds[0]}, each method at its best lr of three."
-    )
+    show(lab.results, "plural", head, lines, f"{len(seeds)} seeds from {seeds[0]}, each method at its best lr of two.")
     lines, tests = [], []
     for other in [label for label in labels if not label.startswith("firm β=1") or "β=10" in label]:
         one = rows["firm β=1 groups" if other.endswith("groups") else "firm β=1"]

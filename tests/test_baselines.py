@@ -11,6 +11,7 @@ from app.checkpoint import federation_state, restore_federation
 from baselines import FSMGDA, MORLHF, FedCMOOConfig
 from fedavg import Ledger, Server, Upload
 from firm import FIRM
+from settings import parse
 
 EQUAL = torch.ones(4, dtype=torch.float64)
 
@@ -432,3 +433,24 @@ def test_an_adaptive_federation_goes_on_from_its_checkpoint():
     restore_federation(other, *federation_state(half))
     other.round(), other.round()
     assert torch.equal(other.theta, whole.theta)
+
+
+def test_the_adaptive_rewards_are_billed_in_the_order_of_the_clients_objectives():
+    one, other = (federation(method=baselines.ADAPTIVE, held=[held] * 3) for held in ([0, 1], [1, 0]))
+    for built in (one, other):
+        built.round()
+    assert other.server_state["alpha"].tolist() == pytest.approx(one.server_state["alpha"].flip(0).tolist())
+    lines = [built.round() for built in (one, other)]
+    for name in one.names:
+        assert lines[1][f"lambda/{name}"] == pytest.approx(lines[0][f"lambda/{name}"])
+
+
+def test_the_adaptive_method_takes_no_other_aggregation():
+    with pytest.raises(ValueError, match="aggregation: adaptive has a server of its own for that"):
+        _ = parse(["--method", "adaptive", "--aggregation", "accuracy"])[0].method
+
+
+def test_the_adaptive_method_refuses_rewards_that_are_no_shares():
+    client = federation(method=baselines.ADAPTIVE).clients[0]
+    with pytest.raises(ValueError, match="adaptive: it needs rewards from 0 to 1"):
+        baselines.mean_rewards(client, torch.tensor([[0.5, 1.5]]), 1)

@@ -62,6 +62,16 @@ def test_upstreams_rows_hold_the_answers_of_many_groups(tmp_path, form):
     assert {group: own[0].tolist() for group, own in answers.items()} == {"Nigeria": [0.25, 0.75], "Egypt": [0.5, 0.5]}
 
 
+def test_options_may_hold_braces_and_a_csv_a_mark_of_its_order(tmp_path):
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as lines:
+        writer = csv.DictWriter(lines, list(upstream()))
+        writer.writeheader()
+        writer.writerow(upstream(options="['{yes}', 'no']"))
+    questions, answers = opinions.read(str(tmp_path / "a.csv"))
+    assert questions[0].options == ("{yes}", "no")
+    assert list(answers) == ["Nigeria", "Egypt"]
+
+
 def test_questions_of_one_text_and_other_options_are_two(tmp_path):
     other = ROW | {"options": ["yes", "no", "maybe"], "distribution": [0.2, 0.3, 0.5]}
     questions, answers = opinions.read(write(tmp_path / "a.jsonl", ROW, other))
@@ -85,6 +95,11 @@ def test_a_sum_within_two_per_cent_is_normalised(tmp_path):
         ({"distribution": None}, "one share for each"),
         ({"options": ["yes"], "distribution": [1.0]}, "two options at least"),
         ({"options": "yes or no"}, "'options' is no list"),
+        ({"options": ["yes", "yes"]}, "'options' lists one twice"),
+        ({"distribution": [10**400, 0]}, "no number"),
+        ({"selections": [0.5, 0.5]}, "'selections' must map"),
+        ({"selections": None}, "'selections' must map"),
+        ({"selections": {"Egypt": 3}}, "'selections' must map"),
         ({"question": ""}, "no text in 'question'"),
         ({"group": None}, "no text in 'group' or 'country'"),
     ],
@@ -140,7 +155,11 @@ def test_an_embedding_does_not_depend_on_its_batch(encoder):
 
 
 def test_a_text_beyond_the_context_is_cut(encoder):
-    assert encoder(["family " * 500]).isfinite().all()
+    long = "family " * 500 + "faith"
+    kept = encoder.tokenizer(long)["input_ids"][-encoder.max_length :]
+    with torch.no_grad():
+        expected = encoder.model(torch.tensor([kept])).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(encoder([long])[0], expected, rtol=1e-3, atol=1e-4)  # the option stands at the end
 
 
 def test_embeddings_come_from_the_cache_the_second_time(tmp_path, monkeypatch):

@@ -365,7 +365,7 @@ def test_training_learns_to_read_the_context():
 def test_a_group_with_too_few_questions_is_refused(changes, message):
     settings = PluralConfig(**vars(SETTINGS) | changes)
     with pytest.raises(ValueError, match=message):
-        pluralllm.check_contexts(survey(), ["g0"], settings)
+        pluralllm.check_contexts(survey().answers, ["g0"], settings)
 
 
 def test_least_questions_above_the_most_are_refused():

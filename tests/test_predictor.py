@@ -7,7 +7,6 @@ import pytest
 import safetensors.torch
 import torch
 
-import pluralllm
 import run
 from app import predictor, predictor_run
 from app.files import read_lines
@@ -52,7 +51,7 @@ def test_a_line_a_round_and_scores_where_they_were_measured(finished):
     assert all(line["upload/scalars"] == 8 for line in lines)
 
 
-@pytest.mark.parametrize("dies_in", [2, 3])
+@pytest.mark.parametrize("dies_in", [1, 2, 3])
 def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, dies_in):
     out, do_round, calls = tmp_path / "r", predictor_run.do_round, []
 
@@ -73,6 +72,16 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, d
         for where in (out, finished)
     ]
     assert timeless[0] == timeless[1]
+    summaries = [json.loads((where / "summary.json").read_text("utf-8")) for where in (out, finished)]
+    for summary in summaries:
+        del summary["seconds"], summary["training_seconds"]
+    assert summaries[0] == summaries[1]
+
+
+def test_a_run_does_not_go_on_with_other_answers(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predictor_run.Training, "fingerprint", "another")
+    assert run.main(["--resume", str(finished)]) == 2
+    assert "groups, answers or embeddings have changed since" in capsys.readouterr().err
 
 
 def test_more_rounds_would_need_another_decay(finished, capsys):
@@ -166,6 +175,26 @@ def test_an_encoder_of_another_width_is_refused(finished, tmp_path):
         predictor.load(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda about: about.pop("encoder"), lambda about: about.update(groups=[]),
+     lambda about: about["groups"].update({"north 1": []}),
+     lambda about: about["groups"]["north 1"][0].pop("distribution")],
+)  # fmt: skip
+def test_a_damaged_description_is_refused(finished, tmp_path, change):
+    with pytest.raises(ValueError, match="does not fit its description; train it anew"):
+        predictor.load(copied(finished, tmp_path, change))
+
+
+def test_weights_that_are_not_finite_are_refused(finished, tmp_path):
+    folder = copied(finished, tmp_path, lambda about: None)
+    tensors = safetensors.torch.load_file(f"{folder}/predictor.safetensors")
+    tensors["head.2.bias"][0] = torch.nan
+    safetensors.torch.save_file(tensors, f"{folder}/predictor.safetensors")
+    with pytest.raises(ValueError, match="weights that are not finite"):
+        predictor.load(folder)
+
+
 def test_weights_that_do_not_fit_are_refused(finished, tmp_path):
     folder = copied(finished, tmp_path, lambda about: None)
     safetensors.torch.save_file({"x": torch.zeros(1)}, f"{folder}/predictor.safetensors")
@@ -213,5 +242,7 @@ def test_the_reward_needs_questions_with_options(finished, columns):
         reward(["p"], ["faith"], **columns)
 
 
-def test_the_architecture_is_what_is_written_down():
-    assert predictor.ARCHITECTURE["dimension"] == pluralllm.WIDTH
+def test_an_empty_answer_chooses_nothing_and_signs_are_told_apart():
+    assert predictor.chosen("", ["+", "-"]) is None
+    assert predictor.chosen("-", ["+", "-"]) == 1
+    assert predictor.chosen("10+", ["10", "10+"]) == 1

@@ -71,7 +71,7 @@ def test_answers_are_a_sample_of_what_a_group_thinks():
 def test_no_prompt_asks_a_question_of_the_survey():
     asked = {(row["question"], frozenset(row["options"])) for row in survey.answers(0)}
     prompts = list(survey.prompts(0))
-    assert len(prompts) == survey.PROMPTS + survey.HELD_OUT
+    assert len(prompts) == survey.PROMPTS
     assert not asked & {(row["question"], frozenset(row["options"])) for row in prompts}
 
 

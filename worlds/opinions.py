@@ -21,6 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -70,10 +71,15 @@ def _rows(file: str) -> Iterator[tuple[str, dict]]:
         yield from read_rows(file)
         return
     csv.field_size_limit(sys.maxsize)
-    with open(locate(file), encoding="utf-8", newline="") as lines:
+    with open(locate(file), encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        for row in reader:
-            yield f"{file}:{reader.line_num}", row
+        try:
+            for row in reader:
+                yield f"{file}:{reader.line_num}", row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(
+                f"{file}:{reader.line_num + 1}: cannot be read ({error}); save it as CSV in UTF-8"
+            ) from error
 
 
 def _answers(where: str, row: dict) -> Iterator[tuple[str, Question, Tensor]]:
@@ -84,8 +90,12 @@ def _answers(where: str, row: dict) -> Iterator[tuple[str, Question, Tensor]]:
     if not isinstance(options, (list, tuple)) or len(options) < 2:
         raise ValueError(f"{where}: 'options' must list two options at least, and they are {options!r}; drop the row")
     asked = Question(question, tuple(str(option) for option in options))
+    if len(set(asked.options)) < len(options):
+        raise ValueError(f"{where}: 'options' lists one twice; tell them apart, or drop the row")
     if "selections" in row:
         answers = _parsed(where, row, "selections")
+        if not isinstance(answers, dict) or not all(isinstance(each, (list, tuple)) for each in answers.values()):
+            raise ValueError(f"{where}: 'selections' must map each group to a list of shares; drop the row")
         answers = {group: shares for group, shares in answers.items() if shares and any(shares)}
     else:
         group = row.get("group") or row.get("country")
@@ -100,7 +110,11 @@ def _parsed(where: str, row: dict, name: str):
     """A list or mapping, given as such or as Python's text of one, `defaultdict(<class 'list'>, {…})` among them."""
     value = row.get(name)
     if isinstance(value, str):
-        text = value[value.index("{") : value.rindex("}") + 1] if "{" in value and "}" in value else value
+        text = (
+            re.sub(r"^\s*defaultdict\([^{]*|\)\s*$", "", value) if value.lstrip().startswith("defaultdict(") else value
+        )
+        with suppress(json.JSONDecodeError):
+            return json.loads(text)
         try:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError) as error:
@@ -115,7 +129,7 @@ def _normalised(whose: str, shares: Sequence[float], options: int) -> Tensor:
         raise ValueError(f"{whose}'s distribution must have one share for each of the {options} options; drop the row")
     try:
         found = torch.tensor([float(share) for share in shares], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{whose}'s distribution holds something that is no number; drop the row") from error
     if not found.isfinite().all() or (found < 0).any():
         raise ValueError(f"{whose}'s distribution has negative or missing shares; drop the row")
@@ -158,6 +172,7 @@ class Encoder:
             raise ValueError(
                 f"encoder: {where} cannot be loaded ({reason}); pass a local checkpoint directory"
             ) from error
+        self.tokenizer.truncation_side = "left"  # the option stands at the end
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length

@@ -16,7 +16,7 @@ The language model is pre-trained to answer with one of the options listed, whic
 its answers to what groups prefer, and opposite groups pull in opposite directions. What a group thinks is known for
 every question (`Opinions.shares`), so that a policy is judged by the truth and not by the predictor that rewarded it.
 
-All but the pre-training is drawn from a seed: values, words' meanings, questions, samples.
+All but the two models is drawn from a seed: values, words' meanings, questions, samples.
 """
 
 import json
@@ -40,7 +40,7 @@ SPREAD = 0.2  # of the groups about their centre, in every direction
 QUESTIONS, ASKED = 80, 48  # of the survey, and those of a group
 PEOPLE = 200
 OPTIONS = (3, 4, 5)
-PROMPTS, HELD_OUT = 256, 64  # other questions, for the language model: the clients', and those that no client has
+PROMPTS = 320  # other questions, for the language model
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def answers(seed: int) -> Iterator[dict]:
 
 def prompts(seed: int) -> Iterator[dict]:
     """Questions that are not in the survey, as prompts in HH-RLHF's form, with `question` and `options` beside it."""
-    for question, options in list(questions(seed, QUESTIONS + PROMPTS + HELD_OUT))[QUESTIONS:]:
+    for question, options in list(questions(seed, QUESTIONS + PROMPTS))[QUESTIONS:]:
         dialogue = f"\n\nHuman: {asked(question, options)}\n\nAssistant: {options[0]} ."
         yield {"chosen": dialogue, "question": question, "options": options}
 
