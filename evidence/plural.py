@@ -253,18 +253,22 @@ def plural(lab: Lab) -> None:
         "worst alignment",
         "mean alignment",
         "KL",
-        "cosine",
+        "lowest cosine",
     ]
     show(lab.results, "plural", head, lines, f"{len(seeds)} seeds from {seeds[0]}, each method at its best lr of two.")
     lines, tests = [], []
-    for other in [label for label in labels if not label.startswith("firm β=1") or "β=10" in label]:
-        one = rows["firm β=1 groups" if other.endswith("groups") else "firm β=1"]
-        tests.append([paired(one, rows[other], f) for f in ("worst_share", "mean_share", "worst_alignment", "kl")])
-        lines.append([other, *(f"{m:+.3f} ± {number(h)}" for m, h, _ in tests[-1])])
-    for i, position in enumerate((0, 2)):
-        for line, p in zip(lines, holm([test[position][2] for test in tests]), strict=True):
-            line.insert(2 + 2 * i + (1 if i else 0), f"{p:.2g}")
-    head = ["firm β=1 less …", "worst group's share", "p (Holm)", "mean share", "worst alignment", "p (Holm)", "KL"]
+    pairs = [(label, "linear groups" if label.endswith("groups") else "linear") for label in labels]
+    pairs += [(label, "adaptive") for label in ("firm β=0.01", "mgda")]
+    pairs = [(one, other) for one, other in pairs if one != other and one in rows]
+    for one, other in pairs:
+        tests.append(
+            [paired(rows[one], rows[other], f) for f in ("worst_share", "mean_share", "worst_alignment", "kl")]
+        )
+        lines.append([f"{one} less {other}", *(f"{m:+.3f} ± {number(h)}" for m, h, _ in tests[-1])])
+    for column_of_p, figure in ((2, 0), (5, 2)):
+        for line, p in zip(lines, holm([test[figure][2] for test in tests]), strict=True):
+            line.insert(column_of_p, f"{p:.2g}")
+    head = ["difference", "worst group's share", "p (Holm)", "mean share", "worst alignment", "p (Holm)", "KL"]
     show(lab.results, "plural_versus", head, lines, f"{len(seeds)} seeds, paired; each p is corrected over its column.")
     panels = []
     for title, groups in (("with a critic", False), ("with groups of responses", True)):
