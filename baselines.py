@@ -44,7 +44,7 @@ It averages A and B apart, so the served update is not the average of the specia
 
 Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261): groups' rewards become one on the reward side, as Σ_j R_j / M
 does in MORLHF. The extremes are taken of calibrated rewards, whose order between objectives may be another than that
-of raw ones [ours]. α = softmax((1 − h) / T), h_j the running mean of objective j's raw reward, which must lie between 0
+of raw ones [ours]. α = softmax((1 − h) / T), h_j the running mean of objective j's raw reward, meant to lie between 0
 and 1 (an alignment, a share): who is served worst so far counts most. [paper: the three, abstracts only. ours: h decays
 by `adaptive_rate` a round; the first round has equal α]
 
@@ -258,11 +258,9 @@ def weighed(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> 
 def mean_rewards(client: Client, raw: Tensor, S: int) -> dict[str, float]:
     """What a client's upload says beside the adapter: its mean raw reward of each of its objectives, in their order.
 
-    raw [B, M]. Raises ValueError for a reward outside 0 to 1.
+    raw [B, M]. Rewards that are no shares between 0 and 1 make α one-sided.
     """
     own = raw[:, client.objectives]
-    if not ((own >= 0) & (own <= 1)).all():
-        raise ValueError("adaptive: it needs rewards from 0 to 1, such as shares; use morlhf, minimum or maximum")
     return {f"reward{j}": value for j, value in enumerate(own.mean(0).tolist())}
 
 

@@ -448,9 +448,3 @@ def test_the_adaptive_rewards_are_billed_in_the_order_of_the_clients_objectives(
 def test_the_adaptive_method_takes_no_other_aggregation():
     with pytest.raises(ValueError, match="aggregation: adaptive has a server of its own for that"):
         _ = parse(["--method", "adaptive", "--aggregation", "accuracy"])[0].method
-
-
-def test_the_adaptive_method_refuses_rewards_that_are_no_shares():
-    client = federation(method=baselines.ADAPTIVE).clients[0]
-    with pytest.raises(ValueError, match="adaptive: it needs rewards from 0 to 1"):
-        baselines.mean_rewards(client, torch.tensor([[0.5, 1.5]]), 1)
