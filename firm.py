@@ -235,9 +235,10 @@ class Federation:
         updates, uploads = [], []
         for client, batch, rows in zip(cohort, batches, responses.rows, strict=True):
             updates.append([
-                local_update(training, self.policy, self.theta, rewarded, method, config)
+                local_update(
+                    training, self.policy, self.theta, method.combine(batch, training, server.state), method, config
+                )
                 for training in client.trainings
-                for rewarded in [method.combine(batch, training, self.server_state)]
             ])  # fmt: skip
             numbers = method.numbers(client, responses.raw[rows], self.group_size)
             uploads.append(client.upload(updates[-1], batch, numbers))

@@ -4,7 +4,7 @@ Experiments as those of `experiments.py`, on the survey world. [ours]
 
 `predictor`: federated and central training of one model take equally many optimizer steps, each central step over all
 groups, each with a decay as long as its own steps; either at its own best learning rate, of equal grids. In a second
-table the public code's counting: as many central steps as there are rounds.
+table the public code's counting: as many central steps as there are rounds, at the rate chosen for six times as many.
 
 `plural`: a policy that answers survey questions, rewarded by the predictor's shares for four groups, is judged by what
 the groups truly think, on questions that neither the survey nor a client's prompts hold, and from its probabilities:
