@@ -43,10 +43,10 @@ Rewarded Soups (Ramé et al. 2023): train one specialist per objective, then ser
 It averages A and B apart, so the served update is not the average of the specialists' products BA.
 
 Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261): groups' rewards become one on the reward side, as Σ_j R_j / M
-does in MORLHF. The extremes are taken of calibrated rewards, whose order between objectives may be another than that
-of raw ones [ours]. α = softmax((1 − h) / T), h_j the running mean of objective j's raw reward, meant to lie between 0
-and 1 (an alignment, a share): who is served worst so far counts most. [paper: the three, abstracts only. ours: h decays
-by `adaptive_rate` a round; the first round has equal α]
+does in MORLHF. The extremes compare raw rewards, which must be in one unit; for the KL penalty's sake all M are then
+calibrated by one mean and scale [ours]. α = softmax((1 − h) / T), h_j the running mean of objective j's raw reward,
+meant to lie between 0 and 1 (an alignment, a share): who is served worst so far counts most. [paper: the three,
+abstracts only. ours: h decays by `adaptive_rate` a round; the first round has equal α]
 
 Left out on purpose: FedCMOO-Pref, its top-k compression and momentum (0 in the code), FSMGDA's compressed uploads.
 """
@@ -239,12 +239,12 @@ class AdaptiveConfig(Checked):
 
 
 def smallest(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
-    """Each response has the least of its calibrated rewards, [B, M] -> [B, 1]. [paper]"""
+    """Each response has the least of its rewards, on one scale, [B, M] -> [B, 1]. [paper]"""
     return replace(batch, scores=batch.scores.amin(1, keepdim=True))
 
 
 def largest(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
-    """Each response has the greatest of its calibrated rewards, [B, M] -> [B, 1]. [paper]"""
+    """Each response has the greatest of its rewards, on one scale, [B, M] -> [B, 1]. [paper]"""
     return replace(batch, scores=batch.scores.amax(1, keepdim=True))
 
 
@@ -277,8 +277,8 @@ def adapt_alpha(theta: Tensor, uploads: Sequence[Upload], server: Server) -> Ten
 
 
 UNIFORM = replace(MORLHF, takes_preference=False)
-MINIMUM = replace(UNIFORM, name="minimum", help="the least of a response's rewards", combine=smallest)
-MAXIMUM = replace(UNIFORM, name="maximum", help="the greatest of a response's rewards", combine=largest)
+MINIMUM = replace(UNIFORM, name="minimum", help="the least of a response's rewards", combine=smallest, compares=True)
+MAXIMUM = replace(UNIFORM, name="maximum", help="the greatest of a response's rewards", combine=largest, compares=True)
 ADAPTIVE = replace(
     UNIFORM, name="adaptive", help="the one reward Σ α_j R_j, α by how badly an objective is served", combine=weighed,
     numbers=mean_rewards, aggregate=adapt_alpha, settings=AdaptiveConfig(),

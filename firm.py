@@ -103,6 +103,7 @@ class Method:
     numbers(client, raw rewards [B, M], S to a prompt): named numbers that travel with the upload.
     client_weights(uploads, server): what each counts [C] in the server's average.
     aggregate(θ [d], uploads, server): the next θ.
+    compares: whether objectives' rewards are compared with each other, so that one scale must serve them all.
     settings: the method's own, as a dataclass; its fields become flags. mixes: several runs, mixed afterwards (soups).
     """
 
@@ -121,6 +122,7 @@ class Method:
     numbers: Callable[[Client, Tensor, int], dict[str, float]] = lambda client, raw, S: {}
     client_weights: Callable[[Sequence[Upload], Server], Tensor] = lambda uploads, server: fedavg.prompts_held(uploads)
     aggregate: Callable[[Tensor, Sequence[Upload], Server], Tensor] = fedavg.federated_average
+    compares: bool = False
     settings: Any = None
     mixes: bool = False
 
@@ -192,8 +194,8 @@ class Federation:
         p = mgda.preference_vector(config.firm.preference, len(self.names))
         held, tasks = held or [range(len(p)) for _ in shares], tasks or [0] * len(shares)
         primary = clients.primary_of(config.firm.primary, self.names)
-        compares = method.server_weights or method.server_mixing or method.aggregate is not Method.aggregate
-        server = f"{method.name}'s server" if compares else None
+        by_server = method.server_weights or method.server_mixing or method.aggregate is not Method.aggregate
+        server = f"{method.name}'s server" if by_server else None
         clients.check_held(held, self.names, "diagnostics" if config.firm.diagnostics else server)
         if method.needs_primary:
             clients.check_primary(held, self.names, primary)
@@ -280,7 +282,8 @@ class Federation:
 
     def prepare(self, cohort: Sequence[Client], responses: Responses) -> list[Batch]:
         """Each client's batch at θ_t: calibrated scores of the objectives that it holds, log π_old, log π_ref."""
-        rollout, scores = responses.rollout, self.calibration.apply(responses.raw)  # [N, M]
+        calibration = self.calibration.pooled() if self.method.compares else self.calibration
+        rollout, scores = responses.rollout, calibration.apply(responses.raw)  # [N, M]
         own = [(rollout.rows(r), scores[r][:, c.objectives]) for c, r in zip(cohort, responses.rows, strict=True)]
         keep_hidden = self.method.learner.reads_hidden
         return [ppo.prepare(self.policy, *rows, self.kl_coef, self.config.ppo, keep_hidden) for rows in own]

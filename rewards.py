@@ -348,6 +348,12 @@ class Calibration:
         """Calibrated rewards [..., M] of raw ones; NaN stays NaN."""
         return (scores - self.mean.to(scores)) / self.scale.to(scores)
 
+    def pooled(self) -> "Calibration":
+        """One mean and one scale for all objectives, so that their raw order stays: for rewards in one unit. [ours]"""
+        variance = torch.where(self.constant, 0.0, self.scale.square()).mean()
+        scale = torch.where(variance > 0, variance.sqrt(), 1.0)
+        return Calibration(self.mean.mean().expand_as(self.mean), scale.expand_as(self.scale), self.constant)
+
     def to_dict(self) -> dict[str, list]:
         """As JSON values, which a checkpoint keeps."""
         return {name: tensor.tolist() for name, tensor in vars(self).items()}
@@ -360,25 +366,32 @@ class Calibration:
 
 
 def calibration_sums(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What one client sends of its raw rewards [n, M]: of each objective the number, sum and sum of squares, [M] each.
+    """What one client sends of its raw rewards [n, M]: of each objective the number, mean, and sum of squared
+    deviations from that mean, [M] each.
 
     NaN marks what the client does not hold, and counts as nothing.
     """
-    held = ~scores.isnan()
-    values = torch.where(held, scores.double(), 0.0)
-    return held.sum(0), values.sum(0), (values * values).sum(0)
+    held, values = ~scores.isnan(), scores.double()
+    n = held.sum(0)
+    mean = values.nansum(0) / n.clamp_min(1)
+    return n, mean, (values - mean).square().nansum(0)
 
 
 def combine(sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Calibration:
-    """The one Calibration of all clients' sums. Raises ValueError for an objective without a sample."""
-    n, total, square = (torch.stack(each).sum(0) for each in zip(*sums, strict=True))
-    if not n.all():
-        which = f"number {int(n.argmin()) + 1} of {len(n)}"
+    """The one Calibration of all clients' sums. Raises ValueError for an objective without a sample.
+
+    Squared deviations are added about the joint mean (Chan et al. 1983), so that a small spread about a huge mean is
+    not lost to rounding.
+    """
+    n, means, squares = (torch.stack(each) for each in zip(*sums, strict=True))  # [C, M]
+    total = n.sum(0)
+    if not total.all():
+        which = f"number {int(total.argmin()) + 1} of {len(total)}"
         raise ValueError(f"calibration needs at least one sample of every objective; no client holds {which}")
-    mean, square = total / n, square / n
-    variance = square - mean * mean
-    constant = variance <= 1e-13 * square  # rounding, in float64
-    return Calibration(mean, torch.where(constant, 1.0, variance.clamp(min=0).sqrt()), constant)
+    mean = (n * means).sum(0) / total
+    scale = ((squares + n * (means - mean).square()).sum(0) / total).sqrt()
+    constant = scale <= 1e-14 * mean.abs() * total.double().sqrt()  # the rounding of a mean, in float64
+    return Calibration(mean, torch.where(constant, 1.0, scale), constant)
 
 
 if __name__ == "__main__":

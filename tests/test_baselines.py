@@ -11,6 +11,7 @@ from app.checkpoint import federation_state, restore_federation
 from baselines import FSMGDA, MORLHF, FedCMOOConfig
 from fedavg import Ledger, Server, Upload
 from firm import FIRM
+from rewards import Calibration
 from settings import parse
 
 EQUAL = torch.ones(4, dtype=torch.float64)
@@ -387,6 +388,16 @@ def test_the_least_or_the_greatest_reward_of_a_response_is_its_one(method, expec
 
 def upload(held, **rewards):
     return Upload(torch.zeros(1, 3), held, 0.0, rewards)
+
+
+def test_the_extremes_are_those_of_raw_rewards_on_one_scale():
+    for method, extreme in ((baselines.MINIMUM, "amin"), (baselines.MAXIMUM, "amax")):
+        built = federation(method=method)
+        built.calibration = Calibration(torch.tensor([0.0, 5.0]), torch.tensor([1.0, 10.0]), torch.zeros(2).bool())
+        (batch,) = built.prepare(built.clients[:1], responses := built.respond(built.clients[:1], 2))
+        combined = method.combine(batch, built.clients[0].trainings[0], {}).scores[:, 0]
+        raw = getattr(responses.raw, extreme)(1)
+        assert np.corrcoef(combined, raw)[0, 1] == pytest.approx(1, abs=1e-6)
 
 
 def adapted(state, *uploads, **settings):

@@ -323,13 +323,13 @@ def test_a_function_that_changes_what_it_is_given_spoils_nothing():
 
 
 def test_calibration_gives_mean_0_and_deviation_1_however_the_samples_are_spread_over_clients():
-    rewards = np.random.default_rng(0).normal([3, -1e6, 0], [2, 0.5, 1e-8], size=(300, 3))
+    rewards = np.random.default_rng(0).normal([3, -1e8, 0], [2, 0.5, 1e-8], size=(300, 3))
     scores = torch.from_numpy(rewards)
     for parts in ([300], [1, 99, 200], [0, 150, 150]):
         calibration = combine([calibration_sums(part) for part in scores.split(parts)])
         assert np.allclose(calibration.mean, rewards.mean(0), rtol=1e-12, atol=1e-20)
-        assert np.allclose(calibration.scale, rewards.std(0), rtol=1e-2)  # 1e6 +- 0.5 loses digits to the squares
-        assert np.allclose(calibration.apply(scores)[:, [0, 2]].std(0, correction=0), 1, rtol=1e-6)
+        assert np.allclose(calibration.scale, rewards.std(0), rtol=1e-7)
+        assert np.allclose(calibration.apply(scores).std(0, correction=0), 1, rtol=1e-6)
         assert not calibration.constant.any()
 
 
@@ -349,6 +349,21 @@ def test_a_client_counts_only_towards_the_objectives_it_holds():
     assert np.allclose(calibration.mean, np.nanmean(raw, axis=0), rtol=1e-12)
     assert np.allclose(calibration.scale, np.nanstd(raw, axis=0), rtol=1e-12)
     assert np.array_equal(np.isnan(calibration.apply(torch.from_numpy(raw))), np.isnan(raw))
+
+
+def test_a_pooled_calibration_keeps_the_order_of_raw_rewards_of_different_objectives():
+    raw = torch.from_numpy(np.random.default_rng(0).normal([0.2, 0.4], [0.1, 0.3], size=(50, 2)))
+    calibration = combine([calibration_sums(raw)])
+    assert not torch.equal(calibration.apply(raw).argmin(1), raw.argmin(1))
+    assert torch.equal(calibration.pooled().apply(raw).argmin(1), raw.argmin(1))
+
+
+def test_a_pooled_calibration_has_the_mean_variance_of_the_objectives_that_vary_and_of_the_others_0():
+    raw = torch.tensor([[1.0, 3.0], [1.0, 7.0]])
+    pooled = combine([calibration_sums(raw)]).pooled()
+    assert pooled.mean.tolist() == [3, 3]
+    assert pooled.scale.tolist() == pytest.approx([2**0.5] * 2)
+    assert combine([calibration_sums(torch.ones(3, 2))]).pooled().scale.tolist() == [1, 1]
 
 
 def test_calibration_survives_json_exactly():
