@@ -72,8 +72,6 @@ class FIRMConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.clients_per_round or 1) > self.clients:
-            raise ValueError(f"clients_per_round: {self.clients_per_round} is more than clients, {self.clients}")
         if self.preference is not None:
             mgda.preference_vector(self.preference, len(self.preference))  # normalised where it is used
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from app.fields import Checked, Count, setting
 from clients import CLIENT_SAMPLING, stream
@@ -89,14 +89,17 @@ class Survey:
     """Questions with embedded options, and what groups answered.
 
     embeddings [P, E]: a row per option of every question, in order; answers: group -> question's number -> shares [k].
+    All of it lies on one device.
     """
 
     def __init__(
         self, questions: Sequence[Question], embeddings: Tensor, answers: dict[str, dict[int, Tensor]]
     ) -> None:
-        self.questions, self.embeddings, self.answers = list(questions), embeddings, answers
+        device = embeddings.device
+        self.questions, self.embeddings = list(questions), embeddings
+        self.answers = {group: {q: shares.to(device) for q, shares in own.items()} for group, own in answers.items()}
         ends = np.cumsum([len(question.options) for question in questions])
-        self.rows = [torch.arange(end - len(q.options), end) for q, end in zip(questions, ends, strict=True)]
+        self.rows = [torch.arange(end - len(q.options), end, device=device) for q, end in zip(questions, ends, strict=True)]
 
     def position(self, group: str) -> int:
         """The number of a group, which its draws hang on."""
@@ -109,7 +112,7 @@ class Survey:
     def points(self, group: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """(x [n, E], y [n], which [n]) of some of a group's questions; which: the position of each point's question."""
         rows = [self.rows[q] for q in chosen]
-        which = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
+        which = torch.cat([torch.full_like(row, position) for position, row in enumerate(rows)])
         return self.embeddings[torch.cat(rows)], torch.cat([self.answers[group][q] for q in chosen]), which
 
     def points_held(self, group: str) -> int:
@@ -296,9 +299,12 @@ class PredictorFederation:
             client.optimizer.load_state_dict(client.optimizer.state_dict() | {"state": moments})
 
 
+@torch.no_grad()
 def assign(model: nn.Module, theta: Tensor) -> None:
-    """Set a model's parameters to theta [d], which keeps its memory to itself: torch would make them views of it."""
-    vector_to_parameters(theta.clone(), model.parameters())
+    """Copy theta [d] into a model's parameters; `vector_to_parameters` would make them views of it, for all clients."""
+    parameters = list(model.parameters())
+    for parameter, part in zip(parameters, theta.split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(part.view_as(parameter))
 
 
 def cosine(lr: float, step: int, steps: int) -> float:

@@ -182,6 +182,10 @@ SETTINGS = {  # the dataclasses whose fields are flags
     "run": RunConfig, "rollout": RolloutConfig, "data": DataConfig, "firm": FIRMConfig, "client": ClientConfig,
     "ppo": PPOConfig, "lora": LoRAConfig, "plural": PluralConfig, **OWN_SETTINGS,
 }  # fmt: skip
+PREDICTOR_ONLY = {f.name for f in fields(PluralConfig)}
+POLICY_ONLY = {f.name for group in SETTINGS.values() for f in fields(group)} - PREDICTOR_ONLY - {
+    "preset", "method", "world", "rounds", "clients_per_round", "lr", "seed", "device", "threads", "out",
+}  # fmt: skip
 REMOVED = {  # settings that older versions wrote into config.json, and their neutral value
     "entropy_coef": 0.0, "gamma": 1.0,
     "value_clip": None, "critic_lr": None,  # there was none: a run with the older critic cannot go on
@@ -309,6 +313,9 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | No
         if rest.sweep and "--preference" in flags:
             raise ValueError("sweep: it names the preferences itself; leave --preference out")
         config = Config.of(dict(zip(SETTINGS, groups, strict=True)))
+        idle = {flag[2:] for flag in flags} & (POLICY_ONLY if config.run.method == pluralllm.NAME else PREDICTOR_ONLY)
+        if idle:
+            raise ValueError(f"{min(idle)}: {config.run.method} does not read it; leave --{min(idle)} out")
         return config, Path(rest.resume) if rest.resume else None, rest.sweep, rest.compare
     except ValueError as error:
         parser.error(str(error))

@@ -231,26 +231,22 @@ def summarise(training: Training, start: dict[str, float], lines: list[dict], se
 
 
 def worth_of_context(training: Training) -> dict[str, dict[str, Any]]:
-    """What a group's own answers tell beyond another's: the alignment of unseen groups that share 15 questions with
-    another unseen one, given 15 of these as the group answered them, or as the other did (the one it shares most with).
+    """What a group's own answers tell beyond another's: the alignment of unseen groups given 15 questions as the group
+    answered them, or as its partner did: the next unseen group, from the list's end round to its beginning, that was
+    asked 15 of the same. A group without one is left out.
     """
-    data, unseen, size = training.survey, training.unseen, min(15, training.config.plural.context_questions)
-    shared = {g: {h: len(data.answers[g].keys() & data.answers[h].keys()) for h in unseen if h != g} for g in unseen}
-    partners = {g: max(own, key=own.get) for g, own in shared.items() if own and max(own.values()) >= size}
-    settings = replace(training.config.plural, context_questions=size)
-    found = {}
+    data, unseen, plural = training.survey, training.unseen, training.config.plural
+    settings, partners = replace(plural, context_questions=min(15, plural.context_questions)), {}
+    for i, group in enumerate(unseen):
+        shared = [h for h in unseen[i + 1 :] + unseen[:i]
+                  if len(data.answers[group].keys() & data.answers[h].keys()) >= settings.context_questions]  # fmt: skip
+        partners |= {group: shared[0]} if shared else {}
+    found = {group: {"partner": partner} for group, partner in partners.items()}
+    model, seed = training.sides["federated"].model, training.config.firm.seed
     for name, swapped in (("own", False), ("other", True)):
-        scores = pluralllm.alignment(
-            data,
-            training.sides["federated"].model,
-            list(partners),
-            settings,
-            training.config.firm.seed,
-            partners,
-            swapped,
-        )
+        scores = pluralllm.alignment(data, model, list(partners), settings, seed, partners, swapped)
         for group, value in zip(partners, pluralllm.by_group(scores).tolist(), strict=True):
-            found.setdefault(group, {"partner": partners[group]})[name] = value
+            found[group][name] = value
     return found
 
 
@@ -309,8 +305,11 @@ def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list
     the cache, or trained now by the settings of pluralllm-tiny, federated only (about a minute on one core).
     """
     pattern = r"((?:[^=:]*=)?group:)survey:"
-    if not any(re.match(pattern, spec) for spec in specs):
+    names = [spec[found.end() :] for spec in specs if (found := re.match(pattern, spec))]
+    if not names:
         return list(specs)
+    known = [*survey.TRAIN_GROUPS, *survey.UNSEEN_GROUPS]
+    opinions.check_groups("objectives", names, known + [opinions.slug(group) for group in known], "the survey world")
     about = PRESETS["pluralllm-tiny"] | {"seed": seed, "central": False, "eval_every": 1000, "context_draws": 1}
     modules = (pluralllm, clients, fedavg, predictor, opinions)
     sources = [Path(module.__file__).read_text("utf-8") for module in modules]

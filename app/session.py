@@ -229,6 +229,10 @@ def check(config: Config) -> None:
         raise ValueError(f"method: {method.name} is several runs and no training of its own; add --sweep 0.1 0.5 0.9")
     if not config.run.objectives:
         raise ValueError("objectives: name at least one, as [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")
+    if (config.firm.clients_per_round or 1) > config.firm.clients:
+        raise ValueError(
+            f"clients_per_round: {config.firm.clients_per_round} is more than clients, {config.firm.clients}"
+        )
     names = [rewards.parse_spec(spec)[0] for spec in config.run.objectives]
     clients.responses_per_prompt(config.firm, method.learner)
     clients.primary_of(config.firm.primary, names)

@@ -64,22 +64,9 @@ def predictor_figures(job: dict, out: Path) -> dict:
         row |= {f"{side}@{(i + 1) * config.plural.eval_every}": value for i, value in enumerate(curve)}
     for name in ("uniform", "mean answer"):
         row[name] = float(np.mean([g[name] for g in summary["groups"].values() if g["unseen"]]))
-    training = predictor_run.Training(config, progress=False)
-    training.restore(out / "checkpoint")
-    data, unseen = training.survey, training.unseen
-    pairs = dict(zip(unseen, unseen[1:] + unseen[:1], strict=True))
-    for name, swapped in (("own_context", False), ("other_context", True)):
-        model = training.sides["federated"].model
-        scores = pluralllm.alignment(data, model, unseen, shorter_contexts(config), job["seed"], pairs, swapped)
-        row[name] = float(pluralllm.by_group(scores).mean())
+    for name in ("own", "other"):
+        row[f"{name}_context"] = float(np.mean([each[name] for each in summary["context"].values()]))
     return row
-
-
-def shorter_contexts(config: Config) -> pluralllm.PluralConfig:
-    """Contexts of 15 questions: of more, two groups hardly have so many in common."""
-    return pluralllm.PluralConfig(
-        **vars(config.plural) | {"context_questions": min(15, config.plural.context_questions)}
-    )
 
 
 def plural_figures(job: dict, out: Path) -> dict:

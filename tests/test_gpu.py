@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import clients
 import firm
+import pluralllm
 import run
 from app.checkpoint import federation_state, restore_federation
 from baselines import FSMGDA, MORLHF
@@ -297,3 +298,18 @@ def test_a_preset_runs_whole_from_local_checkpoints(tmp_path, gpu):
     for name in ("helpful", "harmless"):
         after, before = (s["objectives"][name]["after"]["mean"] for s in (summary, expected))
         assert after == pytest.approx(before, abs=1e-3)
+
+
+def test_the_predictor_trains_and_is_scored_where_its_embeddings_are(gpu):
+    from test_pluralllm import SETTINGS, federation as predictors, survey
+
+    there = survey()
+    there = pluralllm.Survey(there.questions, there.embeddings.to(gpu), there.answers)
+    built = {device: predictors(data) for device, data in (("cpu", survey()), (gpu, there))}
+    for client in built[gpu].clients:  # the pretend device has no fused kernel
+        client.optimizer = torch.optim.Adam(client.model.parameters())
+    losses = [built[device].round()["loss"] for device in built]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert built[gpu].theta.device.type == gpu
+    scores = pluralllm.alignment(there, built[gpu].model, ["g0"], SETTINGS, 0)
+    assert scores.device.type == "cpu"

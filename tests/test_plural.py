@@ -64,6 +64,12 @@ def test_the_worlds_own_predictor_comes_from_the_cache_the_second_time(tmp_path,
     assert predictor_run.of_the_world(["rule:length"], 0) == ["rule:length"]
 
 
+def test_a_group_that_the_survey_world_lacks_is_found_before_its_predictor_is_trained(monkeypatch):
+    monkeypatch.setattr(predictor_run, "train", None)
+    with pytest.raises(ValueError, match="objectives: the survey world has no group 'nord-1'; the nearest are north"):
+        predictor_run.of_the_world(["group:survey:nord-1"], 0)
+
+
 def test_convergence_is_counted_in_rounds_against_the_better_side():
     rows = [{"a_start": 0.5, "b_start": 0.5, **{f"{s}@{2 * i}": v for s in "ab" for i, v in enumerate(c[s], 1)}}
             for c in [{"a": [0.5, 0.9, 0.9, 0.9, 0.9], "b": [0.5, 0.5, 0.6, 0.7, 0.7]}]]  # fmt: skip

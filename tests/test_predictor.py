@@ -105,6 +105,9 @@ def test_without_the_central_side_only_the_federated_one_is_trained(tmp_path):
         ("--opinions nowhere.jsonl", "encoder: name the model"),
         ("--opinions nowhere.jsonl --encoder x", "nowhere.jsonl: no such file"),
         ("--world toy", "opinions: name the file of survey answers"),
+        ("--clients_per_round 9", "clients_per_round: 9 is more than groups, 8"),
+        ("--beta 1", "beta: pluralllm does not read it; leave --beta out"),
+        ("--method firm", r"context_draws: firm does not read it"),
         ("--sweep 0.1 0.9", "method: pluralllm trains no policy; leave --sweep and --compare out"),
     ],
 )

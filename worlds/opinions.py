@@ -231,4 +231,4 @@ def survey_of(
     place = {q: i for i, q in enumerate(kept)}
     own = {group: {place[q]: shares for q, shares in answers[group].items()} for group in groups}
     questions = [questions[q] for q in kept]
-    return Survey(questions, embedded(questions, encoder, device, progress), own)
+    return Survey(questions, embedded(questions, encoder, device, progress).to(device), own)
