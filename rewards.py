@@ -21,11 +21,12 @@ score sits on the token before it, alone or in a batch.
 the objectives (`--client_objectives`).
 
 **Calibration** [ours]. Objectives come in unlike units, so each is shifted and scaled to mean 0 and deviation 1 on
-samples of the base policy, once. Each client sends, of each objective, (n, S1 = sum r, S2 = sum r^2), and then all use
+samples of the base policy, once. Each client c sends, of each objective, n_c, m_c = mean r and s_c = sum (r - m_c)^2,
+and then all use, with sums over all clients that hold it,
 
-    mean = S1 / n      scale = sqrt(S2 / n - mean^2)      z = (r - mean) / scale
+    mean = sum n_c m_c / n      scale^2 = sum [s_c + n_c (m_c - mean)^2] / n      z = (r - mean) / scale
 
-with sums over all clients that hold it. An objective that does not vary at all gets scale 1, and the run says so.
+An objective that does not vary at all gets scale 1, and the run says so.
 
 `python rewards.py --backbone DIR --pairs FILE... --out DIR` trains a reward model (app/reward_training.py; --help).
 Left out on purpose: asynchronous functions, and TRL's None for "does not apply": a missing reward is an error here.
@@ -35,7 +36,7 @@ import copy
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,8 +314,14 @@ def _rewards(objective: Objective, given: dict[str, list], owners: Sequence[int 
     owners: the client of every row, None where it is nobody's.
     """
     with user_errors(objective.name, objective.spec):
-        rewards = objective.function(**copy.deepcopy(given))
-        rewards = [] if rewards is None else list(rewards)
+        returned = objective.function(**copy.deepcopy(given))
+        single = isinstance(returned, (str, bytes, Mapping)) or getattr(returned, "ndim", 1) == 0
+        rewards = list(returned) if isinstance(returned, Iterable) and not single else None
+    if rewards is None:
+        raise ValueError(
+            f"objective {objective.name!r} returned a {type(returned).__name__} for {len(given['prompts'])} "
+            "completions; return a list with one number for each"
+        )
     if len(rewards) != len(given["prompts"]):
         raise ValueError(
             f"objective {objective.name!r} returned {len(rewards)} rewards for {len(given['prompts'])} completions; "
@@ -322,8 +329,8 @@ def _rewards(objective: Objective, given: dict[str, list], owners: Sequence[int 
         )
     numbers = torch.full((len(rewards),), math.nan, dtype=torch.float64)
     for i, (reward, prompt, owner) in enumerate(zip(rewards, given["prompts"], owners, strict=True)):
-        with suppress(TypeError, ValueError, OverflowError):  # None, a word, 10**999 stay NaN
-            numbers[i] = float(reward)
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # None, a pair, 10**999 stay NaN
+            numbers[i] = math.nan if isinstance(reward, (str, bytes)) else float(reward)
         if not numbers[i].isfinite():
             raise ValueError(
                 f"objective {objective.name!r} returned {reward!r} for "

@@ -199,7 +199,7 @@ def test_a_function_that_stops_the_loop_or_the_program_has_failed_too(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "bad", [None, float("nan"), float("inf"), -float("inf"), "good", [1.0], 10**999, torch.ones(2)], ids=str
+    "bad", [None, float("nan"), float("inf"), -float("inf"), "good", "1", [1.0], 10**999, torch.ones(2)], ids=str
 )
 def test_a_reward_that_is_no_finite_number_is_refused_by_objective_and_prompt(bad):
     with pytest.raises(ValueError, match=r"objective 'mine' returned .* for the prompt 'Human: q1 Assistant:'"):
@@ -211,9 +211,25 @@ def test_the_wrong_number_of_rewards_is_refused():
         score(returning([1.0]), make_prompts({}, {}), ["a", "b"], [[1], [1]])
 
 
-def test_rewards_that_are_no_list_fail_by_the_objectives_name():
-    with pytest.raises(ObjectiveFailed, match="objective 'mine' .*TypeError"):
-        score(returning(3.0), make_prompts({}), ["a"], [[1]])
+async def coroutine(**columns):
+    return [0.0]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [3.0, torch.tensor(1.0), np.float64(1), {"a": 1.0}, "1", None, coroutine(), len],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_rewards_that_are_no_list_are_refused_by_their_type(returned):
+    with pytest.raises(ValueError, match=rf"objective 'mine' returned a {type(returned).__name__} for 1 comp.*a list"):
+        score(returning(returned), make_prompts({}), ["a"], [[1]])
+
+
+def test_a_generator_may_yield_the_rewards_and_what_it_raises_is_the_users():
+    assert score(returning(x for x in (1, 2)), make_prompts({}, {}), ["a", "b"], [[1], [1]]).tolist() == [[1], [2]]
+    with pytest.raises(ObjectiveFailed, match="ZeroDivisionError"):
+        score(returning(1 / x for x in (1, 0)), make_prompts({}, {}), ["a", "b"], [[1], [1]])
 
 
 def test_numbers_of_any_library_are_rewards_and_objectives_are_columns():
