@@ -99,7 +99,9 @@ class Survey:
         self.questions, self.embeddings = list(questions), embeddings
         self.answers = {group: {q: shares.to(device) for q, shares in own.items()} for group, own in answers.items()}
         ends = np.cumsum([len(question.options) for question in questions])
-        self.rows = [torch.arange(end - len(q.options), end, device=device) for q, end in zip(questions, ends, strict=True)]
+        self.rows = [
+            torch.arange(end - len(q.options), end, device=device) for q, end in zip(questions, ends, strict=True)
+        ]
 
     def position(self, group: str) -> int:
         """The number of a group, which its draws hang on."""

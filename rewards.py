@@ -42,11 +42,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from app.loading import check_ids, named, pretrained
 from app.predictor import group_objective
 from app.user_code import load_function, user_errors
 from data import REPLY, Prompt, to_messages
@@ -172,7 +171,9 @@ class RewardModel:
         return scores
 
     def __call__(self, prompts: list[str], completions: list[str], messages=None, **columns) -> list[float]:
-        return self.scores(self.encode(prompts, completions, messages)).tolist()
+        encodings = self.encode(prompts, completions, messages)
+        check_ids((encoding["input_ids"] for encoding in encodings), self.model)
+        return self.scores(encodings).tolist()
 
 
 def load_reward_model(where: str, device="cpu", dtype="float32", new_head: bool = False, **settings) -> RewardModel:
@@ -182,19 +183,10 @@ def load_reward_model(where: str, device="cpu", dtype="float32", new_head: bool 
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # see rollout.avoid_cudnn_attention
     head = {"num_labels": 1} if new_head else {}
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            where, dtype=dtype, output_loading_info=True, **head
-        )
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0][:150]
-        raise ValueError(f"{where} cannot be loaded ({reason}); pass a local checkpoint directory") from error
-    if not new_head and info["missing_keys"]:
-        raise ValueError(
-            f"{where} is no trained reward model: it lacks {min(info['missing_keys'])}; train one on it with "
-            f"python rewards.py --backbone {where}"
-        )
+    remedy = f"pass a local checkpoint directory, or train one: python rewards.py --backbone {where}"
+    model, tokenizer = pretrained(
+        "AutoModelForSequenceClassification", where, "trained reward model", remedy, dtype, new_head=new_head, **head
+    )
     labels = model.config.num_labels
     if labels != 1:
         raise ValueError(f"{where} has {labels} labels where a reward model has one; wrap it in a py: function")
@@ -254,7 +246,7 @@ def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size:
             raise ValueError(f"objectives: two are called {name!r}; tell them apart by NAME=SPEC")
     objectives = {}
     for name, kind, rest, spec in sorted(parsed, key=lambda each: each[1] == "hf"):  # reward models last: they are slow
-        try:
+        with named(f"objective {name!r}"):
             if kind == "hf":
                 function = load_reward_model(rest, device, dtype, batch_size=batch_size)
             elif kind == "py":
@@ -265,8 +257,6 @@ def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size:
                 function = RULES[rest]
             else:
                 raise ValueError(f"there is no rule {rest!r}; choose from {', '.join(RULES)}")
-        except ValueError as error:
-            raise ValueError(f"objective {name!r}: {error}") from error
         objectives[name] = Objective(name, spec, function, cohort=kind == "hf")
     return [objectives[name] for name in names]
 

@@ -16,32 +16,28 @@ Sampling is cohort-wide; a client's log-probs run on its own rows, cut to its ow
 does not is found out when its policy is made (`unfit`), and refused.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from textwrap import shorten
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as widened
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from app.fields import Checked, Count, Positive, setting
+from app.loading import in_one_line, named, pretrained
 from app.stopwatch import phase
 from lora import Adapter, LoRAConfig, inject
 from sampler import Sampler, pad_left, positions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 LOGITS_IN_MEMORY = 2**24  # float32 logits of one chunk: 64 MB, a few times over
+OTHER = "choose another decoder-only model, or other lora_targets"
 LOGIT_SETTINGS = (  # what caps and scales are called; off where None or 1
     "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
 )  # fmt: skip
@@ -87,7 +83,7 @@ class Rollout:
         """Rows of the first half-batch: whole groups, the larger half of an odd number of them."""
         return (len(self) // self.group_size + 1) // 2 * self.group_size
 
-    def rows(self, rows: slice | Tensor) -> "Rollout":
+    def rows(self, rows: slice | Tensor) -> Rollout:
         """Some rows, cut to their own width. rows: a slice of whole groups, or a micro-batch's indices, on the CPU."""
         cut = replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "group_size"})
         P, L = cut.lengths.amax(0).tolist()
@@ -100,7 +96,7 @@ class Rollout:
             sampled_logp=cut.sampled_logp[:, :L],
         )
 
-    def micro_batches(self, size: int | None) -> Iterator[tuple[Tensor, "Rollout"]]:
+    def micro_batches(self, size: int | None) -> Iterator[tuple[Tensor, Rollout]]:
         """Pieces of at most `size` rows, each with its row numbers; all rows as they are where that is enough.
 
         Each half of the batch is cut apart by itself, longest rows first, every piece to its own width: less padding,
@@ -133,7 +129,7 @@ class Policy:
         self.device = next(model.parameters()).device
         avoid_cudnn_attention()
         model.eval()
-        with in_one_line(f"{model.config.model_type} is no language model as used here"):
+        with in_one_line(f"model: {model.config.model_type} is no language model as used here", OTHER):
             vocabulary = model.get_input_embeddings().num_embeddings
             self.hidden_size = model.get_output_embeddings().weight.shape[1]
         self.chunk = max(LOGITS_IN_MEMORY // vocabulary, 1)  # tokens
@@ -141,7 +137,9 @@ class Policy:
         self.pad = pad if pad is not None and pad < vocabulary else self.eos[0]
         self.adapter: Adapter = inject(model, lora, seed)
         self.sampler = Sampler(model, self.log_softmax, self.eos, self.pad, config.cuda_graph)
-        with in_one_line(f"{model.config.model_type} cannot be sampled from or trained with this adapter"):
+        with in_one_line(
+            f"model: {model.config.model_type} cannot be sampled from or trained with this adapter", OTHER
+        ):
             if self.gradient_checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             reason = unfit(self)
@@ -308,16 +306,6 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabula
     return sorted(i for i in ids if 0 <= i < vocabulary)
 
 
-@contextmanager
-def in_one_line(what: str, remedy: str = "choose another decoder-only model, or other lora_targets") -> Iterator[None]:
-    """Inside, whatever a model's own code raises becomes one line of ValueError: what, the error, a remedy."""
-    try:
-        yield
-    except Exception as error:
-        reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
-        raise ValueError(f"model: {what} ({reason}); {remedy}") from error
-
-
 @torch.enable_grad()  # even where a policy is made without
 def unfit(policy: Policy) -> str | None:
     """Why a model cannot be trained here, or None. [ours]
@@ -359,22 +347,7 @@ def unfit(policy: Policy) -> str | None:
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a causal language model and its tokenizer from a directory or the hub, with dropout set to zero.
-
-    Raises ValueError where the checkpoint is missing, cannot be downloaded, or holds something else.
-    """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"model: {name} holds no config.json; name a directory that save_pretrained wrote")
-    with in_one_line(f"{name!r} cannot be loaded or downloaded", "pass a local directory, --model DIR"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
-        for part in (config, config.get_text_config(decoder=True)):  # the latter is a part of models that see or hear
-            for key in vars(part):
-                if "drop" in key and isinstance(getattr(part, key), float):
-                    setattr(part, key, 0.0)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype), output_loading_info=True
-        )
-    if info["missing_keys"]:
-        raise ValueError(f"model: {name} is no whole causal language model: it lacks {min(info['missing_keys'])}")
-    return model.to(device), tokenizer
+    """A causal language model and its tokenizer, by directory or hub name. Raises ValueError as `pretrained` does."""
+    with named("model"):
+        remedy = "pass a local directory, --model DIR"
+        return pretrained("AutoModelForCausalLM", name, "whole causal language model", remedy, dtype, device)

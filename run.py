@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 import pluralllm
-from app import metrics, plots, predictor_run, report, sweep
+from app import metrics, predictor_run, report, sweep
 from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
 from app.stopwatch import Stopwatch, peak_memory
@@ -144,6 +144,8 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
 
 def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> None:
     """The run's pictures, from the lines of metrics.jsonl and the summary."""
+    from app import plots  # here: matplotlib takes its time to import
+
     plots.by_round(lines, session.names, out)
     if session.primary is not None:
         plots.by_task(lines, session.names[session.primary], session.tasks, out)

@@ -21,12 +21,17 @@ Models that cannot work on such a table (sliding windows, ALiBi, …) are found 
 Left out on purpose: top-k and top-p (π would no longer be the distribution that is trained), beam search.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFILL_TOKENS = 4096  # rows × width of one prefill pass: less padding, bounded memory, and a GPU is still full
 BUCKET = 64  # a captured graph serves every prompt width up to the next multiple
@@ -86,7 +91,7 @@ class TableLayer(DynamicLayer):
 class Decoder:
     """The state of `rows` rows of at most P prompt and L response tokens, at fixed addresses, and the steps on it."""
 
-    def __init__(self, sampler: "Sampler", rows: int, P: int, L: int) -> None:
+    def __init__(self, sampler: Sampler, rows: int, P: int, L: int) -> None:
         self.sampler, self.rows, self.P, self.L = sampler, rows, P, L
         zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=sampler.device)  # noqa: E731
         self.seen = zeros(rows, P + L, dtype=torch.bool)  # the columns a row attends to

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import clients
 import fedavg
 import pluralllm
-from app import plots, predictor, quiet_libraries
+from app import predictor, quiet_libraries
 from app.files import new_directory, read_lines, to_json, write_tensors, write_text
 from app.report import aligned
 from pluralllm import PredictorFederation
@@ -154,6 +154,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     federation = training.sides["federated"]
     predictor.save(out / "predictor", federation.model, training.encoder, training.survey, plural, config.firm.seed)
     summary = summarise(training, start, lines, time.perf_counter() - started)
+    from app import plots  # here: matplotlib takes its time to import
+
     plots.predictor(lines, start, summary["groups"], list(training.sides), out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
     say(table(summary))
@@ -236,11 +238,11 @@ def worth_of_context(training: Training) -> dict[str, dict[str, Any]]:
     asked 15 of the same. A group without one is left out.
     """
     data, unseen, plural = training.survey, training.unseen, training.config.plural
-    settings, partners = replace(plural, context_questions=min(15, plural.context_questions)), {}
+    settings, partners = replace(plural, context_questions=15), {}  # of more, two groups hardly have so many in common
     for i, group in enumerate(unseen):
-        shared = [h for h in unseen[i + 1 :] + unseen[:i]
-                  if len(data.answers[group].keys() & data.answers[h].keys()) >= settings.context_questions]  # fmt: skip
-        partners |= {group: shared[0]} if shared else {}
+        others = unseen[i + 1 :] + unseen[:i]
+        able = [h for h in others if len(data.answers[group].keys() & data.answers[h].keys()) >= 15]
+        partners |= {group: able[0]} if able else {}
     found = {group: {"partner": partner} for group, partner in partners.items()}
     model, seed = training.sides["federated"].model, training.config.firm.seed
     for name, swapped in (("own", False), ("other", True)):

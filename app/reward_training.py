@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from app import quiet_libraries
 from app.fields import Checked, Count, Index, Limits, Positive, setting
+from app.loading import check_ids, named
 from data import read_rows, split_dialogue
 from rewards import RewardModel, load_reward_model
 
@@ -144,7 +145,10 @@ def fit(reward_model: RewardModel, encodings: list[dict], settings: RewardTraini
 def encode_pairs(reward_model: RewardModel, pairs: list[Pair]) -> list[dict]:
     """What the model reads of all chosen texts, then of all rejected ones, [2N]."""
     chosen_prompts, chosen, rejected_prompts, rejected = zip(*pairs, strict=True)
-    return reward_model.encode([*chosen_prompts, *rejected_prompts], [*chosen, *rejected])
+    encodings = reward_model.encode([*chosen_prompts, *rejected_prompts], [*chosen, *rejected])
+    with named("backbone"):
+        check_ids((encoding["input_ids"] for encoding in encodings), reward_model.model)
+    return encodings
 
 
 def accuracy(reward_model: RewardModel, pairs: list[Pair], progress: str = "") -> float:

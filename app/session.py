@@ -26,6 +26,7 @@ import rewards
 from app import quiet_libraries
 from app.checkpoint import federation_state, restore_federation
 from app.files import write_tensors
+from app.loading import check_ids, named
 from app.stopwatch import phase
 from data import Prompt
 from firm import Federation, Method
@@ -80,6 +81,8 @@ class Session:
             files, tokenizer, config.data.min_prompt_tokens, config.data.max_prompt_tokens,
             None if context is None else context - L, config.data.question_template,
         )  # fmt: skip
+        with named("model"):
+            check_ids([prompt.token_ids for prompt in prompts], model)
         self.shares, self.held_out = data.share_out(prompts, config.firm.clients, config.data, config.firm.seed)
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.shares]  # each client's
         self.held = held_objectives(config.run.client_objectives, self.names, self.tasks)

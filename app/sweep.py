@@ -35,7 +35,7 @@ import torch
 import baselines
 import mgda
 import rewards
-from app import plots, report
+from app import report
 from app.files import new_directory, read_json, read_lines, to_json, write_text
 from app.session import Session
 from settings import METHODS, Config
@@ -263,6 +263,8 @@ def draw(groups: Groups, base: np.ndarray, front: np.ndarray | None, names: Sequ
 
     The worst gain is in units of what the ideal point would gain, or without a front in the base policy's deviations.
     """
+    from app import plots  # here: matplotlib takes its time to import
+
     unit, axis = next(iter(groups.values()))[0]["scale"], "worst gain (base policy's deviations)"
     if front is not None:
         unit, axis = front.max(0) - base, "worst gain (1 is the ideal point)"

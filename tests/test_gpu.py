@@ -301,7 +301,8 @@ def test_a_preset_runs_whole_from_local_checkpoints(tmp_path, gpu):
 
 
 def test_the_predictor_trains_and_is_scored_where_its_embeddings_are(gpu):
-    from test_pluralllm import SETTINGS, federation as predictors, survey
+    from test_pluralllm import SETTINGS, survey
+    from test_pluralllm import federation as predictors
 
     there = survey()
     there = pluralllm.Survey(there.questions, there.embeddings.to(gpu), there.answers)

@@ -529,7 +529,10 @@ BAD_INPUT = {
     "an unknown rule": ({"objectives": ["rule:charm"]}, "charm"),
     "no prompt short enough": ({"max_prompt_tokens": 1}, "prompts"),
     "fewer prompts than clients": ({"clients": 100}, "clients"),
-    "more clients in a round than there are": ({"clients_per_round": 9}, "clients_per_round: 9 is more than clients, 3"),
+    "more clients in a round than there are": (
+        {"clients_per_round": 9},
+        "clients_per_round: 9 is more than clients, 3",
+    ),
     "too many held out": ({"held_out": 40}, "held_out"),
     "no module of that name": ({"lora_targets": "query"}, "lora_targets"),
     "a response longer than the context": ({"max_new_tokens": 64}, "max_new_tokens"),

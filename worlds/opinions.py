@@ -26,10 +26,10 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from app.loading import named, pretrained
 from data import locate, read_rows
 from pluralllm import Question, Survey
 from worlds import tiny_llama
@@ -162,16 +162,12 @@ class Encoder:
 
     def __init__(self, where: str, device: torch.device | str = "cpu", dtype: str = "float32") -> None:
         """Raises ValueError if it cannot be loaded."""
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            self.model = AutoModel.from_pretrained(where, dtype=dtype).to(device).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0][:150]
-            raise ValueError(
-                f"encoder: {where} cannot be loaded ({reason}); pass a local checkpoint directory"
-            ) from error
+        with named("encoder"):
+            remedy = "pass a local checkpoint directory"
+            self.model, self.tokenizer = pretrained(
+                "AutoModel", where, "whole encoder", remedy, dtype, device, new_head=True
+            )
+        self.model.eval()
         self.tokenizer.truncation_side = "left"  # the option stands at the end
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
