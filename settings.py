@@ -91,7 +91,7 @@ PRESETS = {
         "eval_samples": 4,
         "eval_batch_size": 256,
     },
-    "pluralllm-tiny": {  # the preference predictor on the survey world: a laptop CPU, about a minute
+    "pluralllm-tiny": {  # the preference predictor on the survey world: a laptop CPU, about two minutes
         "method": "pluralllm",
         "world": "survey",
         "rounds": 100,
@@ -108,7 +108,6 @@ PRESETS = {
     "plural-firm-tiny": {  # FIRM on what four groups of the survey world prefer; trains their predictor first, once
         "world": "survey",
         "objectives": [f"group:survey:{centre}-1" for centre in ("north", "south", "east", "west")],
-        "beta": 1.0,
         "split": "iid",
         "batch_size": 64,
         "max_new_tokens": 3,

@@ -304,7 +304,8 @@ def table(summary: dict[str, Any]) -> str:
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
     """Objectives whose predictor is called `survey` get the directory of the survey world's own one of that seed: from
-    the cache, or trained now by the settings of pluralllm-tiny, federated only (about a minute on one core).
+    the cache, or trained now by the settings of pluralllm-tiny, but twice as long, since after 100 rounds some seeds'
+    do not tell groups apart; federated only, some two minutes on one core.
     """
     pattern = r"((?:[^=:]*=)?group:)survey:"
     names = [spec[found.end() :] for spec in specs if (found := re.match(pattern, spec))]
@@ -313,6 +314,7 @@ def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list
     known = [*survey.TRAIN_GROUPS, *survey.UNSEEN_GROUPS]
     opinions.check_groups("objectives", names, known + [opinions.slug(group) for group in known], "the survey world")
     about = PRESETS["pluralllm-tiny"] | {"seed": seed, "central": False, "eval_every": 1000, "context_draws": 1}
+    about["rounds"] *= 2
     modules = (pluralllm, clients, fedavg, predictor, opinions)
     sources = [Path(module.__file__).read_text("utf-8") for module in modules]
 

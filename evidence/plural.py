@@ -33,18 +33,12 @@ from worlds import survey
 
 SIDES = ("federated", "centralised")
 RATES = (3e-4, 1e-3, 3e-3)  # of the predictor
-POLICY_RATES = (3e-3, 6e-3)
+POLICY_RATES = (1.5e-3, 3e-3, 6e-3)
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
-METHODS = {
-    "firm β=0.01": {"method": "firm", "beta": 0.01},
-    "firm β=1": {"method": "firm", "beta": 1.0},
-    "firm β=10": {"method": "firm", "beta": 10.0},
-    "mgda": {"method": "mgda"},
-    "linear": {"method": "linear"},
-    "morlhf": {"method": "morlhf"},  # the average
-    **{method: {"method": method} for method in rules.ONE_REWARD},
-}
-WITH_GROUPS = ("firm β=1", "linear", "minimum", "adaptive")  # of responses, in the place of the critic
+METHODS = (
+    "firm β=0.01", "firm β=1", "firm β=10", "mgda", "linear", "morlhf", *rules.ONE_REWARD,
+    "firm β=0.01 groups", "linear groups", "adaptive groups",
+)  # fmt: skip
 
 
 # ---- figures of one run ----------------------------------------------------------------------------------------
@@ -108,21 +102,32 @@ def truth(session: Session, seed: int) -> dict[str, float]:
     return found
 
 
+# ---- tuning ----------------------------------------------------------------------------------------------------
+
+
+def best_rates(lab: Lab, name: str, rates: tuple[float, ...], jobs: dict[str, dict], figures: dict[str, str]) -> dict:
+    """The rate at which each label's figure is best on the tuning seeds, from one grid, which is shown."""
+    seeds = lab.some(TUNING_SEEDS)[: 1 if lab.quick else None]
+    rates = rates[:1] if lab.quick else rates
+    tried = {(label, r): [job | {"lr": r, "seed": n} for n in seeds] for label, job in jobs.items() for r in rates}
+    rows, best, lines = lab.groups(name, tried), {}, []
+    for label, figure in figures.items():
+        scores = {rate: np.mean(column(rows[label, rate], figure)) for rate in rates}
+        best[label] = max(scores, key=scores.get)
+        lines.append([label, *(f"{scores[rate]:.3f}" + " *" * (rate == best[label]) for rate in rates)])
+    head = ["", *(f"lr {rate:g}" for rate in rates)]
+    show(lab.results, name, head, lines, f"Seeds {', '.join(map(str, seeds))}; * is what is used.")
+    return best
+
+
 # ---- federated and central training ----------------------------------------------------------------------------
 
 
 def predictor(lab: Lab) -> None:
     """Alignment, worst group, fairness and rounds to convergence of the predictor, federated less centralised."""
-    shared, tuning = {"preset": "pluralllm-tiny"}, lab.some(TUNING_SEEDS)[: 1 if lab.quick else None]
-    grid = {(rate,): [shared | {"lr": rate, "eval_every": 20, "seed": n} for n in tuning] for rate in RATES}
-    tried = lab.groups("predictor_tuning", grid)
-    best, lines = {}, []
-    for side in SIDES:
-        scores = {rate: np.mean(column(tried[(rate,)], f"{side}_alignment")) for rate in RATES}
-        best[side] = max(scores, key=scores.get)
-        lines.append([side, *(f"{scores[rate]:.3f}" + " *" * (rate == best[side]) for rate in RATES)])
-    head = ["side", *(f"alignment, lr {rate:g}" for rate in RATES)]
-    show(lab.results, "predictor_tuning", head, lines, f"Seeds {', '.join(map(str, tuning))}; * is what is used.")
+    shared = {"preset": "pluralllm-tiny"}
+    jobs = {side: shared | {"eval_every": 20} for side in SIDES}
+    best = best_rates(lab, "predictor_tuning", RATES, jobs, {side: f"{side}_alignment" for side in SIDES})
     seeds = lab.some(rules.seeds_of(5))
     jobs = {side: [shared | {"lr": best[side], "eval_every": 2, "seed": n} for n in seeds] for side in SIDES}
     jobs["paper"] = [job | {"local_steps": 1} for job in jobs["centralised"]]
@@ -133,20 +138,11 @@ def predictor(lab: Lab) -> None:
     own, other = (np.array(column(rows[("federated",)], f"{who}_context")) for who in ("own", "other"))
     lines = [[cell(rows[("federated",)], f) for f in ("own_context", "other_context", "uniform", "mean answer")]]
     lines[0].insert(2, "{:+.3f} ± {:.3f}".format(*interval(own - other)))
-    head = [
-        "15 of its own answers",
-        "as another group answered",
-        "difference",
-        "every option alike",
-        "mean answer of others",
-    ]
-    show(
-        lab.results,
-        "predictor_context",
-        head,
-        lines,
-        "Alignment of unseen groups, federated; the other has another centre.",
+    head = ["15 of its own answers", "as another group answered", "difference", "every option alike", "mean answer"]
+    note = (
+        "Alignment of unseen groups, federated. The other group has another centre, for half of them the opposite one."
     )
+    show(lab.results, "predictor_context", head, lines, note)
     drawn = sides | {"centralised, a step a round": ("centralised", rows[("paper",)])}
     lines = {label: mean_curve(own, side) for label, (side, own) in drawn.items()}
     plots.panels([plots.Panel("round", "alignment, unseen groups", "", lines)], lab.results / "predictor.png")
@@ -207,60 +203,58 @@ def compare(lab: Lab, name: str, sides: dict[str, tuple[str, list[dict]]], seeds
 
 def plural(lab: Lab) -> None:
     """Worst group, mean and fairness of FIRM and of one aggregated reward, with the critic and with groups."""
-    shared, tuning = {"preset": "plural-firm-tiny"}, lab.some(TUNING_SEEDS)[: 1 if lab.quick else None]
-    seeds = tuning if lab.quick else rules.seeds_of(10)  # in miniature one seed: every seed trains a predictor first
-    labels = METHODS | {f"{m} groups": METHODS[m] | {"advantages": "group"} for m in WITH_GROUPS}
-    if lab.quick:
-        labels = {
-            label: labels[label] for label in ("firm β=1", "linear", "adaptive", "firm β=1 groups", "linear groups")
-        }
-    rates = POLICY_RATES[:1] if lab.quick else POLICY_RATES
-    grid = {
-        (label, r): [shared | labels[label] | {"lr": r, "seed": n} for n in tuning] for label in labels for r in rates
-    }
-    tried, best, lines = lab.groups("plural_tuning", grid), {}, []
-    for label in labels:
-        scores = {rate: np.mean(column(tried[label, rate], "worst_share")) for rate in rates}
-        best[label] = max(scores, key=scores.get)
-        lines.append([label, *(f"{scores[rate]:.3f}" + " *" * (rate == best[label]) for rate in rates)])
-    head = ["method", *(f"worst group's share, lr {rate:g}" for rate in rates)]
-    show(lab.results, "plural_tuning", head, lines, f"Seeds {', '.join(map(str, tuning))}; * is what is used.")
-    jobs = {label: [shared | labels[label] | {"lr": best[label], "seed": n} for n in seeds] for label in labels}
+    labels = ("firm β=0.01", "linear", "adaptive", "linear groups") if lab.quick else METHODS
+    jobs = {label: {"preset": "plural-firm-tiny"} | rules.variant(label) for label in labels}
+    best = best_rates(lab, "plural_tuning", POLICY_RATES, jobs, dict.fromkeys(labels, "worst_share"))
+    seeds = TUNING_SEEDS[:1] if lab.quick else rules.seeds_of(10)  # in miniature one: each trains a predictor first
+    jobs = {label: [job | {"lr": best[label], "seed": n} for n in seeds] for label, job in jobs.items()}
     lab.rows("plural", [own[i] for i in range(len(seeds)) for own in jobs.values()])  # whole seeds first
     rows = {label: lab.rows("plural", own) for label, own in jobs.items()}
-    figures = ("worst_share", "mean_share", "jain_share", "worst_alignment", "mean_alignment", "kl", "lowest_cosine")
-    lines = [[label, *(cell(own, f) for f in figures)] for label, own in rows.items()]
-    base = rows["linear"]
-    lines.append(["base model", *(cell(base, f"base_{f}") for f in figures[:5]), "0", ""])
-    head = [
-        "method",
-        "worst group's share",
-        "mean share",
-        "Jain's index",
-        "worst alignment",
-        "mean alignment",
-        "KL",
-        "lowest cosine",
-    ]
-    show(lab.results, "plural", head, lines, f"{len(seeds)} seeds from {seeds[0]}, each method at its best lr of two.")
-    lines, tests = [], []
-    pairs = [(label, "linear groups" if label.endswith("groups") else "linear") for label in labels]
-    pairs += [(label, "adaptive") for label in ("firm β=0.01", "mgda")]
-    pairs = [(one, other) for one, other in pairs if one != other and one in rows]
-    for one, other in pairs:
-        tests.append(
-            [paired(rows[one], rows[other], f) for f in ("worst_share", "mean_share", "worst_alignment", "kl")]
-        )
-        lines.append([f"{one} less {other}", *(f"{m:+.3f} ± {number(h)}" for m, h, _ in tests[-1])])
-    for column_of_p, figure in ((2, 0), (5, 2)):
-        for line, p in zip(lines, holm([test[figure][2] for test in tests]), strict=True):
-            line.insert(column_of_p, f"{p:.2g}")
-    head = ["difference", "worst group's share", "p (Holm)", "mean share", "worst alignment", "p (Holm)", "KL"]
-    show(lab.results, "plural_versus", head, lines, f"{len(seeds)} seeds, paired; each p is corrected over its column.")
+    figures = {
+        "worst_share": "worst group's share", "mean_share": "mean share", "jain_share": "Jain's index",
+        "worst_alignment": "worst alignment", "mean_alignment": "mean alignment", "kl": "KL",
+        "lowest_cosine": "lowest cosine",
+    }  # fmt: skip
+    lines = [[label, *(cell(own, figure) for figure in figures)] for label, own in rows.items()]
+    lines.append(["base model", *(cell(rows["linear"], f"base_{figure}") for figure in list(figures)[:5]), "0", ""])
+    note = f"{len(seeds)} seeds from {seeds[0]}, each method at its best lr; groups: 4 responses in the critic's place."
+    show(lab.results, "plural", ["method", *figures.values()], lines, note)
+    versus(lab, rows, len(seeds))
+    by_seed(lab, rows)
     panels = []
     for title, groups in (("with a critic", False), ("with groups of responses", True)):
-        own = {label.removesuffix(" groups"): rows[label] for label in labels if label.endswith("groups") == groups}
+        own = {rules.with_critic(label): rows[label] for label in labels if label.endswith(" groups") == groups}
         drawn = {label: ([np.mean(column(of, "mean_share"))], *([v] for v in interval(column(of, "worst_share"))))
                  for label, of in own.items()}  # fmt: skip
         panels.append(plots.Panel("mean share", "worst group's share", title, drawn))
     plots.panels(panels, lab.results / "plural.png")
+
+
+def versus(lab: Lab, rows: dict[str, list[dict]], n: int) -> None:
+    """Every method less fixed weights, and gradient-side balancing less the adaptive reward, paired by seed."""
+    pairs = [(label, "linear groups" if label.endswith(" groups") else "linear") for label in rows]
+    pairs += [(label, label.replace("firm β=0.01", "adaptive").replace("mgda", "adaptive"))
+              for label in ("firm β=0.01", "mgda", "firm β=0.01 groups")]  # fmt: skip
+    pairs = [(one, other) for one, other in pairs if one != other and one in rows]
+    figures = ("worst_share", "mean_share", "worst_alignment", "kl")
+    tests = [[paired(rows[one], rows[other], figure) for figure in figures] for one, other in pairs]
+    lines = [[f"{one} less {other}", *(f"{m:+.3f} ± {h:.3f}" for m, h, _ in test)]
+             for (one, other), test in zip(pairs, tests, strict=True)]  # fmt: skip
+    for column_of_p, figure in ((2, 0), (5, 2)):
+        for line, p in zip(lines, holm([test[figure][2] for test in tests]), strict=True):
+            line.insert(column_of_p, f"{p:.2g}")
+    head = ["difference", "worst group's share", "p (Holm)", "mean share", "worst alignment", "p (Holm)", "KL"]
+    note = f"{n} seeds, paired; ± is half a 95 % interval of this line alone, each p is corrected over its column."
+    show(lab.results, "plural_versus", head, lines, note)
+
+
+def by_seed(lab: Lab, rows: dict[str, list[dict]]) -> None:
+    """How much groups conflict on each seed, and what balancing gives there."""
+    shown = [label for label in ("linear", "firm β=0.01", "adaptive") if label in rows]
+    lines = [
+        [own[0]["seed"], f"{own[0]['lowest_cosine']:+.2f}", f"{own[0]['base_worst_share']:.3f}",
+         *(f"{row['worst_share']:.3f}" for row in own)]
+        for own in zip(*(rows[label] for label in shown), strict=True)
+    ]  # fmt: skip
+    head = ["seed", "lowest cosine of two groups' gradients", "base model", *shown]
+    show(lab.results, "plural_seeds", head, lines, "The worst group's share; cosines are those of linear.")
