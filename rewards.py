@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from app.loading import check_ids, named, pretrained
+from app.loading import check_ids, fingerprint_of, named, pretrained
 from app.predictor import group_objective
 from app.user_code import load_function, user_errors
 from data import REPLY, Prompt, to_messages
@@ -208,6 +208,7 @@ class Objective:
     spec: str
     function: Callable[..., list[float]]
     cohort: bool = False  # scored in one call for all clients (reward models), else in one for each
+    fingerprint: str = ""  # of what it is made of; another one gives other rewards
 
 
 def parse_spec(text: str) -> tuple[str, str, str]:
@@ -249,15 +250,16 @@ def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size:
         with named(f"objective {name!r}"):
             if kind == "hf":
                 function = load_reward_model(rest, device, dtype, batch_size=batch_size)
+                fingerprint = fingerprint_of(function.model.named_parameters())
             elif kind == "py":
-                function = load_function(name, rest)
+                function, fingerprint = load_function(name, rest)
             elif kind == "group":
-                function = group_objective(*rest.rsplit(":", 1))
+                function, fingerprint = group_objective(*rest.rsplit(":", 1))
             elif rest in RULES:
-                function = RULES[rest]
+                function, fingerprint = RULES[rest], rest
             else:
                 raise ValueError(f"there is no rule {rest!r}; choose from {', '.join(RULES)}")
-        objectives[name] = Objective(name, spec, function, cohort=kind == "hf")
+        objectives[name] = Objective(name, spec, function, kind == "hf", fingerprint)
     return [objectives[name] for name in names]
 
 

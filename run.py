@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 import pluralllm
 from app import metrics, predictor_run, report, sweep
-from app.files import new_directory, read_lines, to_json, write_tensors, write_text
+from app.checkpoint import has_state
+from app.files import logged, new_directory, owned, read_lines, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
 from app.stopwatch import Stopwatch, peak_memory
 from app.user_code import ObjectiveFailed
@@ -52,18 +53,24 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     Raises ValueError on bad input before any long work, and during the run for rewards that are not finite numbers and
     updates that have diverged; ObjectiveFailed where a user's function raises.
     """
-    started = time.perf_counter()
-    say = print if progress and not title else lambda *_: None
     parts = (config.run.advantages, config.run.weights, config.run.aggregation)
     method = "" if config.run.preset.startswith(config.run.method) else config.run.method  # no fedmoa-fedmoa-tiny
     name = "-".join(filter(None, (method, *parts, config.run.preset)))
-    new = new_directory(config.run.out, name)
-    with nullcontext(resume) if resume else new as out:
-        session = Session(config, progress)
-        say(report.header(session, out))
-        before = begin(session, out, resume is not None)
+    with owned(resume) if resume else new_directory(config.run.out, name) as out:
+        return train_in(out, config, progress, title)
+
+
+def train_in(out: Path, config: Config, progress: bool, title: str) -> dict[str, Any]:
+    """The same in a directory that is this run's own, and that it goes on from if there is a checkpoint in it."""
+    started = time.perf_counter()
+    say = print if progress and not title else lambda *_: None
+    if not (out / "config.json").exists():  # first: from here on --resume works
+        write_text(out / "config.json", json.dumps(config.flat(), indent=2) + "\n")
+    session = Session(config, progress)
+    say(report.header(session, out))
+    before = begin(session, out)
     federation, first = session.federation, session.federation.rounds_done
-    if resume:
+    if first:
         say(f"goes on after round {first}")
     try:
         with Stopwatch() if config.run.profile else nullcontext() as watch:
@@ -74,7 +81,6 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         say(f"\nwhat is done is kept; python run.py --resume {out} goes on from there")
         raise
 
-    session.policy.adapter.save(out / "adapter", session.base_model)
     summary = report.summarise(session, before, after, lines, time.perf_counter() - started)
     if personal or config.method.needs_primary:
         summary["clients"] = report.by_client(session, before, after, personal)
@@ -82,6 +88,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         profile = {"rounds": federation.rounds_done - first, "seconds": dict(watch.seconds)}
         summary["profile"] = profile | peak_memory()
     samples = report.samples(session, before, after)
+    session.policy.adapter.save(out / "adapter", session.base_model)
     write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
     draw(session, summary, lines, out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
@@ -95,15 +102,14 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     return summary
 
 
-def begin(session: Session, out: Path, resume: bool) -> Evaluation:
-    """The base model measured and the rewards calibrated, or all that taken from the checkpoint; the files that a
-    restart needs. Returns the evaluation before training.
+def begin(session: Session, out: Path) -> Evaluation:
+    """The base model measured and the rewards calibrated, or all that taken from the checkpoint if there is one; the
+    files that a restart needs. Returns the evaluation before training.
     """
-    if resume:
+    if has_state(out / "checkpoint"):
         before = session.restore(out / "checkpoint")
+        lines = logged(out / "metrics.jsonl", session.federation.rounds_done)
         (out / "summary.json").unlink(missing_ok=True)
-        lines = (out / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
-        lines = lines[: session.federation.rounds_done]  # a crash may leave one too many
     else:
         before, lines = session.evaluate("base model"), []
         session.federation.calibrate()
@@ -112,9 +118,10 @@ def begin(session: Session, out: Path, resume: bool) -> Evaluation:
             print(f"warning: {name} gave every response of the base policy the same reward, so it is not scaled")
             if session.federation.method.weights in (FIRM.weights, MGDA.weights):
                 print("  while its gradient is zero, min-norm weights go to it alone, and nothing is learnt")
-    write_text(out / "metrics.jsonl", "".join(lines))
-    session.save(out / "checkpoint", before)
-    write_text(out / "config.json", json.dumps(session.config.flat(), indent=2) + "\n")
+    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
+    write_text(out / "config.json", json.dumps(session.config.flat(), indent=2) + "\n")  # more rounds, perhaps
+    if not lines:
+        session.save(out / "checkpoint", before)
     return before
 
 

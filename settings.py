@@ -321,8 +321,12 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | No
 
 
 def saved_settings(run: Path) -> Config:
-    """The settings in a run directory. Raises ValueError where it holds no run that can go on."""
-    for file in ("config.json", "checkpoint/state.safetensors"):
-        if not (run / file).is_file():
-            raise ValueError(f"resume: {run / file} is missing; name a run directory with a checkpoint")
-    return Config.from_flat(json.loads((run / "config.json").read_text("utf-8")))
+    """The settings in a run directory. Raises ValueError where there are none."""
+    file = run / "config.json"
+    if not file.is_file():
+        raise ValueError(f"resume: {file} is missing; name a run directory")
+    try:
+        found = dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"resume: {file} holds no settings ({error}); put it back, or start a new run") from error
+    return Config.from_flat(found)

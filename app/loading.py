@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,3 +78,12 @@ def check_ids(texts: Iterable[Sequence[int]], model: PreTrainedModel) -> None:
     words, largest = model.get_input_embeddings().num_embeddings, max((max(ids, default=0) for ids in texts), default=0)
     if largest >= words:
         raise ValueError(f"its tokenizer made the id {largest}, and it embeds {words}; use its own tokenizer")
+
+
+def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of named weights, from the sums of their bits: the same on every device."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        bits = weight.detach().view(torch.int32 if weight.element_size() == 4 else torch.int16)
+        digest.update(f"{name} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()

@@ -14,6 +14,7 @@ the group: with a reward made from them they reach every client that scores by i
 summary.json is what one group's come to).
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from torch import Tensor
 import clients
 import pluralllm
 from app.files import write_tensors, write_text
+from app.loading import fingerprint_of
 from pluralllm import Predictor, Question, Survey
 from worlds import opinions
 
@@ -145,8 +147,9 @@ def chosen(response: str, options: Sequence[str]) -> int | None:
     return None
 
 
-def group_objective(predictor: str, group: str) -> Callable[..., list[float]]:
-    """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none.
+def group_objective(predictor: str, group: str) -> tuple[Callable[..., list[float]], str]:
+    """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none; and a
+    hash of the predictor's weights and the group's context.
 
     Prompts need the columns `question` and `options`. Raises ValueError for an unknown predictor or group.
     """
@@ -164,4 +167,5 @@ def group_objective(predictor: str, group: str) -> Callable[..., list[float]]:
             rewards.append(0.0 if position is None else saved.ask(name, q, o)[position])
         return rewards
 
-    return reward
+    context = hashlib.sha256(repr([tensor.tolist() for tensor in saved.contexts[name]]).encode()).hexdigest()
+    return reward, fingerprint_of(saved.model.named_parameters()) + context

@@ -13,15 +13,13 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +27,8 @@ import clients
 import fedavg
 import pluralllm
 from app import predictor, quiet_libraries
-from app.files import new_directory, read_lines, to_json, write_tensors, write_text
+from app.checkpoint import check_unchanged, has_state, read_state, what_is_fixed, write_state
+from app.files import logged, new_directory, owned, to_json, write_text
 from app.report import aligned
 from pluralllm import PredictorFederation
 from settings import PRESETS, Config
@@ -86,33 +85,25 @@ class Training:
         model = self.sides[side].model
         return pluralllm.alignment(self.survey, model, groups, self.config.plural, self.config.firm.seed)
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of what a restart cannot do without: the embeddings and the answers."""
-        digest = hashlib.sha256(self.survey.embeddings.cpu().numpy().tobytes())
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of what figures depend on beside the settings: embeddings and answers."""
+        answers = hashlib.sha256()
         for group, own in self.survey.answers.items():
-            digest.update(json.dumps([group, {q: shares.tolist() for q, shares in own.items()}]).encode())
-        return digest.hexdigest()
+            answers.update(json.dumps([group, {q: shares.tolist() for q, shares in own.items()}]).encode())
+        embeddings = self.survey.embeddings.cpu().numpy().tobytes()
+        return {"the answers": answers.hexdigest(), "the embeddings": hashlib.sha256(embeddings).hexdigest()}
 
     def save(self, directory: Path) -> None:
-        """All that --resume needs beside config.json, in one file."""
+        """All that --resume needs beside config.json."""
         tensors = {f"{side}.{name}": t for side, f in self.sides.items() for name, t in f.state().items()}
-        directory.mkdir(exist_ok=True)
-        values = {"rounds_done": self.sides["federated"].rounds_done, "groups": self.train + self.unseen}
-        values |= {"rounds": self.config.firm.rounds, "fingerprint": self.fingerprint}
-        write_tensors(directory / "state.safetensors", tensors, {"values": json.dumps(values)})
+        values = {"rounds_done": self.sides["federated"].rounds_done, "rounds": self.config.firm.rounds}
+        write_state(directory, tensors, values | what_is_fixed(self.config, self.fingerprint))
 
     def restore(self, directory: Path) -> None:
-        """Take back what `save` wrote. Raises ValueError where the file is damaged, or of another run."""
-        file = directory / "state.safetensors"
-        try:
-            tensors = safetensors.torch.load_file(file)
-            with safetensors.safe_open(file, "pt") as opened:
-                values = json.loads(opened.metadata()["values"])
-        except SafetensorError as error:
-            raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error
-        if values["groups"] != self.train + self.unseen or values["fingerprint"] != self.fingerprint:
-            raise ValueError("resume: groups, answers or embeddings have changed since; start a new run with --out")
+        """Take back what `save` wrote. Raises ValueError where the files are damaged, or of another run."""
+        tensors, values = read_state(directory)
+        check_unchanged(values, self.config, self.fingerprint)
         if values["rounds"] != self.config.firm.rounds:
             raise ValueError(f"rounds: the learning rate's decay was planned for {values['rounds']}; ask for as many")
         for side, federation in self.sides.items():
@@ -122,22 +113,27 @@ class Training:
 
 def train(config: Config, resume: Path | None = None, progress: bool = True) -> dict[str, Any]:
     """One whole run. Returns what summary.json holds. Raises ValueError on bad input, before any long work."""
-    started, plural = time.perf_counter(), config.plural
+    with owned(resume) if resume else new_directory(config.run.out, config.run.preset) as out:
+        return train_in(out, config, progress)
+
+
+def train_in(out: Path, config: Config, progress: bool) -> dict[str, Any]:
+    """The same in a directory that is this run's own, and that it goes on from if there is a checkpoint in it."""
+    started, plural, rounds = time.perf_counter(), config.plural, config.firm.rounds
     say = print if progress else lambda *_: None
-    with nullcontext(resume) if resume else new_directory(config.run.out, config.run.preset) as out:
-        training = Training(config, progress)
-        say(header(training, out))
-        start, lines = {side: average(training.scores(side, training.unseen)) for side in training.sides}, []
-        if resume:
-            training.restore(out / "checkpoint")
-            lines = read_lines(out / "metrics.jsonl")[: training.sides["federated"].rounds_done]
-            say(f"goes on after round {len(lines)}")
-        else:
-            write_text(out / "config.json", json.dumps(config.flat(), indent=2) + "\n")
-            write_text(out / "metrics.jsonl", "")
-            training.save(out / "checkpoint")
+    if not (out / "config.json").exists():
+        write_text(out / "config.json", json.dumps(config.flat(), indent=2) + "\n")
+    training = Training(config, progress)
+    say(header(training, out))
+    start, lines = {side: average(training.scores(side, training.unseen)) for side in training.sides}, []
+    if has_state(out / "checkpoint"):
+        training.restore(out / "checkpoint")
+        lines = logged(out / "metrics.jsonl", training.sides["federated"].rounds_done)
+        say(f"goes on after round {len(lines)}")
+    else:
+        write_text(out / "metrics.jsonl", "")
+        training.save(out / "checkpoint")
     (out / "summary.json").unlink(missing_ok=True)
-    rounds = config.firm.rounds
     try:
         with tqdm(
             range(len(lines), rounds), initial=len(lines), total=rounds, desc="round", disable=not progress
@@ -152,8 +148,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
         say(f"\nkept are the rounds up to the last evaluation; python run.py --resume {out} goes on from there")
         raise
     federation = training.sides["federated"]
-    predictor.save(out / "predictor", federation.model, training.encoder, training.survey, plural, config.firm.seed)
     summary = summarise(training, start, lines, time.perf_counter() - started)
+    predictor.save(out / "predictor", federation.model, training.encoder, training.survey, plural, config.firm.seed)
     from app import plots  # here: matplotlib takes its time to import
 
     plots.predictor(lines, start, summary["groups"], list(training.sides), out)
@@ -304,8 +300,8 @@ def table(summary: dict[str, Any]) -> str:
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
     """Objectives whose predictor is called `survey` get the directory of the survey world's own one of that seed: from
-    the cache, or trained now by the settings of pluralllm-tiny, but twice as long, since after 100 rounds some seeds'
-    do not tell groups apart; federated only, some two minutes on one core.
+    the cache, or trained now by the settings of pluralllm-tiny, federated only (about a minute on one core), but with a
+    warm-up and a higher rate: without it some seeds' predictors do not tell groups apart.
     """
     pattern = r"((?:[^=:]*=)?group:)survey:"
     names = [spec[found.end() :] for spec in specs if (found := re.match(pattern, spec))]
@@ -314,7 +310,7 @@ def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list
     known = [*survey.TRAIN_GROUPS, *survey.UNSEEN_GROUPS]
     opinions.check_groups("objectives", names, known + [opinions.slug(group) for group in known], "the survey world")
     about = PRESETS["pluralllm-tiny"] | {"seed": seed, "central": False, "eval_every": 1000, "context_draws": 1}
-    about["rounds"] *= 2
+    about |= {"lr": 2e-3, "warmup": 0.1}
     modules = (pluralllm, clients, fedavg, predictor, opinions)
     sources = [Path(module.__file__).read_text("utf-8") for module in modules]
 

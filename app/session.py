@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,9 +23,15 @@ import fedmoa
 import mgda
 import rewards
 from app import quiet_libraries
-from app.checkpoint import federation_state, restore_federation
-from app.files import write_tensors
-from app.loading import check_ids, named
+from app.checkpoint import (
+    check_unchanged,
+    federation_state,
+    read_state,
+    restore_federation,
+    what_is_fixed,
+    write_state,
+)
+from app.loading import check_ids, fingerprint_of, named
 from app.stopwatch import phase
 from data import Prompt
 from firm import Federation, Method
@@ -158,41 +163,31 @@ class Session:
         return found
 
     @cached_property
-    def fingerprint(self) -> str:
-        """A hash of what a restart cannot do without: who holds which prompts, and the base weights (their ends)."""
-        digest = hashlib.sha256()
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of what figures depend on beside the settings: who holds which prompts, the base model's weights, what
+        each objective is made of.
+        """
+        prompts = hashlib.sha256()
         for share in (*self.shares, self.held_out):
-            digest.update(json.dumps([p.token_ids for p in share]).encode())
-            columns = [{k: v for k, v in p.columns.items() if k != "subset"} for p in share]
-            digest.update(json.dumps(columns).encode() if any(columns) else b"")  # what rewards read: references, say
-        for name, weight in self.policy.model.named_parameters():
-            if not weight.requires_grad:
-                ends = weight.detach().flatten()[[0, weight.numel() // 2, -1]].tolist()
-                digest.update(f"{name}{ends}".encode())
-        return digest.hexdigest()
+            prompts.update(json.dumps([[p.token_ids, p.columns] for p in share], default=str).encode())
+        base = [(n, w) for n, w in self.policy.model.named_parameters() if not w.requires_grad]
+        found = {"the prompts": prompts.hexdigest(), "the base model": fingerprint_of(base)}
+        return found | {f"objective {o.name}": o.fingerprint for o in self.objectives}
 
     def save(self, directory: Path, before: Evaluation) -> None:
-        """All that --resume needs beside config.json, in one file, so that no crash can leave halves."""
+        """All that --resume needs beside config.json."""
         tensors, values = federation_state(self.federation)
         tensors |= {"before.scores": before.scores, "before.kl": before.kl}
-        values |= {"before_texts": before.texts, "fingerprint": self.fingerprint}
-        directory.mkdir(exist_ok=True)
-        write_tensors(directory / "state.safetensors", tensors, {"values": json.dumps(values)})
+        values |= {"before_texts": before.texts} | what_is_fixed(self.config, self.fingerprint)
+        write_state(directory, tensors, values)
 
     def restore(self, directory: Path) -> Evaluation:
         """Take back what `save` wrote; returns the evaluation before training.
 
-        Raises ValueError where the file is damaged, or of another run.
+        Raises ValueError where the files are damaged, or of another run.
         """
-        file = directory / "state.safetensors"
-        try:
-            tensors = safetensors.torch.load_file(file)
-            with safetensors.safe_open(file, "pt") as opened:
-                values = json.loads(opened.metadata()["values"])
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"resume: {file} is damaged ({error}); start the run anew") from error
-        if values["fingerprint"] != self.fingerprint:
-            raise ValueError("resume: the base model or the prompts have changed since; start a new run with --out")
+        tensors, values = read_state(directory)
+        check_unchanged(values, self.config, self.fingerprint)
         if values["rounds_done"] > self.config.firm.rounds:
             raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
         restore_federation(self.federation, tensors, values)

@@ -36,7 +36,7 @@ import baselines
 import mgda
 import rewards
 from app import report
-from app.files import new_directory, read_json, read_lines, to_json, write_text
+from app.files import new_directory, owned, read_json, read_lines, to_json, write_text
 from app.session import Session
 from settings import METHODS, Config
 from worlds import toy
@@ -118,47 +118,51 @@ def sweep(config: Config, preferences: list[str] | None, methods: list[str] | No
     """
     points = plan(config, preferences, methods)
     names = [rewards.parse_spec(spec)[0] for spec in config.run.objectives]
-    out = begin(config, points, "compare" if methods else "sweep")
-    runs = sum(len(names) if METHODS[method].mixes else len(ps) for method, ps in points.items())
-    print(f"{out}: {runs} training runs of {config.firm.rounds} rounds ({', '.join(points)})")
-    try:
-        for method, ps in points.items():
-            if METHODS[method].mixes:
-                soups(config, ps, names, out / method, train)
-                continue
-            for p in ps:
-                finish(one_run(config, method, p, out / method / label(p)), train)
-    except BaseException:
-        print(f"\nwhat is done is kept; the same command with --out {out} goes on from there")
-        raise
-    conclude(config, points, names, out)
+    begun = bool(config.run.out) and Path(config.run.out, "sweep.json").is_file()
+    name = f"{'compare' if methods else 'sweep'}-{config.run.preset}"
+    with owned(Path(config.run.out)) if begun else new_directory(config.run.out, name) as out:
+        begin(config, points, out)
+        runs = sum(len(names) if METHODS[method].mixes else len(ps) for method, ps in points.items())
+        print(f"{out}: {runs} training runs of {config.firm.rounds} rounds ({', '.join(points)})")
+        try:
+            for method, ps in points.items():
+                if METHODS[method].mixes:
+                    soups(config, ps, names, out / method, train)
+                    continue
+                for p in ps:
+                    finish(one_run(config, method, p, out / method / label(p)), train)
+        except BaseException:
+            print(f"\nwhat is done is kept; the same command with --out {out} goes on from there")
+            raise
+        conclude(config, points, names, out)
 
 
-def begin(config: Config, points: Points, kind: str) -> Path:
-    """The sweep's directory: new, with its settings written down, or that of the same sweep begun before.
+def begin(config: Config, points: Points, out: Path) -> None:
+    """Write down a new sweep's settings in its directory, or compare them with those of the same sweep begun before.
 
-    A setting that did not exist when the sweep began counts as its default there.
+    A setting that did not exist when the sweep began counts as its default there. Raises ValueError where they differ,
+    or where something is wrong.
     """
     plan = {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
-    settings = shared_settings(config) | plan
+    settings, file = shared_settings(config) | plan, out / "sweep.json"
+    if not file.is_file():
+        of = {SPECIALIST if METHODS[method].mixes else method: ps[0] for method, ps in points.items()}
+        first, *others = [one_run(config, method, p, out) for method, p in of.items()]
+        session = Session(first)  # finds what is wrong
+        for other in others:
+            session.federate(other)
+        write_text(file, json.dumps({"settings": settings}, indent=2) + "\n")
+        return
     try:
-        saved = json.loads(Path(config.run.out, "sweep.json").read_text("utf-8"))["settings"]
+        saved = json.loads(file.read_text("utf-8"))["settings"]
         written = {name: saved.pop(name) for name in plan}
-    except (OSError, ValueError, KeyError, TypeError):  # without --out, or where it names no sweep of ours
-        with new_directory(config.run.out, f"{kind}-{config.run.preset}") as out:
-            of = {SPECIALIST if METHODS[method].mixes else method: ps[0] for method, ps in points.items()}
-            first, *others = [one_run(config, method, p, out) for method, p in of.items()]
-            session = Session(first)  # finds what is wrong
-            for other in others:
-                session.federate(other)
-            write_text(out / "sweep.json", json.dumps({"settings": settings}, indent=2) + "\n")
-        return out
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"out: {file} is damaged, or of something else; name another directory") from error
     saved = shared_settings(Config.from_flat(saved)) | written
     for name, value in settings.items():
         if saved[name] != value:
-            theirs = f"{config.run.out} holds a sweep with {name} {saved[name]}, not {value}"
+            theirs = f"{out} holds a sweep with {name} {saved[name]}, not {value}"
             raise ValueError(f"out: {theirs}; name another directory")
-    return Path(config.run.out)
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
@@ -179,9 +183,9 @@ def finish(config: Config, train: Train) -> None:
     if (out / "summary.json").exists():
         print(f"{title}: finished before")
         return
-    begun = (out / "checkpoint" / "state.safetensors").exists()
+    begun = (out / "config.json").exists()
     if out.exists() and not begun:
-        shutil.rmtree(out)  # killed before its first checkpoint
+        shutil.rmtree(out)  # killed before its first file
     gc.collect()  # a Session is a cycle of references: drop the last one's models before others are loaded
     try:
         train(config, out if begun else None, title=title)

@@ -4,6 +4,7 @@ A file is imported once, and may import its neighbours. Whatever its code raises
 ends with one line that names the objective, the error, and the line that raised it.
 """
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -52,8 +53,8 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-def load_function(name: str, spec: str) -> Callable[..., list[float]]:
-    """The function that `FILE.py:FUNCTION` names; `name` is the objective's.
+def load_function(name: str, spec: str) -> tuple[Callable[..., list[float]], str]:
+    """The function that `FILE.py:FUNCTION` names, and a hash of its code; `name` is the objective's.
 
     Raises ValueError without such a file or function, or if it does not take what objectives are given;
     ObjectiveFailed if the file cannot be imported.
@@ -73,4 +74,17 @@ def load_function(name: str, spec: str) -> Callable[..., list[float]]:
         inspect.signature(function).bind_partial(**given)  # partial: it may ask for columns of the data
     except TypeError as error:
         raise ValueError(f"{attribute} must take (prompts, completions, **columns) by keyword: {error}") from error
-    return function
+    return function, fingerprint_of_code(module)
+
+
+def fingerprint_of_code(module: ModuleType) -> str:
+    """A hash of a module's file, and of its neighbours that it has imported something from."""
+    folder, files, waiting = Path(module.__file__).parent, set(), [module]
+    while waiting:
+        found = waiting.pop()
+        file = Path(getattr(found, "__file__", None) or "/")
+        if file.parent == folder and file not in files:
+            files.add(file)
+            waiting += [v if inspect.ismodule(v) else sys.modules.get(getattr(v, "__module__", None) or "")
+                        for v in vars(found).values()]  # fmt: skip
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()

@@ -79,9 +79,9 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, d
 
 
 def test_a_run_does_not_go_on_with_other_answers(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predictor_run.Training, "fingerprint", "another")
+    monkeypatch.setattr(predictor_run.Training, "fingerprint", {"the answers": "another"})
     assert run.main(["--resume", str(finished)]) == 2
-    assert "groups, answers or embeddings have changed since" in capsys.readouterr().err
+    assert "resume: the answers changed since" in capsys.readouterr().err
 
 
 def test_more_rounds_would_need_another_decay(finished, capsys):
@@ -231,7 +231,7 @@ def test_options_that_begin_alike_are_told_apart():
 
 
 def test_the_reward_is_the_predicted_share_of_the_chosen_option(finished):
-    reward = predictor.group_objective(str(finished / "predictor"), "south-1")
+    reward, _ = predictor.group_objective(str(finished / "predictor"), "south-1")
     question = "what matters most for schools ?"
     shares = predictor.load(str(finished / "predictor")).ask("south 1", question, OPTIONS)
     given = reward(["p"] * 3, ["faith .", "order", "nothing"], question=[question] * 3, options=[OPTIONS] * 3)
@@ -240,7 +240,7 @@ def test_the_reward_is_the_predicted_share_of_the_chosen_option(finished):
 
 @pytest.mark.parametrize("columns", [{}, {"question": [None], "options": [OPTIONS]}])
 def test_the_reward_needs_questions_with_options(finished, columns):
-    reward = predictor.group_objective(str(finished / "predictor"), "south-1")
+    reward, _ = predictor.group_objective(str(finished / "predictor"), "south-1")
     with pytest.raises(ValueError, match="a group's reward needs"):
         reward(["p"], ["faith"], **columns)
 

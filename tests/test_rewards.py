@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,10 +90,12 @@ def test_everything_else_is_checked_before_a_reward_model_is_loaded(monkeypatch)
 
 
 def test_objectives_come_in_the_order_of_their_specs_and_reward_models_score_the_cohort_at_once(monkeypatch):
-    monkeypatch.setattr(rewards, "load_reward_model", lambda where, *_, **__: where)
+    monkeypatch.setattr(
+        rewards, "load_reward_model", lambda where, *_, **__: SimpleNamespace(where=where, model=torch.nn.Linear(1, 1))
+    )
     objectives = load_objectives(["hf:a/rm", "rule:length", "second=hf:b/rm"])
     assert [(o.name, o.cohort) for o in objectives] == [("rm", True), ("length", False), ("second", True)]
-    assert [objectives[0].function, objectives[2].function] == ["a/rm", "b/rm"]
+    assert [objectives[0].function.where, objectives[2].function.where] == ["a/rm", "b/rm"]
 
 
 # ---- rules ---------------------------------------------------------------------------------------------------

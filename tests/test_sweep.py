@@ -322,7 +322,7 @@ def test_a_sweep_of_other_settings_is_refused_and_names_the_first(swept, world, 
 @pytest.mark.parametrize("text", ["[]", "{}", "no JSON"])
 def test_an_out_that_holds_something_else_is_refused(world, capsys, tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
-    assert "not empty" in refused(capsys, arguments(world, tmp_path))
+    assert "sweep.json is damaged, or of something else" in refused(capsys, arguments(world, tmp_path))
 
 
 def test_a_failing_run_is_named(world, capsys, tmp_path):
