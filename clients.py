@@ -12,8 +12,10 @@ client), so that a client's draws do not depend on who else takes part, on the o
 The records at the end are what a round leaves to whoever logs it (`app/metrics.py`, `evidence/diagnostics.py`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,10 +27,11 @@ import ppo
 from app.fields import Checked, NonNegative, Positive, setting
 from fedavg import Ledger, Upload
 from lora import Adapter
-from ppo import PPO, Advantages, Batch, Gradients, PPOConfig
+from ppo import PPO, Advantages, Batch, Gradients, NotFinite, PPOConfig
 from rollout import Policy, Rollout
 
 CLIENT_SAMPLING, TRAINING, CALIBRATION, EVALUATION, SERVER, PERSONAL = range(1, 7)  # what a stream is for: first key
+DROPOUT = 13  # 11 and 12 are `pluralllm.py`'s
 
 
 @dataclass
@@ -140,9 +143,29 @@ class Client:
         return ppo.policy_gradients(policy, batch, learner.advantages(batch).normalised, config).J
 
     def upload(self, updates: list["Update"], batch: Batch, numbers: dict[str, float]) -> Upload:
-        """What it sends after its local trainings."""
+        """What it sends after its local trainings. Raises NotFinite where the server could not accept it."""
         thetas = torch.stack([update.theta for update in updates])  # [trainings, d]
-        return Upload(thetas, self.prompts_held, float(ppo.sequence_kl(batch).mean()), numbers)
+        made = Upload(thetas, self.prompts_held, float(ppo.sequence_kl(batch).mean()), numbers)
+        if made.fault:
+            raise NotFinite(made.fault)
+        return made
+
+
+@contextmanager
+def leaving_out(client: Client, faults: dict[int, str]) -> Iterator[None]:
+    """Inside, a number that is not finite leaves a client out of the round: what it keeps at home is then as before."""
+    kept = copy.deepcopy(client.trainings)
+    try:
+        yield
+    except NotFinite as error:
+        client.trainings, faults[client.index] = kept, str(error)
+
+
+def check_anybody_left(clients: Sequence[Any], faults: dict[int, str]) -> None:
+    """Raise ValueError where a round has no client any more, naming the first fault."""
+    if not clients:
+        first, fault = next(iter(faults.items()))
+        raise ValueError(f"no client's update can be used; client {first}: {fault}")
 
 
 def check_held(held: Sequence[Sequence[int]], names: Sequence[str], compared_by: str | None) -> None:
@@ -252,10 +275,20 @@ class Responses:
     rows: list[slice]  # each client's
     raw: Tensor  # [N, M] rewards in raw units, NaN for objectives that a client does not hold
 
+    def only(self, rows: Sequence[slice]) -> "Responses":
+        """Those of some of the clients."""
+        if len(rows) == len(self.rows):
+            return self
+        index = torch.cat([torch.arange(len(self.prompts))[own] for own in rows])
+        size = len(index) // len(rows)
+        cut = replace(self.rollout.rows(index), group_size=self.rollout.group_size)
+        kept = [slice(i * size, (i + 1) * size) for i in range(len(rows))]
+        return Responses([self.prompts[i] for i in index.tolist()], cut, kept, self.raw[index])
+
 
 @dataclass
 class Round:
-    """One communication round."""
+    """One communication round, of the clients whose uploads arrived."""
 
     number: int
     cohort: list[Client]
@@ -263,7 +296,9 @@ class Round:
     updates: list[list[Update]]  # each client's local trainings
     uploads: list[Upload]
     mixing: Tensor  # [trainings] how much each local training counted
-    shares: Tensor  # [C] how much each upload counted, of sum 1; 0 for a rejected one
+    shares: Tensor  # [C] how much each upload counted, of sum 1
     kl_coef: float  # κ, in this round
     ledger: Ledger
     seconds: float
+    faults: dict[int, str]  # why a client was left out
+    dropped: int  # clients that vanished

@@ -8,10 +8,10 @@ n_c the number of prompts client c holds, unless a method has weights of its own
 Averaging A and B separately is not averaging BA: mean(BA) − mean(B) mean(A) is what the federation loses by it, logged
 as `adapter/averaging_residual`. Every method that averages A and B separately has this residual.
 
-A broken client. A gradient that is not finite ends the run, in `ppo.policy_gradients`: the settings are at fault then.
-Nothing checks the last step, so an upload may still not be finite: that client is left out of θ, of λ where the server
-picks it afterwards, of κ's mean KL, and of what the log says of adapters, and it is counted; the round's other figures
-include it, and its critic and its kept moments stay as they are.
+Faults. A client may vanish from a round (`client_dropout`), or a gradient or a number of its upload may not be finite.
+The round is then that of the others alone: the average, λ where the server picks it from uploads, κ's
+mean KL, the log. What such a client keeps at home is as it was before, and the log names it. Where no client is left,
+the run ends, and says what was not finite first. [ours]
 
 Left out on purpose: secure aggregation, compression, asynchrony.
 """
@@ -55,6 +55,15 @@ def sample_clients(clients: int, per_round: int, rng: np.random.Generator) -> li
     return sorted(rng.choice(clients, size=per_round, replace=False).tolist())
 
 
+def staying(chosen: Sequence[int], dropout: float, rng: np.random.Generator) -> list[int]:
+    """Those of a round's clients that do not vanish before their upload, as each does with this probability.
+
+    Where all would, the last to go stays: a round without any client would be none. [ours]
+    """
+    u = rng.random(len(chosen))
+    return [client for client, x in zip(chosen, u, strict=True) if x >= min(dropout, u.max())]
+
+
 @dataclass
 class Upload:
     """All that one client sends at the end of a round; the ledger's bill is made from it."""
@@ -65,9 +74,13 @@ class Upload:
     numbers: dict[str, float] = field(default_factory=dict)  # of the method's own
 
     @property
-    def finite(self) -> bool:
-        """Whether the server accepts it: no NaN and no infinity in any of its numbers."""
-        return bool(torch.isfinite(self.thetas).all()) and all(map(math.isfinite, self.scalars))
+    def fault(self) -> str | None:
+        """Why the server cannot accept it: a number that is NaN or infinite; None where all are finite."""
+        if not torch.isfinite(self.thetas).all():
+            return "its adapter after the last step is not finite; lower lr"
+        if not all(map(math.isfinite, self.scalars)):
+            return f"the numbers of its upload are not all finite: {self.scalars}; lower lr"
+        return None
 
     @property
     def scalars(self) -> list[float]:
@@ -75,24 +88,9 @@ class Upload:
         return [self.prompts_held, *([] if self.kl is None else [self.kl]), *self.numbers.values()]
 
 
-def accept(uploads: Sequence[Upload]) -> list[Upload]:
-    """Those that are finite. Raises ValueError where none is."""
-    accepted = [upload for upload in uploads if upload.finite]
-    if not accepted:
-        raise ValueError("lr: every client's update is broken (NaN or infinite); lower lr")
-    return accepted
-
-
 def prompts_held(clients: Sequence[Any]) -> Tensor:
     """n_c [C] in float64, the weights of the average; of clients or of their uploads."""
     return torch.tensor([client.prompts_held for client in clients], dtype=torch.float64)
-
-
-def shares(uploads: Sequence[Upload], weights: Tensor) -> Tensor:
-    """What each of all uploads counts [C], of sum 1; weights: those of the accepted ones, in their order."""
-    shares = torch.zeros(len(uploads), dtype=torch.float64)
-    shares[[upload.finite for upload in uploads]] = weights / weights.sum()
-    return shares
 
 
 def mean_update(theta: Tensor, uploads: Sequence[Upload], weights: Tensor, mixing: Tensor) -> Tensor:
@@ -170,7 +168,7 @@ class Server:
     settings: Any = None  # of the method, where it has some
     ledger: Ledger = field(default_factory=Ledger)
     mixing: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))  # [trainings], see mean_update
-    weights: Tensor | None = None  # [C] what each accepted upload counts in the average
+    weights: Tensor | None = None  # [C] what each upload counts in the average
 
 
 @phase("aggregate")

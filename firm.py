@@ -20,7 +20,7 @@ weigh. `baselines.py` has those that FIRM is compared with, `fedmoa.py` one that
 
 Cohort-wide, since its clients share θ_t, are two things: responses are sampled in one batch, and a reward model may
 score in one. Neither changes what a client would get alone, up to rounding (`rollout.py`). All else is client by client
-on its own rows, a user's reward function too. What a broken client leaves behind: `fedavg.py`.
+on its own rows, a user's reward function too. Clients that fail or vanish: `fedavg.py`.
 
 [ours] fresh Adam on every client and round (its moments are never averaged), η_s, the critic that stays at home.
 Left out on purpose: secure aggregation, stragglers, differential privacy.
@@ -41,9 +41,20 @@ import fedavg
 import mgda
 import ppo
 import rewards
-from app.fields import Checked, Count, Index, NonNegative, Positive, setting
+from app.fields import Checked, Count, Index, NonNegative, Positive, Share, setting
 from app.stopwatch import phase
-from clients import Client, ClientConfig, LocalTraining, Responses, Round, Step, Update, stream
+from clients import (
+    Client,
+    ClientConfig,
+    LocalTraining,
+    Responses,
+    Round,
+    Step,
+    Update,
+    check_anybody_left,
+    leaving_out,
+    stream,
+)
 from fedavg import Server, Upload
 from ppo import PPO, Batch, Gradients, PPOConfig
 from rollout import Policy
@@ -56,6 +67,7 @@ class FIRMConfig(Checked):
     rounds: Count = setting(16, "T, communication rounds [paper: 16]")
     clients: Count = setting(8, "C, clients that hold prompts [paper: 8]")
     clients_per_round: Count | None = setting(None, "clients sampled per round; all if not given")
+    client_dropout: Share = setting(0.0, "probability that a sampled client vanishes before its upload")
     batch_size: Count = setting(16, "responses per client and round [paper: 16]")
     group_size: Count | None = setting(
         None, "S, how many of them answer one prompt; if not given 4 with groups, 1 with a critic [paper: 1]"
@@ -141,7 +153,7 @@ def local_update(
 ) -> Update:
     """One local training in one round, from θ_t [d] to the adapter that its client uploads.
 
-    batch: the client's responses with the k rewards of this training. Raises ValueError where a gradient is not finite.
+    batch: the client's responses with the k rewards of this training. Raises NotFinite where a gradient is not finite.
     """
     adapter, learner = policy.adapter, training.learner
     adapter.assign(theta)
@@ -216,48 +228,60 @@ class Federation:
         self.calibration = rewards.combine([rewards.calibration_sums(drawn.raw[rows]) for rows in drawn.rows])
 
     def round(self) -> Round:
-        """One communication round. Raises ValueError where every client's upload is broken."""
+        """One communication round. Raises ValueError where no client's update can be used."""
         started, t, method, config = time.perf_counter(), self.rounds_done, self.method, self.config
-        seed, C = config.firm.seed, len(self.clients)
+        seed, C, faults = config.firm.seed, len(self.clients), {}
         server = Server(config.firm.server_lr, self.server_state, stream(seed, clients.SERVER, t), method.settings)
         chosen = fedavg.sample_clients(C, config.firm.clients_per_round or C, stream(seed, clients.CLIENT_SAMPLING, t))
-        cohort = [self.clients[c] for c in chosen]
+        staying = fedavg.staying(chosen, config.firm.client_dropout, stream(seed, clients.DROPOUT, t))
+        cohort = [self.clients[c] for c in staying]
 
         self.policy.adapter.assign(self.theta)  # broadcast θ_t
         server.ledger.down({"theta": self.theta}, scalars=1)  # and κ
         responses = self.respond(cohort, clients.TRAINING, self.group_size)
-        batches = self.prepare(cohort, responses)
+        work = list(zip(cohort, self.prepare(cohort, responses), responses.rows, strict=True))
         if method.server_weights:
-            J = torch.stack([c.gradients(self.policy, b, config.ppo) for c, b in zip(cohort, batches, strict=True)])
-            lam = method.server_weights(J, fedavg.prompts_held(cohort), server)  # from J [C, M, d]
+            J = []
+            for client, batch, _ in work:
+                with leaving_out(client, faults):
+                    J.append(client.gradients(self.policy, batch, config.ppo))
+            work = [each for each in work if each[0].index not in faults]
+            check_anybody_left(work, faults)
+            held = fedavg.prompts_held([client for client, *_ in work])
+            lam = method.server_weights(torch.stack(J), held, server)  # from J [C, M, d]
             method = replace(method, weights=lambda *_: lam)
 
-        updates, uploads = [], []
-        for client, batch, rows in zip(cohort, batches, responses.rows, strict=True):
-            updates.append([
-                local_update(
-                    training, self.policy, self.theta, method.combine(batch, training, server.state), method, config
-                )
-                for training in client.trainings
-            ])  # fmt: skip
-            numbers = method.numbers(client, responses.raw[rows], self.group_size)
-            uploads.append(client.upload(updates[-1], batch, numbers))
+        arrived = []
+        for client, batch, rows in work:
+            with leaving_out(client, faults):
+                updates = [
+                    local_update(
+                        training, self.policy, self.theta, method.combine(batch, training, server.state), method, config
+                    )
+                    for training in client.trainings
+                ]
+                numbers = method.numbers(client, responses.raw[rows], self.group_size)
+                arrived.append((client, rows, updates, client.upload(updates, batch, numbers)))
+        check_anybody_left(arrived, faults)
+        cohort, rows, updates, uploads = map(list, zip(*arrived, strict=True))
         server.ledger.upload(uploads[0])
 
-        accepted = fedavg.accept(uploads)
-        server.weights = method.client_weights(accepted, server)  # [C]
+        server.weights = method.client_weights(uploads, server)  # [C]
         if method.server_mixing:
-            moved = torch.stack([upload.thetas - self.theta for upload in accepted])  # [C, M, d]
+            moved = torch.stack([upload.thetas - self.theta for upload in uploads])  # [C, M, d]
             server.mixing = method.server_mixing(moved, server.weights, server)
-        self.theta = method.aggregate(self.theta, accepted, server)
-        self.policy.adapter.assign(self.theta)
+        theta = method.aggregate(self.theta, uploads, server)
+        if not torch.isfinite(theta).all():
+            raise ValueError("server_lr: the server's new adapter is not finite; lower server_lr or lr")
+        self.theta = theta
+        self.policy.adapter.assign(theta)
         record = Round(
-            t, cohort, responses, updates, uploads, server.mixing, fedavg.shares(uploads, server.weights), self.kl_coef,
-            server.ledger, time.perf_counter() - started,
+            t, cohort, responses.only(rows), updates, uploads, server.mixing, server.weights / server.weights.sum(),
+            self.kl_coef, server.ledger, time.perf_counter() - started, faults, len(chosen) - len(staying),
         )  # fmt: skip
 
-        kl = float(np.mean([upload.kl for upload in accepted]))
-        self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(accepted) * config.firm.batch_size, config.ppo)
+        kl = float(np.mean([upload.kl for upload in uploads]))
+        self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(uploads) * config.firm.batch_size, config.ppo)
         self.rounds_done += 1
         return record
 

@@ -100,6 +100,8 @@ def preference_vector(preference: Sequence[float] | Tensor | None, M: int) -> Te
         raise ValueError(f"preference: {p.numel()} values for {M} objectives; give one per objective")
     if not torch.isfinite(p).all() or (p < 0).any() or p.sum() <= 0:
         raise ValueError(f"preference: {p.tolist()} must be non-negative numbers that are not all zero")
+    if not torch.isfinite(p.sum()):
+        p = p / p.max()
     return p / p.sum()
 
 

@@ -29,6 +29,7 @@ trains, as long as the list of groups is the same.
 Left out on purpose: batches of several draws, dropout (0 in [code] too).
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from app.fields import Checked, Count, Share, setting
-from clients import CLIENT_SAMPLING, stream
-from fedavg import Ledger, Upload, accept, average, prompts_held, sample_clients
+from clients import CLIENT_SAMPLING, check_anybody_left, stream
+from fedavg import Ledger, Upload, average, prompts_held, sample_clients
 
 NAME, HELP = "pluralllm", "no policy, but a predictor of what groups prefer"
 PREDICTOR_TRAINING, PREDICTOR_EVALUATION = 11, 12  # what a stream is for, beside those of `clients.py`
@@ -262,21 +263,27 @@ class PredictorFederation:
         t, K = self.rounds_done, self.settings.local_steps
         rng, ledger = stream(self.seed, CLIENT_SAMPLING, t), Ledger()
         ledger.down({"theta": self.theta})
-        uploads, losses = [], []
+        uploads, losses, faults = [], [], {}
         for c in sample_clients(len(self.clients), self.per_round, rng):
             client = self.clients[c]
+            kept = copy.deepcopy(client.optimizer.state_dict())
             assign(client.model, self.theta)
             for step in range(t * K, (t + 1) * K):
                 lr = self.lr * schedule(step, self.rounds * K, self.settings.warmup)
                 losses.append(client.step(step, lr, self.settings, self.seed))
             theta = parameters_to_vector(client.model.parameters()).detach()
-            uploads.append(Upload(theta[None], client.prompts_held))
+            upload = Upload(theta[None], client.prompts_held)
+            if upload.fault:
+                client.optimizer.load_state_dict(kept)
+                faults[c] = upload.fault
+            else:
+                uploads.append(upload)
+        check_anybody_left(uploads, faults)
         ledger.upload(uploads[0])
-        accepted = accept(uploads)
-        self.theta = average(torch.cat([upload.thetas for upload in accepted]), prompts_held(accepted))
+        self.theta = average(torch.cat([upload.thetas for upload in uploads]), prompts_held(uploads))
         assign(self.model, self.theta)
         self.rounds_done += 1
-        broken = len(uploads) - len(accepted)
+        broken = len(faults)
         return {"round": t, "loss": float(np.mean(losses)), "broken": broken} | ledger.metrics()
 
     def state(self) -> dict[str, Tensor]:

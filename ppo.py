@@ -54,6 +54,10 @@ class PPOConfig(Checked):
     micro_batch_size: Count | None = setting(None, "rows per forward pass; the whole client batch where not given")
 
 
+class NotFinite(ValueError):  # noqa: N818
+    """Something in a client's update is NaN or infinite. The message says what was so first, and a remedy."""
+
+
 @dataclass
 class Batch:
     """One client's responses, B rows of at most L tokens, and what is known of them at θ_t."""
@@ -266,7 +270,7 @@ def policy_gradients(
     """J: per micro-batch one forward pass and k backward passes. advantages [B, L, k], normalised.
 
     With halves, the first half's part of J too: k more backward passes where the batch is one micro-batch, none else,
-    and J is the same to the last bit. Raises ValueError where a gradient is not finite.
+    and J is the same to the last bit. Raises NotFinite where a gradient is not finite.
     """
     rollout, adapter = batch.rollout, policy.adapter
     J = adapter.vector().new_zeros(advantages.shape[-1], adapter.size)
@@ -290,7 +294,7 @@ def policy_gradients(
     tokens = rollout.mask.sum()
     J /= tokens  # only now: 16-bit weights pass back what a 16-bit number holds
     if not torch.isfinite(J).all():
-        raise ValueError("lr: a policy gradient is not finite; lower lr, or use dtype float32")
+        raise NotFinite(first_not_finite(batch, advantages))
     ratio = assemble(rollout, ratios).masked_fill(rollout.mask == 0, 1.0)  # [B, L]
     return Gradients(
         J,
@@ -299,6 +303,24 @@ def policy_gradients(
         clip_fraction=float(((ratio - 1.0).abs() > config.clip_range).sum() / tokens),
         approx_kl=float((ratio - 1.0 - ratio.log()).sum() / tokens),
     )
+
+
+def first_not_finite(batch: Batch, advantages: Tensor) -> str:
+    """What was not finite first, of all that a gradient is computed from, and a remedy."""
+    for what, values, remedy in (
+        (
+            "log-probs of its responses are",
+            batch.logp_old,
+            "lower lr, raise temperature, or use dtype float32",
+        ),
+        ("the base model's log-probs are", batch.logp_ref, "raise temperature, or use dtype float32"),
+        ("its calibrated rewards are", batch.scores, "lower missing_eos_penalty, or give rewards of a smaller range"),
+        ("the KL coefficient is", torch.tensor(batch.kl_coef), "lower kl_coef"),
+        ("its advantages are", advantages, "lower kl_coef, or give rewards of a smaller range"),
+    ):
+        if not torch.isfinite(values).all():
+            return f"{what} not finite; {remedy}"
+    return "a policy gradient is not finite; lower lr, or use dtype float32"
 
 
 # ---- the KL coefficient --------------------------------------------------------------------------------------

@@ -394,6 +394,8 @@ def combine(sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Calibration:
 
 
 if __name__ == "__main__":
+    import sys
+
     from app.reward_training import main
 
-    main()
+    sys.exit(main())

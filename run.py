@@ -26,7 +26,6 @@ Left out on purpose: experiment trackers (metrics.jsonl is plain), schedules of 
 import json
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,9 +38,9 @@ import pluralllm
 from app import metrics, predictor_run, report, sweep
 from app.checkpoint import has_state
 from app.files import logged, new_directory, owned, read_lines, to_json, write_tensors, write_text
+from app.program import run_to_the_end
 from app.session import Evaluation, Session
 from app.stopwatch import Stopwatch, peak_memory
-from app.user_code import ObjectiveFailed
 from firm import FIRM, MGDA
 from settings import Config, parse
 from worlds import toy
@@ -144,6 +143,8 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(lines[-1]) + "\n")
             session.save(out / "checkpoint", before)
+            for client, fault in record.faults.items():
+                tqdm.write(f"warning: round {record.number}: client {client} is left out: {fault}", file=sys.stderr)
             del record  # before the next round makes its own
             bar.set_postfix_str(report.progress_line(lines[-1], session.names))
     return lines
@@ -165,13 +166,10 @@ def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]],
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 on bad input, 130 when stopped by the user."""
-    for output in (sys.stdout, sys.stderr):
-        if hasattr(output, "reconfigure"):
-            output.reconfigure(errors="replace")  # a terminal that has no λ shall not end the run
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # our own, of `fedmoa.py`, among our lines
+    """Returns the exit status, as `run_to_the_end` does."""
     config, resume, preferences, methods = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
+
+    def work() -> None:
         if config.run.method == pluralllm.NAME:
             if preferences or methods:
                 raise ValueError(f"method: {pluralllm.NAME} trains no policy; leave --sweep and --compare out")
@@ -180,13 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sweep.sweep(config, preferences, methods, train)
         else:
             train(config, resume)
-    except (ValueError, ObjectiveFailed) as error:
-        print(f"run.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_to_the_end("run.py", work)
 
 
 if __name__ == "__main__":

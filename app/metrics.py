@@ -9,15 +9,14 @@ bytes a server could not make it from the uploads.
 one client is `KIND/clientN`, where a method has a primary objective.
 
 Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients as
-it does; it and dispersion leave rejected clients out. `kl` is the whole cohort's; κ adapts to that of the
-accepted clients. `kl_weight` is κ Σ_j λ_j / max(σ_j, 0.1): what the KL weighs in a step after whitening. A method is
-measured by its own losses: `first_order_gain` of morlhf and fsmgda is that of a local training's own loss.
+it does. All of it is of the clients whose uploads arrived; `rejected` says why others were left out. `kl_weight` is
+κ Σ_j λ_j / max(σ_j, 0.1): what the KL weighs in a step after whitening. A method is measured by its own losses:
+`first_order_gain` of morlhf and fsmgda is that of a local training's own loss.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import compress
 
 import numpy as np
 import torch
@@ -132,6 +131,9 @@ def line(record: Round, names: Sequence[str], adapter: Adapter, primary: int | N
     metrics["ended"] = float(rollout.ended.double().mean())
     metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
     metrics |= agreement(record, names, adapter) | record.ledger.metrics() | by_client(record, primary)
+    metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
+    if record.faults:
+        metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
     return metrics | {"seconds": record.seconds}
 
 
@@ -153,11 +155,7 @@ def agreement(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str
     lambdas = torch.stack([objective_weights(*each, record.mixing, len(names)) for each in trained])  # [C, K, M]
     metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
     metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
-    finite = [upload.finite for upload in record.uploads]
-    accepted = compress(record.uploads, finite)
-    thetas = torch.stack([record.mixing.to(upload.thetas) @ upload.thetas for upload in accepted])  # [C, d]
-    residual, norm = averaging_residual(
-        [adapter.split(theta) for theta in thetas], record.shares[finite], adapter.config.scale
-    )
+    thetas = torch.stack([record.mixing.to(upload.thetas) @ upload.thetas for upload in record.uploads])  # [C, d]
+    residual, norm = averaging_residual([adapter.split(theta) for theta in thetas], record.shares, adapter.config.scale)
     metrics |= {"adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual}
-    return metrics | {"adapter/norm": norm, "rejected_clients": finite.count(False)}
+    return metrics | {"adapter/norm": norm}

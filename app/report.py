@@ -88,7 +88,7 @@ def summarise(
         "seconds": seconds,
         "rounds": config.firm.rounds,
         "upload_bytes_per_client_round": metrics[-1]["upload_bytes"],
-        "upload_bytes_total": cohort * sum(m["upload_bytes"] for m in metrics),
+        "upload_bytes_total": sum((cohort - m.get("dropped_clients", 0)) * m["upload_bytes"] for m in metrics),
         "download_bytes_per_client_round": metrics[-1]["download_bytes"],
         "calibration_bytes_per_client": {"upload": 8 * 3 * M, "download": 8 * 2 * M},  # n, Σr, Σr²; mean, scale
         "base_model": session.base_model,

@@ -13,6 +13,8 @@ Left out on purpose: several labels, margins between replies, ensembles.
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass
@@ -28,7 +30,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from app import quiet_libraries
 from app.fields import Checked, Count, Index, Limits, Positive, setting
+from app.files import new_directory
 from app.loading import check_ids, named
+from app.program import run_to_the_end
 from data import read_rows, split_dialogue
 from rewards import RewardModel, load_reward_model
 
@@ -59,8 +63,6 @@ class RewardTraining(Checked):
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device: {self.device}, but there is no CUDA device here; use --device cpu")
-        if Path(self.out).exists() and (not Path(self.out).is_dir() or any(Path(self.out).iterdir())):
-            raise ValueError(f"out: {self.out} already holds something; name a new directory or delete it")
 
 
 def read_pairs(files: list[str]) -> list[Pair]:
@@ -131,6 +133,8 @@ def fit(reward_model: RewardModel, encodings: list[dict], settings: RewardTraini
             batch = batches[k]
             r = reward_model.forward([encodings[i] for i in batch] + [encodings[n + i] for i in batch])  # [2B]
             loss = -logsigmoid(r[: len(batch)] - r[len(batch) :]).mean()
+            if not torch.isfinite(loss):
+                raise ValueError(f"lr: the loss is {loss.item()} in step {bar.n + 1}; lower lr")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -160,55 +164,67 @@ def accuracy(reward_model: RewardModel, pairs: list[Pair], progress: str = "") -
 def train(settings: RewardTraining) -> dict:
     """Trains, tests and saves a reward model; returns (and writes to reward_training.json) settings and figures.
 
-    The standard error is a coin's, 0.5 / sqrt(test pairs). Raises ValueError for bad input, before any training.
+    The standard error is a coin's, 0.5 / sqrt(test pairs). Raises ValueError for bad input, before any training, and
+    for a training that diverges.
     """
-    pairs, test = read_pairs(settings.pairs), read_pairs(settings.test_pairs)
-    torch.manual_seed(settings.seed)
-    pairs = [pairs[i] for i in torch.randperm(len(pairs)).tolist()]
-    if not settings.test_pairs:
-        held_out = max(1, len(pairs) // 10)
-        pairs, test = pairs[held_out:], pairs[:held_out]
-    pairs = pairs[: settings.max_pairs]
-    if not pairs or not test:
-        raise ValueError("pairs: too few rows to train and to test on; pass files with more")
-    reward_model = load_reward_model(
-        settings.backbone, settings.device, new_head=True, batch_size=32, max_length=settings.max_length
-    )
-    encodings = encode_pairs(reward_model, pairs)
-    with frozen_backbone(reward_model, encodings) if settings.freeze_backbone else nullcontext(encodings) as readable:
-        fit(reward_model, readable, settings)
-    share, error = accuracy(reward_model, test, "testing"), 0.5 / math.sqrt(len(test))
-    record = {
-        "settings": asdict(settings),
-        "train_pairs": len(pairs),
-        "test_pairs": len(test),
-        "test_accuracy": share,
-        "standard_error": error,
-        "standard_errors_over_chance": (share - 0.5) / error,
-    }
-    out = Path(settings.out)
-    partial = out.with_name(out.name + ".partial")
-    reward_model.model.save_pretrained(partial)
-    reward_model.tokenizer.save_pretrained(partial)
-    (partial / "reward_training.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    partial.replace(out)
+    with new_directory(settings.out, "reward-model") as out:
+        pairs, test = read_pairs(settings.pairs), read_pairs(settings.test_pairs)
+        torch.manual_seed(settings.seed)
+        pairs = [pairs[i] for i in torch.randperm(len(pairs)).tolist()]
+        if not settings.test_pairs:
+            held_out = max(1, len(pairs) // 10)
+            pairs, test = pairs[held_out:], pairs[:held_out]
+        pairs = pairs[: settings.max_pairs]
+        if not pairs or not test:
+            raise ValueError("pairs: too few rows to train and to test on; pass files with more")
+        reward_model = load_reward_model(
+            settings.backbone, settings.device, new_head=True, batch_size=32, max_length=settings.max_length
+        )
+        encodings = encode_pairs(reward_model, pairs)
+        with (
+            frozen_backbone(reward_model, encodings) if settings.freeze_backbone else nullcontext(encodings) as readable
+        ):
+            fit(reward_model, readable, settings)
+        share, error = accuracy(reward_model, test, "testing"), 0.5 / math.sqrt(len(test))
+        if not all(weight.isfinite().all() for weight in reward_model.model.parameters()):
+            raise ValueError("lr: the last step gave weights that are not finite; lower lr")
+        record = {
+            "settings": asdict(settings),
+            "train_pairs": len(pairs),
+            "test_pairs": len(test),
+            "test_accuracy": share,
+            "standard_error": error,
+            "standard_errors_over_chance": (share - 0.5) / error,
+        }
+        save(reward_model, record, out)
     return record
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line of `python rewards.py`."""
+def save(reward_model: RewardModel, record: dict, out: Path) -> None:
+    """Write an ordinary checkpoint, each of its files whole, and config.json, which makes it one, last."""
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=out) as aside:
+        reward_model.model.save_pretrained(aside)
+        reward_model.tokenizer.save_pretrained(aside)
+        Path(aside, "reward_training.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, out / file.name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of `python rewards.py`. Returns the exit status, as `run_to_the_end` does."""
     parser = HfArgumentParser(RewardTraining, prog="rewards.py", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"rewards.py: error: {message}\n")  # one line, without the usage
-    quiet_libraries()
-    try:
+
+    def work() -> None:
+        quiet_libraries()
         settings, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
-            parser.error(f"unknown option {' '.join(unknown)}: see --help")
+            raise ValueError(f"unknown option {' '.join(unknown)}: see --help")
         record = train(settings)
-    except ValueError as error:
-        parser.error(str(error))
-    measured = "test accuracy {test_accuracy:.3f} ± {standard_error:.3f} on {test_pairs} pairs, "
-    measured += "{standard_errors_over_chance:.1f} standard errors over chance"
-    print(f"{measured.format(**record)}; saved to {settings.out}")
+        measured = "test accuracy {test_accuracy:.3f} ± {standard_error:.3f} on {test_pairs} pairs, "
+        measured += "{standard_errors_over_chance:.1f} standard errors over chance"
+        print(f"{measured.format(**record)}; saved to {settings.out}")
+
+    return run_to_the_end("rewards.py", work)

@@ -125,6 +125,8 @@ class Session:
             kl.append(batch_kl)
             gap = max(gap, batch_gap)
             texts += self.policy.texts(rollout)[0]
+        if not all(part.isfinite().all() for part in kl):
+            raise ValueError(f"lr: the {label}'s KL to the base model is not finite; lower lr or server_lr")
         if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
             print(f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this")
             print("  model's responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")

@@ -4,7 +4,7 @@
     stationarity   ‖Jᵀλ‖² of the whole federation, estimated on independent halves
     grams/         the inner products behind both, and those of every step, so that λ can be solved again
 
-Both weigh clients by the prompts they hold, a rejected one by 0. Of morlhf, which has one loss only, stationarity is
+Both weigh clients by the prompts they hold. Of morlhf, which has one loss only, stationarity is
 that of Σ_j p_j R_j and no Pareto stationarity. The price: where a batch is one micro-batch, twice the backward passes
 in the first epoch, and all clients' gradients at θ_t held until the round ends. What is trained stays bit for bit the
 same.
@@ -76,7 +76,7 @@ def observe(record: Round) -> tuple[dict[str, float], dict[str, Tensor]]:
 
     steps [C, trainings, K, k, k]   the Gram matrix JJᵀ of every optimizer step, as it is
     start [C, 2, l, C, 2, l]        of the half-batch gradients at θ_t of all clients and their l = trainings · k losses
-    weights [C]                     the client's share of the average, 0 for a rejected one
+    weights [C]                     the client's share of the average
     Clients must hold equal lists of objectives; `Federation` refuses others with diagnostics.
     """
     weights = record.shares

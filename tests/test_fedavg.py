@@ -34,16 +34,24 @@ def test_weights_that_cannot_be_normalised_are_refused(weights):
         fedavg.average(torch.ones(2, 3), torch.tensor(weights))
 
 
-def test_nan_and_infinite_uploads_are_not_accepted():
-    thetas = torch.tensor([[[1.0, 2.0]], [[float("nan"), 0.0]], [[float("inf"), 0.0]]])
-    uploads = [Upload(theta, 1, 0.0) for theta in thetas]
-    assert [upload.finite for upload in uploads] == [True, False, False]
-    assert fedavg.accept(uploads) == uploads[:1]
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_a_fault(value):
+    assert Upload(torch.tensor([[1.0, 2.0]]), 1, 0.0).fault is None
+    assert "adapter after the last step is not finite" in Upload(torch.tensor([[value, 0.0]]), 1, 0.0).fault
 
 
 @pytest.mark.parametrize("numbers", [{"kl": float("nan")}, {"numbers": {"accuracy": float("inf")}}])
-def test_an_upload_with_any_number_that_is_not_finite_is_not_accepted(numbers):
-    assert not Upload(**{"thetas": torch.zeros(1, 2), "prompts_held": 1, "kl": 0.0, **numbers}).finite
+def test_any_other_number_that_is_not_finite_is_a_fault_too(numbers):
+    assert "not all finite" in Upload(**{"thetas": torch.zeros(1, 2), "prompts_held": 1, "kl": 0.0, **numbers}).fault
+
+
+def test_clients_vanish_with_the_probability_given_and_never_all_of_them():
+    rng, clients = np.random.default_rng(0), range(10)
+    kept = [fedavg.staying(clients, 0.3, rng) for _ in range(2000)]
+    assert np.mean([len(staying) for staying in kept]) == pytest.approx(7, abs=0.1)
+    assert all(staying == sorted(staying) for staying in kept)
+    assert fedavg.staying(clients, 0.0, rng) == list(clients)
+    assert {len(fedavg.staying(clients, 1.0, rng)) for _ in range(50)} == {1}
 
 
 def test_a_named_number_in_an_upload_is_on_the_bill():

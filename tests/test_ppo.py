@@ -1,6 +1,8 @@
 """PPO with M objectives, against plain definitions in float64 and finite differences."""
 
 import math
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ from conftest import make_model, make_policy, make_tokenizer
 
 import ppo
 from lora import LoRAConfig
-from ppo import PPO, Batch, PPOConfig
+from ppo import PPO, Batch, NotFinite, PPOConfig
 from rollout import Policy, RolloutConfig
 
 G = torch.Generator().manual_seed(0)
@@ -360,10 +362,30 @@ def test_a_response_that_never_ends_pays_the_penalty_on_every_objective():
     assert torch.equal(fined, scores - 1.5 * (~rollout.ended)[:, None].float())
 
 
-def test_a_gradient_that_is_not_finite_is_refused_with_a_remedy():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"advantages": math.inf}, "its advantages are not finite; lower kl_coef"),
+        (
+            {"logp_ref": math.nan, "advantages": math.nan},
+            "the base model's log-probs are not finite; raise temperature",
+        ),
+        ({"kl_coef": math.inf, "advantages": math.nan}, "the KL coefficient is not finite; lower kl_coef"),
+        ({"scores": math.inf, "advantages": math.nan}, "its calibrated rewards are not finite; lower missing_eos"),
+        ({"advantages": 1e38}, "a policy gradient is not finite; lower lr"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_refused_by_what_was_not_finite_first(change, message):
+    advantages = torch.full((3, 4, 2), change.pop("advantages"))
+    whole = Batch(None, torch.ones(3, 2), torch.zeros(3, 4), torch.zeros(3, 4), None, 0.1)
+    changed = {n: v if n == "kl_coef" else torch.full_like(getattr(whole, n), v) for n, v in change.items()}
+    assert re.match(message, ppo.first_not_finite(replace(whole, **changed), advantages))
+
+
+def test_a_gradient_that_is_not_finite_is_refused():
     policy = make_policy()
     batch, logp, _ = batch_of(policy)
-    with pytest.raises(ValueError, match="lower lr"):
+    with pytest.raises(NotFinite, match="its advantages are not finite"):
         gradients(policy, batch, logp, torch.full((*logp.shape, 2), math.inf))
 
 

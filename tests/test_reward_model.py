@@ -345,7 +345,7 @@ def test_without_test_pairs_a_tenth_is_held_out_and_equal_seeds_give_equal_model
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (["--out", "HERE"], "out: .* already holds something; name a new directory"),
+        (["--out", "HERE"], "out: .* exists and is not empty; name another directory"),
         (["--pairs", "HERE/no.jsonl"], "no.jsonl: no such file"),
         (["--pairs", "HERE/bad.jsonl"], r"bad.jsonl:1: no text in 'rejected'"),
         (["--backbone", "HERE/none"], "none cannot be loaded"),
@@ -361,8 +361,10 @@ def test_bad_input_to_the_command_ends_in_one_line_and_leaves_files_alone(tmp_pa
     backbone, pairs = save(tmp_path / "b", "bert"), write_pairs(tmp_path / "a.jsonl", make_pairs(20))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     command = ["--backbone", backbone, "--pairs", pairs, "--out", str(tmp_path / "out"), "--device", "cpu"]
-    with pytest.raises(SystemExit):
-        main([*command, *(word.replace("HERE", str(tmp_path)) for word in change)])
+    try:
+        assert main([*command, *(word.replace("HERE", str(tmp_path)) for word in change)]) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
     message = capsys.readouterr().err
     assert "rewards.py: error: " in message
     assert re.search(complaint, message.partition("rewards.py: error: ")[2])

@@ -1,0 +1,60 @@
+"""How a command ends: in one line that says what went wrong, and with an exit status. [ours]"""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from app.user_code import ObjectiveFailed
+
+SMALLER = "micro_batch_size, sample_batch_size, eval_batch_size or reward_batch_size"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whoever stops the program wants the same as with Ctrl-C."""
+
+
+def terminate(number: int, frame: object) -> None:
+    """What SIGTERM does; a second one ends the program at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
+def run_to_the_end(name: str, work: Callable[[], None]) -> int:
+    """Do the work of the program `name`. Returns its exit status: 0; 2 where something is wrong, which is then said in
+    one line; 130 stopped by Ctrl-C; 143 by SIGTERM; 141 where nobody reads what it prints.
+    """
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="replace")  # a terminal that has no λ shall not end the run
+    say = lambda line: tqdm.write(line, file=sys.stderr)  # noqa: E731 - a line of its own, whatever bars there are
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")  # our own, of `fedmoa.py`
+        before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.getsignal(signal.SIGINT)}
+        try:
+            signal.signal(signal.SIGTERM, terminate)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            work()
+            sys.stdout.flush()
+            return 0
+        except (ValueError, ObjectiveFailed) as error:
+            fault = " ".join(str(error).split())
+        except torch.OutOfMemoryError as error:
+            fault = f"out of GPU memory ({str(error).split('. ')[0]}); lower {SMALLER}, then go on with --resume"
+        except BrokenPipeError:  # `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except OSError as error:
+            fault = f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error})"
+        except KeyboardInterrupt as stop:
+            say("stopped")
+            return 143 if isinstance(stop, Terminated) else 130
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    say(f"{name}: error: {fault}")
+    return 2
