@@ -117,10 +117,10 @@ def begin(session: Session, out: Path) -> Evaluation:
             print(f"warning: {name} gave every response of the base policy the same reward, so it is not scaled")
             if session.federation.method.weights in (FIRM.weights, MGDA.weights):
                 print("  while its gradient is zero, min-norm weights go to it alone, and nothing is learnt")
-    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
-    write_text(out / "config.json", json.dumps(session.config.flat(), indent=2) + "\n")  # more rounds, perhaps
     if not lines:
         session.save(out / "checkpoint", before)
+    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
+    write_text(out / "config.json", json.dumps(session.config.flat(), indent=2) + "\n")  # more rounds, perhaps
     return before
 
 

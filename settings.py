@@ -326,7 +326,9 @@ def saved_settings(run: Path) -> Config:
     if not file.is_file():
         raise ValueError(f"resume: {file} is missing; name a run directory")
     try:
-        found = dict(json.loads(file.read_text("utf-8")))
+        found = json.loads(file.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"resume: {file} holds no settings ({error}); put it back, or start a new run") from error
     return Config.from_flat(found)

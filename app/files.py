@@ -65,6 +65,8 @@ def logged(file: Path, rounds: int) -> list[dict[str, Any]]:
 
     Raises ValueError where any of them is missing or damaged.
     """
+    if not rounds:
+        return []
     try:
         lines = [read_json(line) for line in file.read_text("utf-8").splitlines()[:rounds]]
         if [line["round"] for line in lines] == list(range(rounds)):

@@ -131,8 +131,8 @@ def train_in(out: Path, config: Config, progress: bool) -> dict[str, Any]:
         lines = logged(out / "metrics.jsonl", training.sides["federated"].rounds_done)
         say(f"goes on after round {len(lines)}")
     else:
-        write_text(out / "metrics.jsonl", "")
         training.save(out / "checkpoint")
+        write_text(out / "metrics.jsonl", "")
     (out / "summary.json").unlink(missing_ok=True)
     try:
         with tqdm(

@@ -4,6 +4,7 @@ A file is imported once, and may import its neighbours. Whatever its code raises
 ends with one line that names the objective, the error, and the line that raised it.
 """
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -74,17 +75,19 @@ def load_function(name: str, spec: str) -> tuple[Callable[..., list[float]], str
         inspect.signature(function).bind_partial(**given)  # partial: it may ask for columns of the data
     except TypeError as error:
         raise ValueError(f"{attribute} must take (prompts, completions, **columns) by keyword: {error}") from error
-    return function, fingerprint_of_code(module)
+    return function, fingerprint_of_code(path)
 
 
-def fingerprint_of_code(module: ModuleType) -> str:
-    """A hash of a module's file, and of its neighbours that it has imported something from."""
-    folder, files, waiting = Path(module.__file__).parent, set(), [module]
+def fingerprint_of_code(file: Path) -> str:
+    """A hash of a Python file, and of the neighbours that it imports, and those that they import."""
+    found, waiting = {}, [file]
     while waiting:
-        found = waiting.pop()
-        file = Path(getattr(found, "__file__", None) or "/")
-        if file.parent == folder and file not in files:
-            files.add(file)
-            waiting += [v if inspect.ismodule(v) else sys.modules.get(getattr(v, "__module__", None) or "")
-                        for v in vars(found).values()]  # fmt: skip
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found[path] = path.read_bytes()
+        for node in ast.walk(ast.parse(found[path])):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            waiting += [file.parent / f"{name.split('.')[0]}.py" for name in names]
+    return hashlib.sha256(b"".join(found[path] for path in sorted(found))).hexdigest()
