@@ -122,8 +122,8 @@ def new_directory(wanted: str | None, name: str) -> Iterator[Path]:
             raise ValueError(f"out: {out} exists and is not empty; name another directory{go_on}")
         try:
             yield out
-        except Exception:  # not where the user stops it
-            if not (out / "checkpoint").is_dir():
+        except Exception as error:  # not where the user or the disk stops it
+            if not isinstance(error, OSError) and not (out / "checkpoint").is_dir():
                 (out / "config.json").unlink(missing_ok=True)
                 (out / LOCK).unlink(missing_ok=True)
                 with suppress(OSError):  # something is in it after all
