@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from huggingface_hub import hf_hub_download
@@ -120,6 +120,13 @@ def locate(file: str) -> Path:
         ) from error
 
 
+def opened(path: Path) -> IO[bytes]:
+    """A file's bytes, unzipped where it begins as gzip does, whatever its name."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if zipped or path.suffix == ".gz" else open(path, "rb")
+
+
 def read_rows(file: str, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
     """Yields ("FILE:LINE", row) for every row of a .jsonl or .jsonl.gz file; blank lines are skipped.
 
@@ -127,24 +134,34 @@ def read_rows(file: str, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, di
     """
     path, number = locate(file), 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:  # decoded line by line, to name it
+        with opened(path) as lines:  # decoded line by line, to name it
             for raw in lines:
-                line = raw.decode("utf-8")
+                line = raw.decode("utf-8-sig" if number == 0 else "utf-8")
                 number += 1
                 where = f"{file}:{number}"
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
+                    if "\\u" in line:
+                        json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a pair of surrogates is no text
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{where}: malformed JSON ({error.msg}); expected an object a line") from error
+                except RecursionError as error:
+                    raise ValueError(f"{where}: nested too deep; expected a plain object") from error
+                except UnicodeEncodeError as error:
+                    raise ValueError(
+                        f"{where}: a lone surrogate, {error.object[error.start]!r}; drop the row"
+                    ) from error
                 if not isinstance(row, dict):
                     raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
                 for name in fields:
                     if not isinstance(row.get(name), str):
                         raise ValueError(f"{where}: no text in {name!r}; HH-RLHF rows hold a dialogue there")
                 yield where, row
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}:{number + 1}: not in UTF-8 ({error}); convert it, with iconv perhaps") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}:{number + 1}: damaged or cut short ({error}); fetch the file again") from error
     except PermissionError as error:
         raise ValueError(f"{file}: may not be read; check its permissions") from error
@@ -261,7 +278,7 @@ def load_prompts(
 def _render(tokenizer, messages: tuple[dict, ...], where: str) -> str:
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{where}: the chat template refuses this dialogue ({error}); drop the row") from error
 
 

@@ -41,7 +41,7 @@ import fedavg
 import mgda
 import ppo
 import rewards
-from app.fields import Checked, Count, Index, NonNegative, Positive, Share, setting
+from app.fields import Checked, Count, NonNegative, Positive, Seed, Share, setting
 from app.stopwatch import phase
 from clients import (
     Client,
@@ -79,7 +79,7 @@ class FIRMConfig(Checked):
         "normalised", "the QP's Gram: normalised by its trace [paper], raw, or cross (of two half-batches)"
     )
     server_lr: Positive = setting(1.0, "server rate; 1 is plain FedAvg")
-    seed: Index = setting(0, "equal seeds give equal runs, bit for bit on a CPU")
+    seed: Seed = setting(0, "equal seeds give equal runs, bit for bit on a CPU")
     diagnostics: bool = setting(False, "also log drift and stationarity, and keep the Gram matrices in grams/")
 
     def __post_init__(self) -> None:

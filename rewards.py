@@ -170,7 +170,7 @@ class RewardModel:
             scores[batch] = self.forward([encodings[i] for i in batch]).cpu()
         return scores
 
-    def __call__(self, prompts: list[str], completions: list[str], messages=None, **columns) -> list[float]:
+    def __call__(self, /, prompts: list[str], completions: list[str], messages=None, **columns) -> list[float]:
         encodings = self.encode(prompts, completions, messages)
         check_ids((encoding["input_ids"] for encoding in encodings), self.model)
         return self.scores(encodings).tolist()

@@ -34,6 +34,7 @@ class Limits:
 
 Count = Annotated[int, Limits(1)]
 Index = Annotated[int, Limits(0)]
+Seed = Annotated[int, Limits(0, 2**63 - 1)]
 Positive = Annotated[float, Limits(0, above=True)]
 NonNegative = Annotated[float, Limits(0)]
 Share = Annotated[float, Limits(0, 1)]

@@ -45,8 +45,11 @@ def header(session: Session, out: Path) -> str:
     sizes = sorted(len(share) for share in session.shares)
     parts = (config.run.advantages, config.run.weights, config.run.aggregation)  # in the place of the method's own
     dropped = [f"{counts[k]} {k.replace('_', ' ')}" for k in ("duplicates", "too_short", "too_long") if counts[k]]
+    model = session.base_model
+    if not config.rollout.model:
+        model = f"the {config.run.world} world's own tiny model, since no --model is given ({model})"
     return "\n".join([
-        " · ".join([config.run.method, *(part for part in parts if part), session.base_model]),
+        " · ".join([config.run.method, *(part for part in parts if part), model]),
         f"  device      {session.device}, {config.rollout.dtype}, seed {config.firm.seed}",
         f"  adapter     {policy.adapter.size:,} trainable of {total:,} parameters "
         f"(rank {config.lora.lora_rank}, {len(policy.adapter.layers)} layers)",

@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from app import quiet_libraries
-from app.fields import Checked, Count, Index, Limits, Positive, setting
+from app.fields import Checked, Count, Limits, Positive, Seed, setting
 from app.files import new_directory
 from app.loading import check_ids, named
 from app.program import run_to_the_end
@@ -53,7 +53,7 @@ class RewardTraining(Checked):
     batch_size: Count = setting(16, "pairs a step")
     lr: Positive | None = setting(None, "peak learning rate (2e-5; 2e-4 for a head only)")
     max_length: Annotated[int, Limits(8)] = setting(512, "tokens read of a text; the beginning is cut off")
-    seed: Index = setting(0, "of the new head and the order of the pairs")
+    seed: Seed = setting(0, "of the new head and the order of the pairs")
     device: str = setting("", "cpu, cuda, ... (default: a GPU if there is one)")
 
     def __post_init__(self):

@@ -167,14 +167,43 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
     cut, plain = tmp_path / "cut.jsonl.gz", tmp_path / "plain.jsonl.gz"
     cut.write_bytes((tmp_path / "whole.jsonl.gz").read_bytes()[:-500])
     plain.write_text("{}")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"chosen": "\xe9"}')
     assert len(list(read_rows(whole))) == 999
-    for file in (cut, plain, tmp_path / "latin.jsonl"):
+    for file in (cut, plain):
         with pytest.raises(ValueError, match=rf"{file.name}:\d+: damaged"):
             list(read_rows(str(file)))
     for missing in (tmp_path / "no.jsonl", "no.jsonl", tmp_path):
         with pytest.raises(ValueError, match="no such file|is a directory"):
             locate(str(missing))
+
+
+def test_another_encoding_is_no_damage(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"chosen": "\xe9"}')
+    with pytest.raises(ValueError, match=r"latin\.jsonl:1: not in UTF-8 .*; convert it"):
+        list(read_rows(str(tmp_path / "latin.jsonl")))
+
+
+def test_gzip_under_another_name_and_a_byte_order_mark_are_read(tmp_path):
+    text = json.dumps({"chosen": human("a")})
+    (tmp_path / "zipped.jsonl").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "marked.jsonl").write_text(text, "utf-8-sig")
+    rows = [[row for _, row in read_rows(str(tmp_path / f"{name}.jsonl"))] for name in ("zipped", "marked")]
+    assert rows == [[{"chosen": human("a")}]] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [('{"chosen": ' + "[" * 100_000, "nested too deep"), ('{"chosen": "a \\ud800 b"}', "a lone surrogate")],
+    ids=["deep", "surrogate"],
+)
+def test_rows_that_no_text_comes_of_are_named(tmp_path, line, complaint):
+    with pytest.raises(ValueError, match=rf"p\.jsonl:1: {complaint}"):
+        list(read_rows(write(tmp_path / "p.jsonl", [line])))
+
+
+def test_a_template_that_fails_in_any_way_refuses_the_dialogue(tmp_path):
+    file = write(tmp_path / "p.jsonl", [{"chosen": human("a") + " b"}])
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: the chat template refuses this dialogue"):
+        load_prompts([file], make_tokenizer("{{ messages[0].content + 1 }}"))
 
 
 def test_a_hub_file_that_cannot_be_had_says_to_pass_a_local_path(monkeypatch):

@@ -367,6 +367,20 @@ def test_a_second_preparation_trains_nothing(tmp_path, monkeypatch):
     assert toy.prepare(tmp_path, progress=False, **SHORT) == first
 
 
+@pytest.mark.parametrize("damage", ["a file is gone", "a byte is another"])
+def test_a_damaged_entry_is_made_anew(tmp_path, monkeypatch, capsys, damage):
+    monkeypatch.setattr(toy, "pretrain", fake_pretrain)
+    model, prompts = toy.prepare(tmp_path, progress=False, **SHORT)
+    text = prompts.read_text()
+    if damage == "a file is gone":
+        (model / "config.json").unlink()
+    else:
+        prompts.write_text("x" + text[1:])
+    assert toy.prepare(tmp_path, progress=False, **SHORT) == (model, prompts)
+    assert "is damaged and made anew" in capsys.readouterr().out
+    assert (model / "config.json").exists() and prompts.read_text() == text
+
+
 def test_other_settings_get_another_place(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "pretrain", fake_pretrain)
     places = {toy.prepare(tmp_path, progress=False, seed=seed) for seed in range(2)}

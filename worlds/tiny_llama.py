@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]  # token ids 0 to 5
+SUMS = ".sums.json"  # of a cache entry's files
 MAX_LENGTH = 128  # positions the model knows
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
@@ -86,7 +88,7 @@ def cached(make: Callable[[Path], None], world: str, settings: dict, cache_dir: 
 
     The cache (default: `firm-toy` in $XDG_CACHE_HOME or ~/.cache) is keyed by the settings, the files of the world and
     this one, and the libraries' versions. A new entry is made aside and renamed when complete: of two processes one
-    wins, both go on. Raises ValueError where the cache cannot be written.
+    wins, both go on. A damaged entry is made anew. Raises ValueError where the cache cannot be written.
     """
     import torch
     import transformers
@@ -95,6 +97,9 @@ def cached(make: Callable[[Path], None], world: str, settings: dict, cache_dir: 
     sources = [Path(file).read_text("utf-8") for file in (world, __file__)]
     key = json.dumps([settings, torch.__version__, transformers.__version__, *sources])
     entry = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if entry.is_dir() and not whole(entry):
+        print(f"note: {entry} is damaged and made anew")
+        shutil.rmtree(entry, ignore_errors=True)
     if not entry.is_dir():
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -102,8 +107,23 @@ def cached(make: Callable[[Path], None], world: str, settings: dict, cache_dir: 
                 made = Path(aside, "made")
                 made.mkdir()
                 make(made)
+                (made / SUMS).write_text(json.dumps(sums(made)), "utf-8")
                 made.rename(entry)
         except OSError as error:
             if not entry.is_dir():  # else another process was faster, and its entry is the same
                 raise ValueError(f"cannot write the cache {root} ({error.strerror}): set XDG_CACHE_HOME") from error
     return entry
+
+
+def sums(directory: Path) -> dict[str, str]:
+    """The checksums of all files in a directory but the list of them."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.name != SUMS)
+    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def whole(entry: Path) -> bool:
+    """Whether an entry of the cache is as it was made."""
+    try:
+        return json.loads((entry / SUMS).read_text("utf-8")) == sums(entry)
+    except (OSError, ValueError):
+        return False
