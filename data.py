@@ -43,6 +43,7 @@ from huggingface_hub import hf_hub_download
 from jinja2 import TemplateError
 
 from app.fields import Checked, Count, Positive, setting
+from app.loading import reach_hub
 
 REPLY = "\n\nAssistant:"
 MARKER = re.compile(r"\n\n(Human|Assistant):")
@@ -111,6 +112,7 @@ def locate(file: str) -> Path:
     parts = file.split("/")
     if len(parts) < 3 or {"", ".", "..", "~"} & set(parts) or Path(parts[0]).is_dir():
         raise ValueError(f"{file}: no such file; pass an existing .jsonl or .jsonl.gz file")
+    reach_hub(file)
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type="dataset"))
     except (OSError, ValueError) as error:

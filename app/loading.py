@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +14,8 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 if TYPE_CHECKING:  # transformers' models take seconds to import: whoever mistypes a flag need not wait for them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +31,23 @@ def in_one_line(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
         raise ValueError(f"{what} ({reason}); {remedy}") from error
+
+
+def reach_hub(name: str) -> None:
+    """Say that a name is looked for on the hub. Where that cannot be reached, its cache alone is asked, at once: its
+    client would go on trying for most of a minute, without a word.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return
+    print(f"{name} is not here; looking for it on {constants.ENDPOINT}", file=sys.stderr)
+    try:
+        if not urllib.request.getproxies():  # else only the proxy can be reached
+            address = urllib.parse.urlsplit(constants.ENDPOINT)
+            socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError as error:
+        print(f"it cannot be reached ({error}); only what it gave before is used", file=sys.stderr)
+        constants.HF_HUB_OFFLINE = True
+        close_session()
 
 
 @contextmanager
@@ -50,6 +73,8 @@ def pretrained(
 
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
         raise ValueError(f"{where} cannot be loaded (it holds no config.json); {remedy}")
+    if not Path(where).is_dir():
+        reach_hub(where)
     with in_one_line(f"{where} cannot be loaded or downloaded", remedy):
         tokenizer = transformers.AutoTokenizer.from_pretrained(where)
         config = transformers.AutoConfig.from_pretrained(where, **settings)

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_model, make_tokenizer
+from huggingface_hub import constants
 
 from app.session import Session
 from rewards import load_reward_model
@@ -99,3 +100,20 @@ def test_a_tokenizer_that_is_not_the_models_is_refused_before_it_asks_for_words_
     )
     with pytest.raises(ValueError, match="model: its tokenizer made the id 49, and it embeds 20"):
         Session(parse(asked.split())[0], progress=False)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_its_cache_alone_after_that(monkeypatch, capsys):
+    asked = []
+
+    def unreachable(address, timeout):
+        asked.append((address, timeout))
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nobody/none cannot be loaded or downloaded"):
+            load_model("nobody/none", "float32", "cpu")
+    assert asked == [(("huggingface.co", 443), 5)]
+    assert "nobody/none is not here; looking for it on https://huggingface.co" in capsys.readouterr().err
