@@ -266,6 +266,23 @@ class Config(TrainingConfig):
         )
 
 
+def absolute(config: Config) -> Config:
+    """The same settings with the user's files named from the root, so that --resume may be given from anywhere."""
+    values = config.flat()
+    here = lambda name: str(Path(name).resolve()) if name and Path(name).exists() else name  # noqa: E731
+
+    def spec(text: str) -> str:
+        found = re.fullmatch(r"((?:[^=:]*=)?)(hf|py|group):(.+?)(:[^:/]+)?", text)
+        if not found or not found[4]:
+            return f"{found[1]}hf:{here(found[3])}" if found and found[2] == "hf" else text
+        inside = found[2] == "py" and Path(found[3]).resolve().is_relative_to(Path(__file__).parent)
+        return text if inside else f"{found[1]}{found[2]}:{here(found[3])}{found[4]}"
+
+    values |= {name: here(values[name]) for name in ("model", "opinions", "encoder")}
+    values |= {"prompts": [here(file) for file in values["prompts"]], "objectives": [*map(spec, values["objectives"])]}
+    return Config.from_flat(values)
+
+
 def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | None, list[str] | None]:
     """Command line -> settings, the run directory to go on with, and what --sweep and --compare name (None without).
 
@@ -315,7 +332,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | No
         idle = {flag[2:] for flag in flags} & (POLICY_ONLY if config.run.method == pluralllm.NAME else PREDICTOR_ONLY)
         if idle:
             raise ValueError(f"{min(idle)}: {config.run.method} does not read it; leave --{min(idle)} out")
-        return config, Path(rest.resume) if rest.resume else None, rest.sweep, rest.compare
+        return absolute(config), Path(rest.resume) if rest.resume else None, rest.sweep, rest.compare
     except ValueError as error:
         parser.error(str(error))
 

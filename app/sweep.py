@@ -38,7 +38,7 @@ import rewards
 from app import report
 from app.files import new_directory, owned, read_json, read_lines, to_json, write_text
 from app.session import Session
-from settings import METHODS, Config
+from settings import METHODS, Config, absolute
 from worlds import toy
 
 Points = dict[str, list[list[float]]]  # method -> preferences
@@ -158,7 +158,7 @@ def begin(config: Config, points: Points, out: Path) -> None:
         written = {name: saved.pop(name) for name in plan}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"out: {file} is damaged, or of something else; name another directory") from error
-    saved = shared_settings(Config.from_flat(saved)) | written
+    saved = shared_settings(absolute(Config.from_flat(saved))) | written
     for name, value in settings.items():
         if saved[name] != value:
             theirs = f"{out} holds a sweep with {name} {saved[name]}, not {value}"

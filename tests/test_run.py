@@ -496,6 +496,23 @@ def test_help_prints_every_flag_and_every_method(capsys):
     assert all(f"--{f.name}" in text for group in SETTINGS.values() for f in fields(group))
 
 
+def test_files_are_named_from_the_root_so_that_a_run_goes_on_from_another_folder(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    given = ["py:objectives.py:even", "short=py:objectives.py:short"]
+    changes = {"model": "model", "prompts": "prompts.jsonl.gz", "objectives": given, "out": tmp_path / "r", "rounds": 1}
+    assert run.main(command(world, **changes)) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["--resume", "r", "--rounds", "2"]) == 0
+
+
+def test_only_what_is_there_is_named_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rm").mkdir()
+    given = ["a=hf:rm", "hf:nobody/rm", "rule:length", "b=group:rm:north-1", "py:worlds/toy.py:helpful"]
+    found = run.parse(["--objectives", *given, "--model", "nobody/none", "--prompts", "x"])[0].run.objectives
+    assert found == [f"a=hf:{tmp_path}/rm", *given[1:3], f"b=group:{tmp_path}/rm:north-1", given[4]]
+
+
 def test_settings_survive_their_file():
     config = run.parse(["--beta", "0.3", "--preference", "1", "3"])[0]
     assert Config.from_flat(json.loads(json.dumps(config.flat()))) == config
