@@ -23,6 +23,11 @@ run the rounds, measure again, write the run directory:
 Left out on purpose: experiment trackers (metrics.jsonl is plain), schedules of the learning rate.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while all this is imported, Ctrl-C ends the program without a word
+
 import json
 import sys
 import time

@@ -27,16 +27,18 @@ class Limits:
         return math.isfinite(value) and (value > self.low if self.above else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
-        if self.high < math.inf:
+        if self.high < HUGE:
             return f"must lie between {self.low:g} and {self.high:g}"
-        return f"must be a number above {self.low:g}" if self.above else f"must be a number of at least {self.low:g}"
+        least = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+        return f"must be a number {least}" + (f", and at most {HUGE:g}" if self.high == HUGE else "")
 
 
+HUGE = 1e30  # beyond it 32-bit numbers overflow in one product
 Count = Annotated[int, Limits(1)]
 Index = Annotated[int, Limits(0)]
 Seed = Annotated[int, Limits(0, 2**63 - 1)]
-Positive = Annotated[float, Limits(0, above=True)]
-NonNegative = Annotated[float, Limits(0)]
+Positive = Annotated[float, Limits(0, HUGE, above=True)]
+NonNegative = Annotated[float, Limits(0, HUGE)]
 Share = Annotated[float, Limits(0, 1)]
 
 

@@ -26,6 +26,7 @@ from app.files import new_directory, owned
 from baselines import FSMGDA
 from fedmoa import FEDMOA
 from firm import FIRM, Federation
+from rollout import Policy
 
 world, finished = test_run.world, test_run.finished  # the fixtures
 
@@ -118,10 +119,18 @@ def test_where_no_client_is_left_the_run_ends_with_what_was_not_finite_first():
 
 
 def test_a_server_rate_that_throws_the_adapter_out_of_range_is_named():
-    built = federation(server_lr=1e39)
+    built = federation(server_lr=1e30, lr=1e20, optimizer="sgd", ppo={"epochs": 1})
     with pytest.raises(ValueError, match="server_lr: .* lower server_lr or lr"):
         built.round()
     assert torch.isfinite(built.theta).all()
+
+
+def test_a_kl_that_is_not_finite_is_no_result(world, tmp_path, monkeypatch, capsys):
+    real = Policy.expected_kl
+    monkeypatch.setattr(Policy, "expected_kl", lambda self, *args: real(self, *args) * float("nan"))
+    assert run.main(command(world, out=tmp_path / "run")) == 2
+    assert "KL to the base model is not finite; lower lr or server_lr" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_fedmoa_forgets_nothing_of_a_client_that_failed(monkeypatch):
@@ -339,6 +348,14 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, world, tmp_path):
         process.wait()
         assert run.main(["--resume", str(out)]) == 0
         assert adapter_of(out) == adapter_of(finished)
+
+
+def test_ctrl_c_while_modules_are_imported_ends_the_program_without_a_traceback():
+    process = subprocess.Popen([sys.executable, run.__file__, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGINT and not out and not err
 
 
 def test_where_nobody_reads_a_run_stops_without_a_traceback_and_can_go_on(finished, world, tmp_path):

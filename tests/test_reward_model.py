@@ -372,6 +372,20 @@ def test_bad_input_to_the_command_ends_in_one_line_and_leaves_files_alone(tmp_pa
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
+def test_a_training_that_diverges_is_refused_and_saves_nothing(tmp_path, capsys):
+    backbone, pairs = save(tmp_path / "b", "gpt2"), write_pairs(tmp_path / "a.jsonl", make_pairs(20))
+    command = ["--backbone", backbone, "--pairs", pairs, "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*command, "--lr", "1e30", "--epochs", "3"]) == 2
+    assert re.search(r"error: lr: the loss is \w+ in step \d+; lower lr", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_written_is_found_before_any_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--backbone", "nowhere", "--pairs", "nowhere", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "error: out: " in capsys.readouterr().err
+
+
 def test_the_command_shows_its_own_bars_and_none_of_the_librarys_lines(tmp_path, capfd):
     backbone = save(tmp_path / "b", "bert", model=BertModel(make_model("bert").config))
     pairs = write_pairs(tmp_path / "a.jsonl", make_pairs(20))
