@@ -44,8 +44,8 @@ It averages A and B apart, so the served update is not the average of the specia
 
 Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261): groups' rewards become one on the reward side, as Σ_j R_j / M
 does in MORLHF. The extremes compare raw rewards, which must be in one unit; for the KL penalty's sake all M are then
-calibrated by one mean and scale [ours]. α = softmax((1 − h) / T), h_j the running mean of objective j's raw reward,
-meant to lie between 0 and 1 (an alignment, a share): who is served worst so far counts most. [paper: the three,
+calibrated by one mean and scale [ours]. α = softmax(−h / T), h_j the running mean of objective j's raw reward, all in
+one unit, that of T: who is served worst so far counts most. R_j is calibrated, as in MORLHF. [paper: the three,
 abstracts only. ours: h decays by `adaptive_rate` a round; the first round has equal α]
 
 Left out on purpose: FedCMOO-Pref, its top-k compression and momentum (0 in the code), FSMGDA's compressed uploads.
@@ -235,7 +235,7 @@ class AdaptiveConfig(Checked):
     adaptive_temperature: Positive = setting(
         0.1, "adaptive: T; 0.1 gives an objective whose mean reward is 0.1 lower e times the weight [ours]"
     )
-    adaptive_rate: Share = setting(0.3, "adaptive: how much of the running mean reward a round is [ours]")
+    adaptive_rate: Share = setting(0.3, "adaptive: weight of the newest round in the running mean of rewards [ours]")
 
 
 def smallest(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
@@ -258,7 +258,7 @@ def weighed(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> 
 def mean_rewards(client: Client, raw: Tensor, S: int) -> dict[str, float]:
     """What a client's upload says beside the adapter: its mean raw reward of each of its objectives, in their order.
 
-    raw [B, M]. Rewards that are no shares between 0 and 1 make α one-sided.
+    raw [B, M], in the unit of T.
     """
     own = raw[:, client.objectives]
     return {f"reward{j}": value for j, value in enumerate(own.mean(0).tolist())}
@@ -266,12 +266,10 @@ def mean_rewards(client: Client, raw: Tensor, S: int) -> dict[str, float]:
 
 def adapt_alpha(theta: Tensor, uploads: Sequence[Upload], server: Server) -> Tensor:
     """The next θ [d], by FedAvg; the running means h [M] and the next round's α [M] go into the server's state."""
-    means = torch.tensor(
-        [[v for n, v in u.numbers.items() if n.startswith("reward")] for u in uploads]
-    ).double()  # [C, M]
+    means = torch.tensor([list(upload.numbers.values()) for upload in uploads]).double()  # [C, M]
     now, rate = fedavg.average(means, fedavg.prompts_held(uploads)), server.settings.adaptive_rate
-    h = server.state["alignment"] = (1 - rate) * server.state["alignment"] + rate * now if server.state else now
-    server.state["alpha"] = torch.softmax((1 - h) / server.settings.adaptive_temperature, 0)
+    h = server.state["mean_reward"] = (1 - rate) * server.state["mean_reward"] + rate * now if server.state else now
+    server.state["alpha"] = torch.softmax(-h / server.settings.adaptive_temperature, 0)
     server.ledger.down({}, scalars=len(h))
     return fedavg.federated_average(theta, uploads, server)
 

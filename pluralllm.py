@@ -9,7 +9,7 @@ Every client holds one group or several; they train it by FedAvg; groups that to
         each client c, from θ_t, repeats `local_steps` times:            [code: 6]
             of each of its groups g draw questions as context and others as targets
             L_c = Σ_g (n_g / n_c) mean over target points of −log N(y; softmax of m within its question, exp(s))
-            one step of Adam, whose moments and cosine decay stay with the client            [code]
+            one step of Adam, whose moments stay with the client; its rate decays with t        [code]
         θ_{t+1} = Σ_c (n_c / n) θ_c,  n_c the points that c holds (`fedavg.average`)
 
 The architecture is [code]'s, which is that of Group Preference Optimization (arXiv 2310.11523): four linear layers
@@ -58,8 +58,12 @@ class PluralConfig(Checked):
     encoder: str | None = setting(
         None, "pluralllm: checkpoint (directory or hub name) whose mean hidden states embed texts"
     )
-    train_groups: list[str] = setting([], "pluralllm: groups that train, a client each; the paper's eight if not given")
-    unseen_groups: list[str] = setting([], "pluralllm: groups that are only asked; the paper's six if not given")
+    train_groups: list[str] = setting(
+        [], "pluralllm: groups that train, a client each; the public code's eight, or the world's, if not given"
+    )
+    unseen_groups: list[str] = setting(
+        [], "pluralllm: groups that are only evaluated; the public code's six, or the world's, if not given"
+    )
     central: bool = setting(True, "pluralllm: beside it the same training with all groups in one place")
     eval_every: Count = setting(5, "pluralllm: rounds from one evaluation, and one checkpoint, to the next")
     warmup: Share = setting(0.0, "pluralllm: share of all steps in which the learning rate rises to lr [code: 0]")

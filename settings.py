@@ -168,7 +168,7 @@ class RunConfig(Checked):
     reward_batch_size: Count = setting(32, "rows per batch of a reward model")
     profile: bool = setting(False, "print where the rounds' time goes, and peak memory (a sweep: summary.json)")
     show: Index = setting(4, "held-out prompts whose answers are printed, before and after")
-    out: str | None = setting(None, "run directory; the next free runs/METHOD-PRESET if not given")
+    out: str | None = setting(None, "run directory; the next free one in runs/, by method and preset, if not given")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -115,15 +115,15 @@ def load(directory: str, encoder: str | None = None) -> SavedPredictor:
     if not isinstance(about, dict) or about.get("architecture") != ARCHITECTURE:
         raise ValueError(f"predictor: {directory} is of another architecture; train it anew")
     try:
-        asked, model = opinions.Encoder(encoder or about["encoder"]), Predictor(about["width"])
-        if (width := asked.model.config.hidden_size) != model.width:
+        embed, model = opinions.Encoder(encoder or about["encoder"]), Predictor(about["width"])
+        if (width := embed.model.config.hidden_size) != model.width:
             raise ValueError(
                 f"encoder: it embeds in {width} numbers and the predictor reads {model.width}; name its own"
             )
         model.load_state_dict(tensors)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise ValueError(f"predictor: {directory} has weights that are not finite; train it anew")
-        return SavedPredictor(model.eval(), asked, about["groups"])
+        return SavedPredictor(model.eval(), embed, about["groups"])
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"predictor: {directory} does not fit its description; train it anew") from error
 

@@ -258,7 +258,7 @@ def header(training: Training, out: Path) -> str:
         f"  encoder     {training.encoder}, embeddings of width {data.embeddings.shape[1]}",
         f"  predictor   {len(federation.theta):,} parameters",
         f"  questions   {len(data.questions):,}, {len(data.embeddings):,} options",
-        f"  groups      {len(training.train)} train, a client each; {len(training.unseen)} are only asked",
+        f"  groups      {len(training.train)} train, a client each; {len(training.unseen)} are held out",
         f"  federation  {config.firm.rounds} rounds of {config.plural.local_steps} steps"
         + (", and as many steps with all groups in one place" if "centralised" in training.sides else ""),
         f"  run         {out}",

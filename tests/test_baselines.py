@@ -415,9 +415,9 @@ def test_alpha_is_the_softmax_of_how_badly_an_objective_was_served():
 
 
 def test_the_running_mean_takes_its_rate_of_every_round():
-    state = {"alignment": torch.tensor([0.5, 0.5]).double(), "alpha": torch.tensor([0.5, 0.5]).double()}
+    state = {"mean_reward": torch.tensor([0.5, 0.5]).double(), "alpha": torch.tensor([0.5, 0.5]).double()}
     server = adapted(state, upload(1, reward0=0.9, reward1=0.1), adaptive_rate=0.25)
-    assert server.state["alignment"].tolist() == pytest.approx([0.6, 0.4])
+    assert server.state["mean_reward"].tolist() == pytest.approx([0.6, 0.4])
 
 
 def test_the_adaptive_reward_is_weighed_by_the_servers_alpha_of_the_round_before():

@@ -56,7 +56,7 @@ def test_every_group_answers_its_part_of_the_survey():
         by_group.setdefault(row["group"], []).append((row["question"], tuple(row["options"])))
         assert sum(row["distribution"]) == pytest.approx(1)
     assert list(by_group) == [*survey.TRAIN_GROUPS, *survey.UNSEEN_GROUPS]
-    assert {len(set(asked)) for asked in by_group.values()} == {survey.ASKED}
+    assert {len(set(asked)) for asked in by_group.values()} == {survey.PER_GROUP}
     assert len({question for asked in by_group.values() for question in asked}) == survey.QUESTIONS
 
 
@@ -95,7 +95,7 @@ def test_the_model_answers_with_one_of_the_options():
     rows, found = [json.loads(line) for line in prompts.read_text("utf-8").splitlines()[:64]], 0
     torch.manual_seed(0)
     for row in rows:
-        messages = [{"role": "user", "content": survey.asked(row["question"], row["options"])}]
+        messages = [{"role": "user", "content": survey.prompt_text(row["question"], row["options"])}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=3, do_sample=True, top_k=0)
         answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

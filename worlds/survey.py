@@ -6,8 +6,9 @@ It stands in for GlobalOpinionQA (`worlds/opinions.py` reads either) and a langu
 
 Groups have values v in the plane. They lie about four centres: north opposite south, east opposite west. Of an option
 o on issue i the people of a group think u = 2 (s_i ⊙ ℓ_o) · v + a_o + b_io, and they choose it with the odds exp(u):
-ℓ_o is what a word stands for, s_i how much an issue is about it, a_o and b_io what everybody likes. A group is asked
-some of the questions, and of its people PEOPLE answer, so what it answered is a sample of what it thinks.
+ℓ_o is what a word stands for, s_i how strongly the issue weighs each of the two values, a_o and b_io what everybody
+likes. A group is asked some of the questions, and of its people PEOPLE answer, so what it answered is a sample of what
+it thinks.
 
 Eight groups take part, two about every centre; six are asked only afterwards. Whoever has seen how a group answers some
 questions can tell its values, and so how it answers others: that is what the predictor has to learn in context.
@@ -37,7 +38,7 @@ CENTRES = {"north": (0.0, 1.0), "south": (0.0, -1.0), "east": (1.0, 0.0), "west"
 TRAIN_GROUPS = tuple(f"{centre} {i}" for i in (1, 2) for centre in CENTRES)
 UNSEEN_GROUPS = (*(f"{centre} 3" for centre in CENTRES), "north 4", "south 4")
 SPREAD = 0.2  # of the groups about their centre, in every direction
-QUESTIONS, ASKED = 80, 48  # of the survey, and those of a group
+QUESTIONS, PER_GROUP = 80, 48  # of the survey, and those of a group
 PEOPLE = 200
 OPTIONS = (3, 4, 5)
 PROMPTS = 320  # other questions, for the language model
@@ -91,7 +92,7 @@ def questions(seed: int, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield f"what matters most for {issue} ?", options
 
 
-def asked(question: str, options: Sequence[str]) -> str:
+def prompt_text(question: str, options: Sequence[str]) -> str:
     """A question and its options, as the language model reads them."""
     return f"{question.removesuffix(' ?')} : {' , '.join(options[:-1])} or {options[-1]} ?"
 
@@ -104,7 +105,7 @@ def answers(seed: int) -> Iterator[dict]:
     opinions, rng = Opinions.drawn(seed), np.random.default_rng([seed, 1])
     survey = list(questions(seed, QUESTIONS))
     for group in opinions.values:
-        for q in sorted(rng.choice(QUESTIONS, ASKED, replace=False)):
+        for q in sorted(rng.choice(QUESTIONS, PER_GROUP, replace=False)):
             question, options = survey[q]
             chose = rng.multinomial(PEOPLE, opinions.shares(group, issue_of(question), options))
             yield {"question": question, "group": group, "options": options, "distribution": (chose / PEOPLE).tolist()}
@@ -113,7 +114,7 @@ def answers(seed: int) -> Iterator[dict]:
 def prompts(seed: int) -> Iterator[dict]:
     """Questions that are not in the survey, as prompts in HH-RLHF's form, with `question` and `options` beside it."""
     for question, options in list(questions(seed, QUESTIONS + PROMPTS))[QUESTIONS:]:
-        dialogue = f"\n\nHuman: {asked(question, options)}\n\nAssistant: {options[0]} ."
+        dialogue = f"\n\nHuman: {prompt_text(question, options)}\n\nAssistant: {options[0]} ."
         yield {"chosen": dialogue, "question": question, "options": options}
 
 
@@ -125,7 +126,7 @@ def vocabulary() -> list[str]:
 def pretrain(steps: int = 800, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: bool = True):
     """A fresh model that answers with one of the options, see `tiny_llama.pretrain`."""
     rng = random.Random(seed)
-    pairs = [(asked(question, options), f"{rng.choice(options)} .") for question, options in
+    pairs = [(prompt_text(question, options), f"{rng.choice(options)} .") for question, options in
              (draw(rng) for _ in range(steps * batch_size))]  # fmt: skip
     return tiny_llama.pretrain(vocabulary(), pairs, batch_size, lr, seed, progress)
 
