@@ -133,6 +133,7 @@ def show(results: Path, name: str, head: Sequence[str], lines: Sequence[Sequence
     """Print a table in Markdown, and keep it as NAME.md."""
     text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines))
     text += f"\n\n{note}\n" if note else "\n"
+    results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.md").write_text(text, "utf-8")
     print(f"\n{name}\n{text}")
 

@@ -1,0 +1,85 @@
+"""A run is killed at random moments, goes on, and must come to the same end; and a long run must not grow. [ours]
+
+SIGKILL cannot be caught: what is on the disk at that moment is all there is. Moments are drawn evenly from the first
+second to the end of an undisturbed run, imports and the first evaluation included. Where config.json is there, the run
+goes on by --resume, else its own command is given again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import run
+from app.files import owned
+from app.session import Session
+from evidence.lab import BASE, Lab
+from evidence.statistics import show
+from settings import Config
+
+SHORT = ["--rounds", "6", "--held_out", "32", "--eval_samples", "2", "--show", "0", "--threads", "1"]
+
+
+def what_came_of_it(out: Path) -> tuple[bytes, list[dict]]:
+    """The adapter, and the lines of metrics.jsonl without their times."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    figures = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes(), figures
+
+
+def program(*arguments: str | Path) -> subprocess.Popen:
+    """`python run.py` with these arguments, silent."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, run.__file__, *map(str, arguments)], **quiet)
+
+
+def faults(lab: Lab) -> None:
+    """SIGKILL at 20 random moments, and what the resumed run has in common with the undisturbed one."""
+    kills, rng, lines = 2 if lab.quick else 20, np.random.default_rng(0), []
+    with tempfile.TemporaryDirectory() as root:
+        started, whole = time.perf_counter(), Path(root, "whole")
+        assert program(*SHORT, "--out", whole).wait() == 0
+        seconds = time.perf_counter() - started
+        adapter, figures = what_came_of_it(whole)
+        for number, moment in enumerate(sorted(rng.uniform(1.0, seconds, kills))):
+            out = Path(root, f"killed{number}")
+            killed = program(*SHORT, "--out", out)
+            time.sleep(moment)
+            killed.kill()
+            killed.wait()
+            begun, metrics = (out / "config.json").exists(), out / "metrics.jsonl"
+            rounds = len(metrics.read_text("utf-8").splitlines()) if metrics.exists() else 0
+            done = (out / "summary.json").exists()
+            status = program(*(["--resume", out] if begun else [*SHORT, "--out", out])).wait()
+            again, after = what_came_of_it(out) if status == 0 else (b"", [])
+            where = (
+                "finished" if done else f"{rounds} rounds" if metrics.exists() else "started" if begun else "nothing"
+            )
+            lines.append([f"{moment:.1f}", where, status, "yes" * (again == adapter), "yes" * (after == figures)])
+    equal = sum(line[3:] == ["yes", "yes"] for line in lines)
+    note = f"{equal} of {kills} equal the undisturbed run, which took {seconds:.1f} s on {os.cpu_count()} cores."
+    head = ["killed after (s)", "on the disk then", "status of the resumed run", "same adapter", "same metrics"]
+    show(lab.results, "faults", head, lines, note)
+
+
+def soak(lab: Lab) -> None:
+    """Time per round and memory in every fifth of a run of 500 rounds, checkpoints and metrics.jsonl included."""
+    fifth, lines = 2 if lab.quick else 100, []
+    with tempfile.TemporaryDirectory() as root, owned(Path(root)) as out:
+        settings = {"held_out": 16, "eval_samples": 1, "rounds": fifth, "diagnostics": False}
+        session = Session(Config.from_flat(BASE | settings), progress=False)
+        before = run.begin(session, out)
+        for end in range(fifth, 5 * fifth + 1, fifth):
+            session.config.firm.rounds = end
+            seconds = [line["seconds"] for line in run.do_rounds(session, before, out, "")[-fifth:]]
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            size = (out / "checkpoint" / "state.safetensors").stat().st_size
+            lines.append([f"{end - fifth + 1} to {end}", f"{np.median(seconds):.3f}", f"{memory:.0f}", f"{size:,}"])
+    head = ["rounds", "median seconds of a round", "memory of the process at its end (MiB)", "checkpoint (bytes)"]
+    show(lab.results, "soak", head, lines, "The toy world at the settings of tiny, one process, one thread.")
