@@ -221,7 +221,7 @@ class Federation:
         self.calibration: rewards.Calibration | None = None
 
     def calibrate(self) -> None:
-        """Fix every objective's mean and scale, once, from base-policy samples: each client sends n, Σr and Σr²."""
+        """Fix every objective's mean and scale, once, from base-policy samples (`rewards.calibration_sums`)."""
         drawn = self.respond(self.clients, clients.CALIBRATION)
         for client, rows in zip(self.clients, drawn.rows, strict=True):
             self.method.numbers(client, drawn.raw[rows], 1)  # so that rewards it cannot use are found here
@@ -241,14 +241,7 @@ class Federation:
         responses = self.respond(cohort, clients.TRAINING, self.group_size)
         work = list(zip(cohort, self.prepare(cohort, responses), responses.rows, strict=True))
         if method.server_weights:
-            J = []
-            for client, batch, _ in work:
-                with leaving_out(client, faults):
-                    J.append(client.gradients(self.policy, batch, config.ppo))
-            work = [each for each in work if each[0].index not in faults]
-            check_anybody_left(work, faults)
-            held = fedavg.prompts_held([client for client, *_ in work])
-            lam = method.server_weights(torch.stack(J), held, server)  # from J [C, M, d]
+            work, lam = self.common_weights(work, server, faults)
             method = replace(method, weights=lambda *_: lam)
 
         arrived = []
@@ -284,6 +277,17 @@ class Federation:
         self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(uploads) * config.firm.batch_size, config.ppo)
         self.rounds_done += 1
         return record
+
+    def common_weights(self, work: list[tuple], server: Server, faults: dict[int, str]) -> tuple[list[tuple], Tensor]:
+        """The server's λ [M] from all clients' gradients at θ_t; work: (client, batch, rows) each; who fails is gone."""
+        J = []
+        for client, batch, _ in work:
+            with leaving_out(client, faults):
+                J.append(client.gradients(self.policy, batch, self.config.ppo))
+        work = [each for each in work if each[0].index not in faults]
+        check_anybody_left(work, faults)
+        held = fedavg.prompts_held([client for client, *_ in work])
+        return work, self.method.server_weights(torch.stack(J), held, server)  # from J [C, M, d]
 
     def respond(
         self, cohort: Sequence[Client], purpose: int, group_size: int = 1, number: int | None = None

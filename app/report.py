@@ -93,7 +93,7 @@ def summarise(
         "upload_bytes_per_client_round": metrics[-1]["upload_bytes"],
         "upload_bytes_total": sum((cohort - m.get("dropped_clients", 0)) * m["upload_bytes"] for m in metrics),
         "download_bytes_per_client_round": metrics[-1]["download_bytes"],
-        "calibration_bytes_per_client": {"upload": 8 * 3 * M, "download": 8 * 2 * M},  # n, Σr, Σr²; mean, scale
+        "calibration_bytes_per_client": {"upload": 8 * 3 * M, "download": 8 * 2 * M},  # n, mean, squares; mean, scale
         "base_model": session.base_model,
         "eval_samples": config.run.eval_samples,
         "kl": clustered(after.kl),
