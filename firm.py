@@ -279,7 +279,7 @@ class Federation:
         return record
 
     def common_weights(self, work: list[tuple], server: Server, faults: dict[int, str]) -> tuple[list[tuple], Tensor]:
-        """The server's λ [M] from all clients' gradients at θ_t; work: (client, batch, rows) each; who fails is gone."""
+        """The server's λ [M] from all clients' gradients at θ_t; work: (client, batch, rows) of those still in."""
         J = []
         for client, batch, _ in work:
             with leaving_out(client, faults):
