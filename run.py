@@ -148,7 +148,7 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(lines[-1]) + "\n")
             session.save(out / "checkpoint", before)
-            for client, fault in record.faults.items():
+            for client, fault in record.faults.items() if session.progress else ():
                 tqdm.write(f"warning: round {record.number}: client {client} is left out: {fault}", file=sys.stderr)
             del record  # before the next round makes its own
             bar.set_postfix_str(report.progress_line(lines[-1], session.names))

@@ -109,7 +109,7 @@ def new_directory(wanted: str | None, name: str) -> Iterator[Path]:
     numbered = (Path("runs", f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
     for out in [Path(wanted)] if wanted else numbered:
         try:
-            out.mkdir(parents=True, exist_ok=out.is_dir() and bool(wanted))
+            out.mkdir(parents=True, exist_ok=bool(wanted))
             break
         except FileExistsError as error:
             if wanted:

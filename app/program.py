@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -34,10 +35,11 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
     say = lambda line: tqdm.write(line, file=sys.stderr)  # noqa: E731 - a line of its own, whatever bars there are
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")  # our own, of `fedmoa.py`
-        before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.getsignal(signal.SIGINT)}
+        wanted = {signal.SIGTERM: terminate, signal.SIGINT: signal.default_int_handler}
+        if threading.current_thread() is not threading.main_thread():
+            wanted = {}  # Python allows it nowhere else
+        before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
         try:
-            signal.signal(signal.SIGTERM, terminate)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             work()
             sys.stdout.flush()
             return 0
