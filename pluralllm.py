@@ -22,8 +22,7 @@ Centralised training is the same thing with one client that holds all groups: th
 [code] context and target sizes, 9 to 90 questions each, drawn for every step. [ours] a group with fewer than 180
 questions draws from what it has, and keeps at least 9 as targets; the mean over points for the sum, which would weigh a
 step by its draw; n_c of all points held, for those of the last draw; one decay over the whole training, for one of 100
-steps that comes round again, and a warm-up, without which layers that are normalised at their end do not learn to read
-the context on some seeds. Draws hang on (seed, step, group), so that a group draws alike whichever side
+steps that comes round again. Draws hang on (seed, step, group), so that a group draws alike whichever side
 trains, as long as the list of groups is the same.
 
 Left out on purpose: batches of several draws, dropout (0 in [code] too).
@@ -39,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from app.fields import Checked, Count, Share, setting
+from app.fields import Checked, Count, setting
 from clients import CLIENT_SAMPLING, check_anybody_left, stream
 from fedavg import Ledger, Upload, average, prompts_held, sample_clients
 
@@ -66,7 +65,6 @@ class PluralConfig(Checked):
     )
     central: bool = setting(True, "pluralllm: beside it the same training with all groups in one place")
     eval_every: Count = setting(5, "pluralllm: rounds from one evaluation, and one checkpoint, to the next")
-    warmup: Share = setting(0.0, "pluralllm: share of all steps in which the learning rate rises to lr [code: 0]")
     local_steps: Count = setting(6, "pluralllm: Adam steps of a client in a round [code: 6]")
     min_questions: Count = setting(9, "pluralllm: least questions of a context, and of its targets [code: 9]")
     max_questions: Count = setting(90, "pluralllm: most questions of a context, and of its targets [code: 90]")
@@ -273,8 +271,7 @@ class PredictorFederation:
             kept = copy.deepcopy(client.optimizer.state_dict())
             assign(client.model, self.theta)
             for step in range(t * K, (t + 1) * K):
-                lr = self.lr * schedule(step, self.rounds * K, self.settings.warmup)
-                losses.append(client.step(step, lr, self.settings, self.seed))
+                losses.append(client.step(step, cosine(self.lr, step, self.rounds * K), self.settings, self.seed))
             theta = parameters_to_vector(client.model.parameters()).detach()
             upload = Upload(theta[None], client.prompts_held)
             if upload.fault:
@@ -323,12 +320,9 @@ def assign(model: nn.Module, theta: Tensor) -> None:
         parameter.copy_(part.view_as(parameter))
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """What a step, from 0 on, has of the learning rate: a cosine that is down at 0 after all steps [code], times a line
-    that rises to 1 over the first `warmup` of them [ours].
-    """
-    rising = min(1.0, (step + 1) / (warmup * steps)) if warmup else 1.0
-    return rising * (1 + math.cos(math.pi * step / steps)) / 2
+def cosine(lr: float, step: int, steps: int) -> float:
+    """The learning rate of a step, from lr down to 0 after `steps` of them [code]."""
+    return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 # ---- how well it knows a group ---------------------------------------------------------------------------------

@@ -300,8 +300,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
     """Objectives whose predictor is called `survey` get the directory of the survey world's own one of that seed: from
-    the cache, or trained now by the settings of pluralllm-tiny, federated only (about a minute on one core), but with a
-    warm-up and a higher rate: without it some seeds' predictors do not tell groups apart.
+    the cache, or trained now by the settings of pluralllm-tiny, federated only (about a minute on one core).
     """
     pattern = r"((?:[^=:]*=)?group:)survey:"
     names = [spec[found.end() :] for spec in specs if (found := re.match(pattern, spec))]
@@ -310,7 +309,6 @@ def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list
     known = [*survey.TRAIN_GROUPS, *survey.UNSEEN_GROUPS]
     opinions.check_groups("objectives", names, known + [opinions.slug(group) for group in known], "the survey world")
     about = PRESETS["pluralllm-tiny"] | {"seed": seed, "central": False, "eval_every": 1000, "context_draws": 1}
-    about |= {"lr": 2e-3, "warmup": 0.1}
     modules = (pluralllm, clients, fedavg, predictor, opinions)
     sources = [Path(module.__file__).read_text("utf-8") for module in modules]
 

@@ -33,11 +33,11 @@ from worlds import survey
 
 SIDES = ("federated", "centralised")
 RATES = (3e-4, 1e-3, 3e-3)  # of the predictor
-POLICY_RATES = (1.5e-3, 3e-3)
+POLICY_RATES = (3e-3, 6e-3)
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
 METHODS = (
     "firm β=0.01", "firm β=1", "firm β=10", "mgda", "linear", "morlhf", *rules.ONE_REWARD,
-    "firm β=0.01 groups", "linear groups", "adaptive groups",
+    "firm β=1 groups", "linear groups", "minimum groups", "adaptive groups",
 )  # fmt: skip
 
 

@@ -267,7 +267,7 @@ def _after_a_round(federation, c, theta):
     client = federation.clients[c]
     vector_to_parameters(theta.clone(), client.model.parameters())
     for step in range(2):
-        client.step(step, 1e-2 * pluralllm.schedule(step, 8, 0.0), SETTINGS, 7)
+        client.step(step, pluralllm.cosine(1e-2, step, 8), SETTINGS, 7)
     return parameters_to_vector(client.model.parameters()).detach()
 
 
@@ -289,14 +289,9 @@ def test_clients_keep_their_adams_moments_from_round_to_round():
 
 
 def test_the_decay_ends_at_zero_after_all_steps():
-    assert pluralllm.schedule(0, 10, 0.0) == 1
-    assert pluralllm.schedule(5, 10, 0.0) == pytest.approx(0.5)
-    assert pluralllm.schedule(10, 10, 0.0) == pytest.approx(0.0)
-
-
-def test_a_warm_up_is_a_line_that_multiplies_the_cosine():
-    plain, warm = ([pluralllm.schedule(step, 20, share) for step in range(20)] for share in (0.0, 0.2))
-    assert [w / p for w, p in zip(warm, plain, strict=True)] == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 17)
+    assert pluralllm.cosine(0.3, 0, 10) == 0.3
+    assert pluralllm.cosine(0.3, 5, 10) == pytest.approx(0.15)
+    assert pluralllm.cosine(0.3, 10, 10) == pytest.approx(0.0)
 
 
 def test_a_client_whose_update_is_not_finite_is_left_out():
