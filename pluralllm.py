@@ -22,8 +22,9 @@ Centralised training is the same thing with one client that holds all groups: th
 [code] context and target sizes, 9 to 90 questions each, drawn for every step. [ours] a group with fewer than 180
 questions draws from what it has, and keeps at least 9 as targets; the mean over points for the sum, which would weigh a
 step by its draw; n_c of all points held, for those of the last draw; one decay over the whole training, for one of 100
-steps that comes round again. Draws hang on (seed, step, group), so that a group draws alike whichever side
-trains, as long as the list of groups is the same.
+steps that comes round again; `max_grad_norm`, off by default: without it the loss jumps up on some seeds, since the
+deviation s makes its gradients heavy-tailed. Draws hang on (seed, step, group), so that a group draws alike whichever
+side trains, as long as the list of groups is the same.
 
 Left out on purpose: batches of several draws, dropout (0 in [code] too).
 """
@@ -223,7 +224,9 @@ class PredictorClient:
         self.prompts_held = sum(survey.points_held(group) for group in groups)  # n_c, of points
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
 
-    def step(self, number: int, lr: float, settings: PluralConfig, seed: int) -> float:
+    def step(
+        self, number: int, lr: float, settings: PluralConfig, seed: int, max_grad_norm: float | None = None
+    ) -> float:
         """One step of Adam over all groups of this client; number: the step's, from 0. Returns the loss."""
         total = 0.0
         for group in self.groups:
@@ -235,6 +238,8 @@ class PredictorClient:
             own = own * (self.survey.points_held(group) / self.prompts_held)
             own.backward()
             total += own.item()
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         for options in self.optimizer.param_groups:
             options["lr"] = lr
         self.optimizer.step()
@@ -247,10 +252,11 @@ class PredictorFederation:
 
     def __init__(
         self, survey: Survey, clients: Sequence[Sequence[str]], rounds: int, lr: float, seed: int,
-        settings: PluralConfig, clients_per_round: int | None = None,
+        settings: PluralConfig, clients_per_round: int | None = None, max_grad_norm: float | None = None,
     ) -> None:  # fmt: skip
         """clients: the groups that each holds; the decay of lr ends with the rounds."""
         self.rounds, self.lr, self.seed, self.settings = rounds, lr, seed, settings
+        self.max_grad_norm = max_grad_norm
         self.per_round = clients_per_round or len(clients)
         width, device = survey.embeddings.shape[1], survey.embeddings.device
         with torch.random.fork_rng():
@@ -271,7 +277,8 @@ class PredictorFederation:
             kept = copy.deepcopy(client.optimizer.state_dict())
             assign(client.model, self.theta)
             for step in range(t * K, (t + 1) * K):
-                losses.append(client.step(step, cosine(self.lr, step, self.rounds * K), self.settings, self.seed))
+                lr = cosine(self.lr, step, self.rounds * K)
+                losses.append(client.step(step, lr, self.settings, self.seed, self.max_grad_norm))
             theta = parameters_to_vector(client.model.parameters()).detach()
             upload = Upload(theta[None], client.prompts_held)
             if upload.fault:

@@ -183,7 +183,8 @@ SETTINGS = {  # the dataclasses whose fields are flags
 }  # fmt: skip
 PREDICTOR_ONLY = {f.name for f in fields(PluralConfig)}
 POLICY_ONLY = {f.name for group in SETTINGS.values() for f in fields(group)} - PREDICTOR_ONLY - {
-    "preset", "method", "world", "rounds", "clients_per_round", "lr", "seed", "device", "threads", "out",
+    "preset", "method", "world", "rounds", "clients_per_round", "lr", "max_grad_norm", "seed", "device", "threads",
+    "out",
 }  # fmt: skip
 REMOVED = {  # settings that older versions wrote into config.json, and their neutral value
     "entropy_coef": 0.0, "gamma": 1.0,

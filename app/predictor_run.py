@@ -74,8 +74,10 @@ class Training:
         own = [[group] for group in self.train]
         made = {"federated": own, "centralised": [self.train]} if plural.central else {"federated": own}
         self.sides = {
-            side: PredictorFederation(self.survey, held, firm.rounds, config.client.lr, firm.seed, plural,
-                                      firm.clients_per_round if side == "federated" else None)
+            side: PredictorFederation(
+                self.survey, held, firm.rounds, config.client.lr, firm.seed, plural,
+                firm.clients_per_round if side == "federated" else None, config.client.max_grad_norm,
+            )
             for side, held in made.items()
         }  # fmt: skip
         self.config = config

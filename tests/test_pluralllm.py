@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import pluralllm
-from pluralllm import PluralConfig, Predictor, PredictorFederation, Question, Survey
+from pluralllm import PluralConfig, Predictor, PredictorClient, PredictorFederation, Question, Survey
 
 SETTINGS = PluralConfig(local_steps=2, min_questions=2, max_questions=4, context_questions=3, context_draws=4)
 WIDTH = 5
@@ -371,3 +371,17 @@ def test_a_group_with_too_few_questions_is_refused(changes, message):
 def test_least_questions_above_the_most_are_refused():
     with pytest.raises(ValueError, match="max_questions: 3 must be at least min_questions, 4"):
         PluralConfig(min_questions=4, max_questions=3)
+
+
+def test_a_clipped_step_is_adams_on_the_clipped_gradient():
+    data = survey()
+    clipped, plain = (federation(data, own=[list(data.answers)], max_grad_norm=norm) for norm in (1e-3, None))
+    assert clipped.round()["loss"] != pytest.approx(plain.round()["loss"], abs=1e-9)
+    client = PredictorClient(list(data.answers), data, WIDTH, "cpu")
+    seen = []
+    client.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in client.model.parameters()]).norm().item())
+    )
+    client.step(0, 1e-2, SETTINGS, 7, max_grad_norm=1e-3)
+    client.step(1, 1e-2, SETTINGS, 7)
+    assert seen[0] == pytest.approx(1e-3, rel=1e-3) and seen[1] > 1e-2
