@@ -33,11 +33,11 @@ from worlds import survey
 
 SIDES = ("federated", "centralised")
 RATES = (3e-4, 1e-3, 3e-3)  # of the predictor
-POLICY_RATES = (3e-3, 6e-3)
+POLICY_RATES = (1.5e-3, 3e-3, 6e-3)
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
 METHODS = (
     "firm β=0.01", "firm β=1", "firm β=10", "mgda", "linear", "morlhf", *rules.ONE_REWARD,
-    "firm β=1 groups", "linear groups", "minimum groups", "adaptive groups",
+    "firm β=0.01 groups", "linear groups", "minimum groups", "adaptive groups",
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def predictor(lab: Lab) -> None:
     shared = {"preset": "pluralllm-tiny"}
     jobs = {side: shared | {"eval_every": 20} for side in SIDES}
     best = best_rates(lab, "predictor_tuning", RATES, jobs, {side: f"{side}_alignment" for side in SIDES})
-    seeds = lab.some(rules.seeds_of(5))
+    seeds = lab.some(rules.seeds_of(10))
     jobs = {side: [shared | {"lr": best[side], "eval_every": 2, "seed": n} for n in seeds] for side in SIDES}
     jobs["paper"] = [job | {"local_steps": 1} for job in jobs["centralised"]]
     rows = lab.groups("predictor", {(label,): own for label, own in jobs.items()})
