@@ -15,7 +15,7 @@ The records at the end are what a round leaves to whoever logs it (`app/metrics.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -145,6 +145,8 @@ class Client:
     def upload(self, updates: list["Update"], batch: Batch, numbers: dict[str, float]) -> Upload:
         """What it sends after its local trainings. Raises NotFinite where the server could not accept it."""
         thetas = torch.stack([update.theta for update in updates])  # [trainings, d]
+        for update, theta in zip(updates, thetas, strict=True):
+            update.theta = theta  # a view: there is one copy of it, in memory and on the wire
         made = Upload(thetas, self.prompts_held, float(ppo.sequence_kl(batch).mean()), numbers)
         if made.fault:
             raise NotFinite(made.fault)
@@ -275,15 +277,15 @@ class Responses:
     rows: list[slice]  # each client's
     raw: Tensor  # [N, M] rewards in raw units, NaN for objectives that a client does not hold
 
-    def only(self, rows: Sequence[slice]) -> "Responses":
-        """Those of some of the clients."""
-        if len(rows) == len(self.rows):
-            return self
-        index = torch.cat([torch.arange(len(self.prompts))[own] for own in rows])
-        size = len(index) // len(rows)
-        cut = replace(self.rollout.rows(index), group_size=self.rollout.group_size)
-        kept = [slice(i * size, (i + 1) * size) for i in range(len(rows))]
-        return Responses([self.prompts[i] for i in index.tolist()], cut, kept, self.raw[index])
+
+@dataclass
+class Contribution:
+    """What a client's part in a round leaves; between processes it is what travels."""
+
+    raw: Tensor  # [B, M] its rewards, as in Responses
+    updates: list[Update]  # of its local trainings
+    upload: Upload
+    trainings: list[LocalTraining]  # as they are afterwards
 
 
 @dataclass
@@ -292,7 +294,7 @@ class Round:
 
     number: int
     cohort: list[Client]
-    responses: Responses
+    raw: list[Tensor]  # each client's rewards [B, M]
     updates: list[list[Update]]  # each client's local trainings
     uploads: list[Upload]
     mixing: Tensor  # [trainings] how much each local training counted

@@ -42,10 +42,12 @@ import mgda
 import ppo
 import rewards
 from app.fields import Checked, Count, NonNegative, Positive, Seed, Share, setting
+from app.ranks import merged, share
 from app.stopwatch import phase
 from clients import (
     Client,
     ClientConfig,
+    Contribution,
     LocalTraining,
     Responses,
     Round,
@@ -176,6 +178,7 @@ def local_update(
     learner.fit(batch, advantages)
     training.keep(optimizer, config.client, gradients.J if method.adapt else None)
     update.theta = adapter.vector()
+    update.batch = replace(batch, hidden=None)  # most of its bytes, and nobody reads them any more
     return update
 
 
@@ -187,7 +190,9 @@ def qp_matrix(G: Tensor, gradients: Gradients, config: FIRMConfig) -> Tensor:
 
 
 class Federation:
-    """The server and its clients, simulated in one process. `round` is Algorithm 1's outer loop body.
+    """The server and its clients, simulated one after another. `round` is Algorithm 1's outer loop body.
+
+    Of several processes each has the same federation, and in a round trains its `share` of the clients (app/ranks.py).
 
     shares: each client's prompts; held: the numbers of each client's objectives, all of them where not given; tasks:
     each client's task, a number.
@@ -222,10 +227,12 @@ class Federation:
 
     def calibrate(self) -> None:
         """Fix every objective's mean and scale, once, from base-policy samples (`rewards.calibration_sums`)."""
-        drawn = self.respond(self.clients, clients.CALIBRATION)
-        for client, rows in zip(self.clients, drawn.rows, strict=True):
+        mine, sums = share(self.clients), {}
+        drawn = self.respond(mine, clients.CALIBRATION)
+        for client, rows in zip(mine, drawn.rows, strict=True):
             self.method.numbers(client, drawn.raw[rows], 1)  # so that rewards it cannot use are found here
-        self.calibration = rewards.combine([rewards.calibration_sums(drawn.raw[rows]) for rows in drawn.rows])
+            sums[client.index] = rewards.calibration_sums(drawn.raw[rows])
+        self.calibration = rewards.combine(list(merged(sums).values()))
 
     def round(self) -> Round:
         """One communication round. Raises ValueError where no client's update can be used."""
@@ -238,25 +245,23 @@ class Federation:
 
         self.policy.adapter.assign(self.theta)  # broadcast θ_t
         server.ledger.down({"theta": self.theta}, scalars=1)  # and κ
-        responses = self.respond(cohort, clients.TRAINING, self.group_size)
-        work = list(zip(cohort, self.prepare(cohort, responses), responses.rows, strict=True))
+        mine = share(cohort)
+        responses = self.respond(mine, clients.TRAINING, self.group_size)
+        raw = [responses.raw[rows] for rows in responses.rows]
+        work = list(zip(mine, self.prepare(mine, responses), raw, strict=True))
         if method.server_weights:
             work, lam = self.common_weights(work, server, faults)
             method = replace(method, weights=lambda *_: lam)
 
-        arrived = []
-        for client, batch, rows in work:
+        arrived = {}
+        for client, batch, own in work:
             with leaving_out(client, faults):
-                updates = [
-                    local_update(
-                        training, self.policy, self.theta, method.combine(batch, training, server.state), method, config
-                    )
-                    for training in client.trainings
-                ]
-                numbers = method.numbers(client, responses.raw[rows], self.group_size)
-                arrived.append((client, rows, updates, client.upload(updates, batch, numbers)))
+                arrived[client.index] = self.train(client, batch, own, method, server.state)
+        arrived, faults = merged(arrived), merged(faults)
         check_anybody_left(arrived, faults)
-        cohort, rows, updates, uploads = map(list, zip(*arrived, strict=True))
+        for c, contribution in arrived.items():
+            self.clients[c].trainings = contribution.trainings
+        uploads = [contribution.upload for contribution in arrived.values()]
         server.ledger.upload(uploads[0])
 
         server.weights = method.client_weights(uploads, server)  # [C]
@@ -269,8 +274,10 @@ class Federation:
         self.theta = theta
         self.policy.adapter.assign(theta)
         record = Round(
-            t, cohort, responses.only(rows), updates, uploads, server.mixing, server.weights / server.weights.sum(),
-            self.kl_coef, server.ledger, time.perf_counter() - started, faults, len(chosen) - len(staying),
+            t, [self.clients[c] for c in arrived], [contribution.raw for contribution in arrived.values()],
+            [contribution.updates for contribution in arrived.values()], uploads, server.mixing,
+            server.weights / server.weights.sum(), self.kl_coef, server.ledger, time.perf_counter() - started, faults,
+            len(chosen) - len(staying),
         )  # fmt: skip
 
         kl = float(np.mean([upload.kl for upload in uploads]))
@@ -278,16 +285,28 @@ class Federation:
         self.rounds_done += 1
         return record
 
+    def train(
+        self, client: Client, batch: Batch, raw: Tensor, method: Method, state: dict[str, Tensor]
+    ) -> Contribution:
+        """A client's local trainings from θ_t, and its upload. raw [B, M]; state: the server's. Raises NotFinite."""
+        updates = [
+            local_update(training, self.policy, self.theta, method.combine(batch, training, state), method, self.config)
+            for training in client.trainings
+        ]
+        upload = client.upload(updates, batch, method.numbers(client, raw, self.group_size))
+        return Contribution(raw, updates, upload, client.trainings)
+
     def common_weights(self, work: list[tuple], server: Server, faults: dict[int, str]) -> tuple[list[tuple], Tensor]:
-        """The server's λ [M] from all clients' gradients at θ_t; work: (client, batch, rows) of those still in."""
-        J = []
+        """The server's λ [M] from all clients' gradients at θ_t; work: (client, batch, raw) of those still in."""
+        J = {}
         for client, batch, _ in work:
             with leaving_out(client, faults):
-                J.append(client.gradients(self.policy, batch, self.config.ppo))
-        work = [each for each in work if each[0].index not in faults]
-        check_anybody_left(work, faults)
-        held = fedavg.prompts_held([client for client, *_ in work])
-        return work, self.method.server_weights(torch.stack(J), held, server)  # from J [C, M, d]
+                J[client.index] = client.gradients(self.policy, batch, self.config.ppo)
+        J = merged(J)
+        check_anybody_left(J, merged(faults))
+        held = fedavg.prompts_held([self.clients[c] for c in J])
+        lam = self.method.server_weights(torch.stack(list(J.values())), held, server)  # from J [C, M, d]
+        return [each for each in work if each[0].index in J], lam
 
     def respond(
         self, cohort: Sequence[Client], purpose: int, group_size: int = 1, number: int | None = None
@@ -297,6 +316,8 @@ class Federation:
         number: the round that the draws hang on, where it is not the federation's.
         """
         size, seed, t = self.config.firm.batch_size, self.config.firm.seed, self.rounds_done
+        if not cohort:  # there are more processes than clients
+            return Responses([], None, [], torch.empty(0, len(self.names)))
         streams = [stream(seed, purpose, t if number is None else number, client.index) for client in cohort]
         drawn = [p for client, rng in zip(cohort, streams, strict=True) for p in client.draw(size // group_size, rng)]
         prompts = [p for p in drawn for _ in range(group_size)]

@@ -7,6 +7,7 @@
     python run.py --sweep 0.1 0.3 0.5 0.7 0.9                a run per preference: the trade-off (app/sweep.py)
     python run.py --compare firm linear morlhf soups         methods side by side; with --sweep at every preference
     python run.py --preset pluralllm-tiny                    a predictor of preferences (app/predictor_run.py)
+    torchrun --nproc-per-node 2 run.py                       clients spread over processes (app/ranks.py)
 
 Every setting is a flag (settings.py). `train(config)` is the whole run as a function: prepare (all that can
 be wrong is found here, before any long work), measure the base model on held-out prompts, calibrate the rewards once,
@@ -32,7 +33,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 import pluralllm
-from app import metrics, predictor_run, report, sweep
+from app import metrics, predictor_run, ranks, report, sweep
 from app.checkpoint import has_state
 from app.files import logged, new_directory, owned, read_lines, to_json, write_tensors, write_text
 from app.program import run_to_the_end
@@ -52,7 +53,8 @@ from worlds import toy
 
 
 def train(config: Config, resume: Path | None = None, progress: bool = True, title: str = "") -> dict[str, Any]:
-    """One whole run. Returns what summary.json holds. With a title, all it shows is a bar of that name.
+    """One whole run. Returns what summary.json holds, on the first process. With a title, all it shows is a bar of that
+    name.
 
     Raises ValueError on bad input before any long work, and during the run for rewards that are not finite numbers and
     updates that have diverged; ObjectiveFailed where a user's function raises.
@@ -60,17 +62,20 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     parts = (config.run.advantages, config.run.weights, config.run.aggregation)
     method = "" if config.run.preset.startswith(config.run.method) else config.run.method  # no fedmoa-fedmoa-tiny
     name = "-".join(filter(None, (method, *parts, config.run.preset)))
-    with owned(resume) if resume else new_directory(config.run.out, name) as out:
-        return train_in(out, config, progress, title)
+    with ExitStack() as stack:
+        out = None
+        if ranks.first():
+            out = stack.enter_context(owned(resume) if resume else new_directory(config.run.out, name))
+        return train_in(ranks.from_first(out), config, progress, title)
 
 
 def train_in(out: Path, config: Config, progress: bool, title: str) -> dict[str, Any]:
     """The same in a directory that is this run's own, and that it goes on from if there is a checkpoint in it."""
     started = time.perf_counter()
     say = print if progress and not title else lambda *_: None
-    if not (out / "config.json").exists():  # first: from here on --resume works
+    if ranks.first() and not (out / "config.json").exists():  # first: from here on --resume works
         write_text(out / "config.json", json.dumps(config.flat(), indent=2) + "\n")
-    session = Session(config, progress)
+    session = ranks.after_first(lambda: Session(config, progress))
     say(report.header(session, out))
     before = begin(session, out)
     federation, first = session.federation, session.federation.rounds_done
@@ -84,6 +89,8 @@ def train_in(out: Path, config: Config, progress: bool, title: str) -> dict[str,
     except BaseException:
         say(f"\nwhat is done is kept; python run.py --resume {out} goes on from there")
         raise
+    if not ranks.first():
+        return {}
 
     summary = report.summarise(session, before, after, lines, time.perf_counter() - started)
     if personal or config.method.needs_primary:
@@ -113,7 +120,8 @@ def begin(session: Session, out: Path) -> Evaluation:
     if has_state(out / "checkpoint"):
         before = session.restore(out / "checkpoint")
         lines = logged(out / "metrics.jsonl", session.federation.rounds_done)
-        (out / "summary.json").unlink(missing_ok=True)
+        if ranks.first():
+            (out / "summary.json").unlink(missing_ok=True)
     else:
         before, lines = session.evaluate("base model"), []
         session.federation.calibrate()
@@ -122,10 +130,12 @@ def begin(session: Session, out: Path) -> Evaluation:
             print(f"warning: {name} gave every response of the base policy the same reward, so it is not scaled")
             if session.federation.method.weights in (FIRM.weights, MGDA.weights):
                 print("  while its gradient is zero, min-norm weights go to it alone, and nothing is learnt")
-    if not lines:
-        session.save(out / "checkpoint", before)
-    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
-    write_text(out / "config.json", json.dumps(session.config.flat(), indent=2) + "\n")  # more rounds, perhaps
+    if ranks.first():
+        if not lines:
+            session.save(out / "checkpoint", before)
+        write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
+        write_text(out / "config.json", json.dumps(session.config.flat(), indent=2) + "\n")  # more rounds, perhaps
+    ranks.from_first(None)  # from here on all find the same there
     return before
 
 
@@ -137,6 +147,8 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
     with tqdm(range(done, rounds), initial=done, total=rounds, **shown) as bar:
         for _ in bar:
             record = federation.round()  # holds every client's batch and, with --diagnostics, gradients
+            if not ranks.first():
+                continue
             lines.append(metrics.line(record, session.names, session.policy.adapter, session.primary))
             if session.config.firm.diagnostics:
                 from evidence import diagnostics  # here, so that nothing that trains knows of it
@@ -172,9 +184,12 @@ def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]],
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status, as `run_to_the_end` does."""
+    ranks.join()
     config, resume, preferences, methods = parse(sys.argv[1:] if arguments is None else arguments)
 
     def work() -> None:
+        if ranks.size() > 1 and (preferences or methods or config.run.method == pluralllm.NAME):
+            raise ValueError("torchrun: --sweep, --compare and pluralllm run in one process; start them with python")
         if config.run.method == pluralllm.NAME:
             if preferences or methods:
                 raise ValueError(f"method: {pluralllm.NAME} trains no policy; leave --sweep and --compare out")

@@ -20,6 +20,7 @@ import fedmoa
 import firm
 import grpo
 import pluralllm
+from app import ranks
 from app.fields import Checked, Count, Index, Share, setting
 from clients import ClientConfig
 from data import DataConfig
@@ -290,7 +291,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | No
 
     The last two are no settings of a run; `sweep.plan` reads them. Ends the program on bad usage.
     """
-    one_line = lambda message: parser.exit(2, f"run.py: error: {message}\n")  # noqa: E731 - without the usage
+    one_line = lambda message: parser.exit(2, f"run.py: error: {message}\n" * ranks.first())  # noqa: E731 - no usage
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--resume", "--model"):
         first.add_argument(flag)

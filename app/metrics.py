@@ -110,7 +110,7 @@ def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
 @phase("metrics")
 def line(record: Round, names: Sequence[str], adapter: Adapter, primary: int | None = None) -> dict[str, float]:
     """A round's line of metrics.jsonl; primary: the number of the primary objective, where the method has one."""
-    rollout, raw = record.responses.rollout, record.responses.raw
+    raw, rollouts = torch.cat(record.raw), [updates[0].batch.rollout for updates in record.updates]
     updates = [update for of_client in record.updates for update in of_client]
     steps = [step for update in updates for step in update.steps]
     metrics = {"round": record.number}
@@ -128,8 +128,8 @@ def line(record: Round, names: Sequence[str], adapter: Adapter, primary: int | N
     metrics["lowest_cosine"] = float(np.mean([float(pairs.min()) for pairs in cosines])) if cosines else math.nan
     metrics["logp_gap"] = float(np.mean([update.batch.logp_gap() for update in updates]))
     metrics |= by_loss(record, names)
-    metrics["ended"] = float(rollout.ended.double().mean())
-    metrics["response_tokens"] = float(rollout.mask.sum(1).double().mean())
+    metrics["ended"] = float(torch.cat([rollout.ended for rollout in rollouts]).double().mean())
+    metrics["response_tokens"] = float(torch.cat([rollout.mask.sum(1) for rollout in rollouts]).double().mean())
     metrics |= agreement(record, names, adapter) | record.ledger.metrics() | by_client(record, primary)
     metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
     if record.faults:
@@ -141,10 +141,10 @@ def by_client(record: Round, primary: int | None) -> dict[str, float]:
     """Of every client, where there is a primary objective: its mean reward, its mean λ, the client's share."""
     if primary is None:
         return {}
-    metrics, shares, M = {}, record.shares.tolist(), record.responses.raw.shape[1]
-    for client, rows, updates, share in zip(record.cohort, record.responses.rows, record.updates, shares, strict=True):
-        lam = objective_weights(client, updates, record.mixing, M)[:, primary].mean()
-        own = {"primary": float(record.responses.raw[rows, primary].mean()), "weight": float(lam), "share": share}
+    metrics, shares = {}, record.shares.tolist()
+    for client, raw, updates, share in zip(record.cohort, record.raw, record.updates, shares, strict=True):
+        lam = objective_weights(client, updates, record.mixing, raw.shape[1])[:, primary].mean()
+        own = {"primary": float(raw[:, primary].mean()), "weight": float(lam), "share": share}
         metrics |= {f"{name}/client{client.index}": value for name, value in own.items()}
     return metrics
 

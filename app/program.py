@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+from app import ranks
 from app.user_code import ObjectiveFailed
 
 SMALLER = "micro_batch_size, sample_batch_size, eval_batch_size or reward_batch_size"
@@ -32,7 +33,11 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
             output.reconfigure(errors="replace")  # a terminal that has no λ shall not end the run
-    say = lambda line: tqdm.write(line, file=sys.stderr)  # noqa: E731 - a line of its own, whatever bars there are
+
+    def say(line: str) -> None:
+        if ranks.first():
+            tqdm.write(line, file=sys.stderr)  # a line of its own, whatever bars there are
+
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")  # our own, of `fedmoa.py`
         wanted = {signal.SIGTERM: terminate, signal.SIGINT: signal.default_int_handler}
@@ -43,6 +48,9 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
             work()
             sys.stdout.flush()
             return 0
+        except ranks.Elsewhere as error:
+            say(f"{name}: error: {error}")
+            return 2
         except (ValueError, ObjectiveFailed) as error:
             fault = " ".join(str(error).split())
         except torch.OutOfMemoryError as error:
@@ -58,5 +66,6 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    ranks.tell(fault)
     say(f"{name}: error: {fault}")
     return 2

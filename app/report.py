@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 import clients
+from app import ranks
 from app.session import Evaluation, Session
 
 
@@ -50,7 +51,8 @@ def header(session: Session, out: Path) -> str:
         model = f"the {config.run.world} world's own tiny model, since no --model is given ({model})"
     return "\n".join([
         " · ".join([config.run.method, *(part for part in parts if part), model]),
-        f"  device      {session.device}, {config.rollout.dtype}, seed {config.firm.seed}",
+        f"  device      {session.device}, {config.rollout.dtype}, seed {config.firm.seed}"
+        + f", {ranks.size()} processes" * (ranks.size() > 1),
         f"  adapter     {policy.adapter.size:,} trainable of {total:,} parameters "
         f"(rank {config.lora.lora_rank}, {len(policy.adapter.layers)} layers)",
         f"  objectives  {', '.join(session.names)}   preference {config.firm.preference or 'uniform'}"
@@ -89,6 +91,7 @@ def summarise(
         "method": config.run.method,
         "seed": config.firm.seed,
         "seconds": seconds,
+        "processes": ranks.size(),
         "rounds": config.firm.rounds,
         "upload_bytes_per_client_round": metrics[-1]["upload_bytes"],
         "upload_bytes_total": sum((cohort - m.get("dropped_clients", 0)) * m["upload_bytes"] for m in metrics),

@@ -22,7 +22,7 @@ import data
 import fedmoa
 import mgda
 import rewards
-from app import quiet_libraries
+from app import quiet_libraries, ranks
 from app.checkpoint import (
     check_unchanged,
     federation_state,
@@ -53,12 +53,14 @@ class Session:
     """Everything a run needs. Raises ValueError where something is wrong with the settings or what they name."""
 
     def __init__(self, config: Config, progress: bool = True) -> None:
-        self.config, self.progress = config, progress
+        self.config, self.progress = config, progress and ranks.first()
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.device = config.run.device
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":
+            ranks.take_gpu()
         check(config)
         quiet_libraries()
         self.base_model, files, specs = config.rollout.model, config.data.prompts, config.run.objectives
@@ -107,31 +109,30 @@ class Session:
         return rewards.score(self.objectives, prompts, texts, ids, holdings)
 
     def evaluate(self, label: str, chosen: Sequence[int] | None = None) -> Evaluation:
-        """Answer held-out prompts, all or those chosen, `eval_samples` times each; whoever is asked when, from the same
-        uniforms.
+        """Answer held-out prompts, all or those chosen, `eval_samples` times each; whoever is asked when and by which
+        process, from the same uniforms.
         """
         S, L = self.config.run.eval_samples, self.config.rollout.max_new_tokens
         chosen = range(len(self.held_out)) if chosen is None else chosen
         rows = [self.held_out[i] for i in chosen for _ in range(S)]
         streams = [clients.stream(self.config.firm.seed, clients.EVALUATION, i) for i in chosen]
         u = np.concatenate([rng.random((S, L)) for rng in streams])  # [n·S, L]
-        scores, kl, texts, gap = [], [], [], 0.0
-        size = self.config.run.eval_batch_size
-        for start in tqdm(range(0, len(rows), size), label, disable=not self.progress, leave=False):
+        made, size = {}, self.config.run.eval_batch_size
+        starts = ranks.share(range(0, len(rows), size))
+        for start in tqdm(starts, label, disable=not self.progress, leave=False):
             prompts = rows[start : start + size]
             rollout = self.policy.sample([p.token_ids for p in prompts], u[start : start + size])
-            scores.append(self.score(prompts, rollout))
-            batch_kl, batch_gap = self.kl_and_gap(rollout)
-            kl.append(batch_kl)
-            gap = max(gap, batch_gap)
-            texts += self.policy.texts(rollout)[0]
-        if not all(part.isfinite().all() for part in kl):
+            scores = self.score(prompts, rollout)
+            made[start] = (scores, *self.kl_and_gap(rollout), self.policy.texts(rollout)[0])
+        scores, kl, gaps, texts = zip(*ranks.merged(made).values(), strict=True)
+        kl, gap, texts = torch.cat(kl).cpu(), max(gaps), [text for part in texts for text in part]
+        if not kl.isfinite().all():
             raise ValueError(f"lr: the {label}'s KL to the base model is not finite; lower lr or server_lr")
         if gap > 0.1 and self.config.rollout.dtype == "float32":  # 16 bits round about as much
             print(f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token; this")
             print("  model's responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
         shape = (len(chosen), S)
-        return Evaluation(torch.cat(scores).view(*shape, -1), torch.cat(kl).cpu().view(shape), texts[::S])
+        return Evaluation(torch.cat(scores).view(*shape, -1), kl.view(shape), texts[::S])
 
     def kl_and_gap(self, rollout: Rollout) -> tuple[Tensor, float]:
         """The KL to the base model of each response [N], and the largest gap between sampled and computed log-probs."""
@@ -155,12 +156,14 @@ class Session:
 
     def personalised(self, directory: Path) -> list[Evaluation]:
         """Each client's adapter after local rounds on its own: saved, and measured on held-out prompts of its kind."""
-        found, theta = [], self.federation.theta
-        for client in tqdm(self.federation.clients, "personalisation", disable=not self.progress, leave=False):
-            own = fedmoa.personalise(self.federation, client, self.config.own["fedmoa"])
-            self.policy.adapter.assign(own)
-            self.policy.adapter.save(directory / f"client{client.index}", self.base_model)
-            found.append(self.evaluate(f"client {client.index}", self.of_kind(client.index)))
+        found, theta, mine = [], self.federation.theta, ranks.share(self.federation.clients)
+        bar = tqdm(mine, "personalisation", disable=not self.progress, leave=False)
+        own = {c.index: fedmoa.personalise(self.federation, c, self.config.own["fedmoa"]) for c in bar}
+        for c, adapter in ranks.merged(own).items():
+            self.policy.adapter.assign(adapter)
+            if ranks.first():
+                self.policy.adapter.save(directory / f"client{c}", self.base_model)
+            found.append(self.evaluate(f"client {c}", self.of_kind(c)))
         self.policy.adapter.assign(theta)
         return found
 

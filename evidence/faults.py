@@ -1,4 +1,4 @@
-"""A run is killed at random moments, goes on, and must come to the same end; and a long run must not grow. [ours]
+"""A run is killed at random moments, or spread over processes, and must come to the same end; and must not grow. [ours]
 
 SIGKILL cannot be caught: what is on the disk at that moment is all there is. Moments are drawn evenly from the first
 second to the end of an undisturbed run, imports and the first evaluation included. Where config.json is there, the run
@@ -32,10 +32,11 @@ def what_came_of_it(out: Path) -> tuple[bytes, list[dict]]:
     return (out / "adapter" / "adapter_model.safetensors").read_bytes(), figures
 
 
-def program(*arguments: str | Path) -> subprocess.Popen:
-    """`python run.py` with these arguments, silent."""
+def program(*arguments: str | Path, processes: int = 1) -> subprocess.Popen:
+    """`python run.py` with these arguments, or `torchrun`, silent."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, run.__file__, *map(str, arguments)], **quiet)
+    return subprocess.Popen([sys.executable, *launcher, run.__file__, *map(str, arguments)], **quiet)
 
 
 def faults(lab: Lab) -> None:
@@ -65,6 +66,39 @@ def faults(lab: Lab) -> None:
     note = f"{equal} of {kills} equal the undisturbed run, which took {seconds:.1f} s on {os.cpu_count()} cores."
     head = ["killed after (s)", "on the disk then", "status of the resumed run", "same adapter", "same metrics"]
     show(lab.results, "faults", head, lines, note)
+
+
+def processes(lab: Lab) -> None:
+    """A run by 1, 2 and 3 processes: what they have in common, and how much faster two are than one, in turn."""
+    repeats, found = 1 if lab.quick else 5, {1: [], 2: [], 3: []}
+    arguments = [*SHORT, "--rounds", "2" if lab.quick else "16", "--profile"]
+    with tempfile.TemporaryDirectory() as root:
+        for number, count in enumerate([1, 2] * repeats + [3]):
+            out = Path(root, str(number))
+            assert program(*arguments, "--out", out, processes=count).wait() == 0
+            summary = json.loads((out / "summary.json").read_text("utf-8"))
+            adapter, lines = what_came_of_it(out)
+            seconds = summary["profile"]["seconds"]
+            seconds["whole round"] = sum(seconds.values())
+            gaps = [line.pop("logp_gap") for line in lines]  # how far sampling rounds otherwise, as batches do
+            found[count].append((adapter, lines, {name: s / len(lines) for name, s in seconds.items()}, gaps))
+    alone = found[1][0]
+    lines = [
+        [count, len(runs), "yes" * all(each[0] == alone[0] for each in runs),
+         "yes" * all(repr(each[1]) == repr(alone[1]) for each in runs)]
+        for count, runs in found.items()
+    ]  # fmt: skip
+    head = ["processes", "runs", "adapter, bit for bit", "metrics but for logp_gap and seconds"]
+    show(lab.results, "processes", head, lines, "Each compared with the first run of one process.")
+    lines = []
+    for name in ("sample", "update", "whole round"):
+        one, two = (np.array([each[2][name] for each in found[count]]) for count in (1, 2))
+        ratios = one / two
+        spread = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+        lines.append([name, f"{np.median(one):.3f}", f"{np.median(two):.3f}", spread])
+    head = ["of a round", "1 process (s)", "2 processes (s)", "times faster: median (least to most)"]
+    note = f"{repeats} runs of each, in turn, a thread a process, {os.cpu_count()} cores; the first process's clock."
+    show(lab.results, "processes_speed", head, lines, note)
 
 
 def soak(lab: Lab) -> None:

@@ -131,8 +131,7 @@ def test_grpo_divides_a_group_by_its_own_deviation_and_the_kl_by_nothing():
 
 def test_each_prompt_is_answered_s_times_in_consecutive_rows_and_the_batch_counts_responses():
     built = grouped(S=3)
-    built.round()
-    responses = built.record.responses
+    responses = built.respond(built.clients, clients.TRAINING, built.group_size)
     assert len(responses.prompts) == len(responses.rollout) == 3 * 6
     for rows in responses.rows:
         drawn = responses.prompts[rows]
@@ -172,7 +171,7 @@ def test_a_restored_federation_goes_on_bit_for_bit_in_groups(learner):
 def test_a_critic_can_have_groups_too():
     built = grouped(learner=ppo.PPO, S=3)
     assert "explained_variance/even" in built.round()
-    assert built.record.responses.rollout.group_size == 3
+    assert built.record.updates[0][0].batch.rollout.group_size == 3
 
 
 def test_calibration_asks_as_many_prompts_with_groups_as_without():

@@ -67,7 +67,7 @@ def test_the_column_of_a_loss_on_several_objectives_is_no_name_that_an_objective
 def test_rewards_are_means_over_the_clients_that_hold_the_objective():
     built = federation(held=[[0], [0, 1], [1]])
     line = built.round()
-    raw = built.record.responses.raw
+    raw = torch.cat(built.record.raw)
     assert line["reward/even"] == pytest.approx(float(raw[:12, 0].mean()))
     assert line["reward_sd/low"] == pytest.approx(float(np.std(raw[6:, 1].numpy())))
 
