@@ -249,8 +249,8 @@ class Adapter:
     def load(self, directory: str | Path) -> None:
         """Read an adapter in PEFT's format, ours or PEFT's own, into this one.
 
-        Raises ValueError where a file is missing or damaged, where rank, scale or adapted layers differ from this
-        adapter's, or where it needs what is left out here.
+        Raises ValueError where a file is missing, damaged or not finite, where rank, scale or adapted layers differ
+        from this adapter's, or where it needs what is left out here.
         """
         config, weights = (Path(directory) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
         for file in (config, weights):
@@ -270,6 +270,8 @@ class Adapter:
         if theirs != ours:
             odd, _ = min(theirs.items() ^ ours.items())
             raise ValueError(f"adapter: {directory} adapts other layers (first: {odd}); set lora_targets alike")
+        if broken := [name for name, x in saved.items() if not x.isfinite().all()]:
+            raise ValueError(f"adapter: {weights} has weights that are not finite (first: {broken[0]}); save it anew")
         with torch.no_grad():
             for name, parameter in self.tensors().items():
                 parameter.copy_(saved[name])

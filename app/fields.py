@@ -11,7 +11,8 @@ The limits stand in the type, so a dataclass checks itself whoever makes it: a f
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class Limits:
 
     def allow(self, value: float) -> bool:
         """Whether a value keeps within the limits."""
-        return math.isfinite(value) and (value > self.low if self.above else value >= self.low) and value <= self.high
+        return (
+            -math.inf < value < math.inf
+            and (value > self.low if self.above else value >= self.low)
+            and value <= self.high
+        )
 
     def __str__(self) -> str:
         if self.high < HUGE:
@@ -49,6 +54,22 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a hint says; an int is a float, a bool is neither."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(value, inner[0])
+    if origin in (Union, UnionType):
+        return any(fits(value, kind) for kind in inner)
+    if origin is list:
+        return isinstance(value, list) and all(fits(each, inner[0]) for each in value)
+    if origin is Literal:
+        return isinstance(value, str)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
 class Checked:
     """Base of a settings dataclass. Raises ValueError naming the field where a value is none that its type allows."""
 
@@ -56,6 +77,8 @@ class Checked:
         hints = get_type_hints(type(self), include_extras=True)
         for f in fields(self):
             value = getattr(self, f.name)
+            if not fits(value, hints[f.name]):
+                raise ValueError(f"{f.name}: {value!r} is of another type; see --help")
             for kind in (hints[f.name], *get_args(hints[f.name])):  # itself, or a member of `Count | None`
                 limits = next((x for x in getattr(kind, "__metadata__", ()) if isinstance(x, Limits)), None)
                 if limits and value is not None and not limits.allow(value):

@@ -53,8 +53,9 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
             return 2
         except (ValueError, ObjectiveFailed) as error:
             fault = " ".join(str(error).split())
-        except torch.OutOfMemoryError as error:
-            fault = f"out of GPU memory ({str(error).split('. ')[0]}); lower {SMALLER}, then go on with --resume"
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            what = "memory" if isinstance(error, MemoryError) else "GPU memory"
+            fault = f"out of {what} ({str(error).split('. ')[0]}); lower {SMALLER}, then go on with --resume"
         except BrokenPipeError:  # `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141

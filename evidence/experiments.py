@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from app import plots, sweep
 from app.session import Session
 from evidence import rules
-from evidence.faults import faults, processes, soak
+from evidence.faults import faults, processes, soak, survivors
 from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_volume
 from evidence.moa import fedmoa, saturation
 from evidence.plural import plural, predictor
@@ -303,7 +303,8 @@ def communication(lab: Lab) -> None:
 
 EXPERIMENTS = {f.__name__: f for f in (tuning, communication, agreement, baselines, beta, twins, heterogeneity, noise,
                                        trace, rank, clients, learners, groups, pareto, long, fedmoa,
-                                       saturation, predictor, plural, faults, processes, soak)}  # fmt: skip
+                                       saturation, predictor, plural, faults, survivors, processes,
+                                       soak)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,20 +6,30 @@ goes on by --resume, else its own command is given again.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import torch
 
+import fedavg
 import run
 from app.files import owned
+from app.report import clustered, plus_minus
 from app.session import Session
+from clients import Client, Contribution
 from evidence.lab import BASE, Lab
+from evidence.rules import seeds_of
 from evidence.statistics import show
+from firm import Federation
+from ppo import Batch
 from settings import Config
 
 SHORT = ["--rounds", "6", "--held_out", "32", "--eval_samples", "2", "--show", "0", "--threads", "1"]
@@ -66,6 +76,39 @@ def faults(lab: Lab) -> None:
     note = f"{equal} of {kills} equal the undisturbed run, which took {seconds:.1f} s on {os.cpu_count()} cores."
     head = ["killed after (s)", "on the disk then", "status of the resumed run", "same adapter", "same metrics"]
     show(lab.results, "faults", head, lines, note)
+
+
+def survivors(lab: Lab) -> None:
+    """Three clients in ten vanish from every round and client 0 has NaN: beside it, rounds of the survivors alone."""
+    lines, rounds = [], 2 if lab.quick else 16
+    for seed in lab.some(seeds_of(5)):
+        settings = {"seed": seed, "client_dropout": 0.3, "rounds": rounds, "diagnostics": False}
+        session = Session(Config.from_flat(BASE | settings), progress=False)
+        before, federation, alone = session.evaluate("base"), session.federation, session.federate(session.config)
+        federation.calibrate()
+        alone.calibration = federation.calibration
+
+        def train(client: Client, batch: Batch, *others, federation: Federation = federation) -> Contribution:
+            if client.index == 0:
+                batch = replace(batch, scores=batch.scores * math.nan)
+            return Federation.train(federation, client, batch, *others)
+
+        federation.train = train
+        equal, vanished, rejected = 0, 0, 0
+        for _ in range(rounds):
+            record = federation.round()
+            here = [client.index for client in record.cohort]
+            with patch.object(fedavg, "staying", lambda *_, here=here: here):
+                alone.round()
+            equal += torch.equal(federation.theta, alone.theta)
+            vanished, rejected = vanished + record.dropped, rejected + len(record.faults)
+        session.policy.adapter.assign(federation.theta)
+        gains = session.evaluate("trained").scores - before.scores
+        cells = [plus_minus(clustered(gains[..., j])) for j in range(len(session.names))]
+        lines.append([seed, vanished, rejected, f"{equal} of {rounds}", *cells])
+    head = ["seed", "uploads that vanished", "uploads with NaN", "rounds equal, bit for bit", "helpful", "harmless"]
+    note = "The toy world at the settings of tiny; held-out gain over the base model ± its standard error."
+    show(lab.results, "survivors", head, lines, note)
 
 
 def processes(lab: Lab) -> None:

@@ -370,13 +370,18 @@ def test_where_nobody_reads_a_run_stops_without_a_traceback_and_can_go_on(finish
     assert adapter_of(tmp_path / "r") == adapter_of(finished)
 
 
-def test_out_of_gpu_memory_says_what_to_lower(world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "GPU memory (CUDA out of memory)"),
+     (MemoryError("Unable to allocate 7 TiB"), "memory (Unable to allocate 7 TiB)")],
+)  # fmt: skip
+def test_out_of_memory_says_what_to_lower(world, tmp_path, monkeypatch, capsys, error, said):
     def full(federation):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        raise error
 
     monkeypatch.setattr(Federation, "round", full)
     assert run.main(command(world, out=tmp_path / "run")) == 2
-    assert "error: out of GPU memory (CUDA out of memory); lower micro_batch_size" in capsys.readouterr().err
+    assert f"error: out of {said}; lower micro_batch_size" in capsys.readouterr().err
 
 
 def test_an_error_stands_on_a_line_of_its_own_beside_a_progress_bar(world, tmp_path, capsys):

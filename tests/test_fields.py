@@ -25,14 +25,18 @@ class Example(Checked):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("rounds", 0), ("few", 0), ("lr", -1.0), ("lr", float("nan")), ("lr", float("inf")), ("temperature", 0.0),
-     ("gamma", 1.1), ("kind", "z")],
+     ("gamma", 1.1), ("kind", "z"), ("rounds", "2"), ("rounds", True), ("rounds", 2.0), ("lr", "x"), ("lr", 10**400),
+     ("lr", None), ("names", "a"), ("names", [1]), ("kind", 1), ("few", [])],
 )  # fmt: skip
 def test_a_value_outside_the_limits_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"^{field}: "):
         Example(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("rounds", 1), ("few", 3), ("lr", 0.0), ("gamma", 0.0), ("kind", "y")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rounds", 1), ("few", 3), ("few", None), ("lr", 0.0), ("lr", 2), ("gamma", 0.0), ("kind", "y")],
+)
 def test_a_value_at_the_limits_is_taken(field, value):
     assert getattr(Example(**{field: value}), field) == value
 

@@ -50,7 +50,7 @@ def world(tmp_path_factory):
     return root
 
 
-def command(world, **changes) -> list[str]:
+def command(world, /, **changes) -> list[str]:
     """Flags of a two-round run on `world`; a change of None drops the flag."""
     flags = {
         "model": world / "model", "prompts": world / "prompts.jsonl.gz",
