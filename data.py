@@ -1,4 +1,4 @@
-"""Prompts: files of HH-RLHF or GSM8K become what the policy reads, and are shared out among clients.
+"""Prompts: files of HH-RLHF, GSM8K or TRL's forms become what the policy reads, and are shared out among clients.
 
 A row of HH-RLHF holds two whole dialogues, `chosen` and `rejected`, that differ in the last reply:
 
@@ -14,7 +14,11 @@ there is none, as the plain text above. Prompts too short or too long are droppe
 A row of GSM8K holds a `question`, and an `answer` that ends in `#### ` and the number. Its prompt is the question in
 `question_template`; what checks a response reads the `answer` from the columns (worlds/gsm8k.py).
 
-**Clients.** `natural` goes by the data: a row's `client` says whose it is, and rows without are what is held out from.
+Rows of TRL's forms hold a `prompt`, a text or chat messages, or `messages`, whose last reply is left out. Messages
+reach the chat template as they are, a system's too.
+
+**Clients.** Any column may say whose a row is (`--split COLUMN`; natural is the column `client`), or its file or subset
+(`files`, `subset`). Rows without a value are what is held out from; where there are none, every client gives its share.
 `iid` deals the shuffled prompts out like cards. `dirichlet` makes clients differ in what they ask,
 after Hsu, Qi & Brown (2019): client c draws a mixture q_c ~ Dirichlet(α K p) over the K subsets (harmless-base,
 helpful-base, …), p being each subset's share of all prompts, and fills its quota from it. The factor K [ours] makes
@@ -25,7 +29,7 @@ take turns drawing one prompt each, without replacement; when a subset runs out,
 over the rest, so that no one client gets the leftovers, and a client whose subsets are all gone draws from what is
 left [ours].
 
-Left out on purpose: streaming (all prompts fit in memory), system prompts, other formats.
+Left out on purpose: streaming (all prompts fit in memory), other formats.
 """
 
 import gzip
@@ -33,10 +37,10 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import IO, Any
 
 import numpy as np
 from huggingface_hub import hf_hub_download
@@ -49,7 +53,8 @@ REPLY = "\n\nAssistant:"
 MARKER = re.compile(r"\n\n(Human|Assistant):")
 ROLE = {"Human": "user", "Assistant": "assistant"}
 REFERENCE = "####"  # stands before the number in GSM8K's answers
-Split = Literal["iid", "dirichlet", "natural"]
+SPEAKER = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}  # in plain text
+PROMPT_NAMES = ("instruction", "query", "input", "text")  # what a column that is a prompt may be called
 
 
 @dataclass
@@ -58,8 +63,8 @@ class DataConfig(Checked):
 
     prompts: list[str] = setting(
         [],
-        "HH-RLHF or GSM8K files (.jsonl or .jsonl.gz): local paths, or files of a hub dataset as "
-        "OWNER/REPO/path/in/repo.jsonl.gz",
+        "files (.jsonl or .jsonl.gz) with rows of HH-RLHF, GSM8K or TRL (prompt, messages): local paths, or files of a "
+        "hub dataset as OWNER/REPO/path/in/repo.jsonl.gz",
     )
     question_template: str = setting(
         "{question}\n\nReason step by step, and end with a line of #### and the number that answers the question.",
@@ -68,9 +73,9 @@ class DataConfig(Checked):
     held_out: Count = setting(128, "prompts that no client trains on, for evaluation")
     min_prompt_tokens: Count = setting(1, "drop prompts shorter than this")
     max_prompt_tokens: Count = setting(256, "drop prompts longer than this")
-    split: Split = setting(
-        "dirichlet", "how clients share the prompts: iid, at random; dirichlet, unequal over subsets; natural, as the "
-        "rows' column client says"
+    split: str = setting(
+        "dirichlet", "how clients share the prompts: iid, at random; dirichlet, unequal over subsets; files, subset or "
+        "the name of a column, a client for each value; natural, the column client"
     )  # fmt: skip
     dirichlet_alpha: Positive = setting(1.0, "split=dirichlet: small = each client sees one subset, large = iid")
 
@@ -93,6 +98,7 @@ class Prompt:
     token_ids: tuple[int, ...]  # `rendered`, tokenized
     subset: str  # where it is from: the row's "subset", else the name of its file (see subset_of)
     columns: dict  # the row's other columns, given to reward functions by keyword
+    file: str = ""  # as --prompts names it
 
     @property
     def task(self) -> str:
@@ -169,25 +175,59 @@ def read_rows(file: str, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, di
         raise ValueError(f"{file}: may not be read; check its permissions") from error
 
 
-def dialogue_of(row: dict, template: str, where: str) -> tuple[str, dict]:
-    """A row's prompt as a plain dialogue ending in "\\n\\nAssistant:", and its other columns.
+def dialogue_of(row: dict, template: str, where: str) -> tuple[str, tuple[dict, ...], dict]:
+    """A row's prompt as a plain dialogue ending in "\\n\\nAssistant:" and as chat messages, and its other columns.
 
-    Raises ValueError, naming file and line, for a row that is neither HH-RLHF's nor GSM8K's.
+    Raises ValueError, naming file and line, for a row of no known form, with the nearest one.
     """
+    without = lambda *names: {name: value for name, value in row.items() if name not in names}  # noqa: E731
+    for name in ("prompt", "messages"):
+        if isinstance(row.get(name), list):
+            messages = messages_of(row[name], f"{where}: in {name!r}")
+            return "".join(SPEAKER[m["role"]] + m["content"] for m in messages) + REPLY, messages, without(name)
+    if isinstance(row.get("prompt"), str) and row["prompt"].strip():
+        text = row["prompt"].strip().removesuffix(REPLY.strip()).rstrip()
+        if not MARKER.search(f"\n\n{text}"):
+            text = f"Human: {text}"
+        text, _ = split_dialogue(text + REPLY)
+        return text, to_messages(text), without("prompt")
     if "question" in row and "chosen" not in row:
         if not all(isinstance(row.get(name), str) for name in ("question", "answer")):
-            raise ValueError(f"{where}: no text in 'question' or 'answer'; GSM8K rows hold both")
+            raise ValueError(
+                f"{where}: no text in 'question' or 'answer'; GSM8K rows hold both, a question alone is a 'prompt'"
+            )
         if not re.search(rf"{REFERENCE}[^\n]*\d", row["answer"]):
             raise ValueError(f"{where}: no {REFERENCE} and number in 'answer', in which GSM8K's answers end")
         text = f"\n\nHuman: {template.replace('{question}', row['question'].strip())}{REPLY}"
-        return text, {name: value for name, value in row.items() if name != "question"}
+        return text, to_messages(text), without("question")
     if not isinstance(row.get("chosen"), str):
-        raise ValueError(f"{where}: no text in 'chosen'; HH-RLHF rows hold a dialogue there")
+        texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+        lists = [
+            name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        near = next((name for name in PROMPT_NAMES if name in texts), texts[0] if texts else None)
+        old, new = (lists[0], "messages") if lists else (near, "prompt")
+        raise ValueError(
+            f"{where}: no prompt in a row of {', '.join(map(repr, row)) or 'no columns'}; write "
+            '{"prompt": "How are you?"}' + (f", as by renaming {old!r} to {new!r}" if old else "")
+        )
     try:
         text, _ = split_dialogue(row["chosen"])
     except ValueError as error:
         raise ValueError(f"{where}: in 'chosen', {error}") from error
-    return text, {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    return text, to_messages(text), without("chosen", "rejected")
+
+
+def messages_of(found: list, where: str) -> tuple[dict, ...]:
+    """Chat messages up to the user's last. Raises ValueError for anything but roles and texts, or without a user."""
+    messages = [{key: m.get(key) if isinstance(m, dict) else None for key in ("role", "content")} for m in found]
+    if not all(isinstance(m["content"], str) and m["role"] in [*SPEAKER] for m in messages):
+        raise ValueError(f"{where}: a message is no role (system, user, assistant) with a text as its content")
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
+        raise ValueError(f"{where}: no message is the user's, so there is nothing to answer")
+    return tuple(messages)
 
 
 def split_dialogue(text: str) -> tuple[str, str]:
@@ -250,18 +290,17 @@ def load_prompts(
     for file in files:
         for where, row in read_rows(file):
             counts["rows"] += 1
-            text, columns = dialogue_of(row, template, where)
+            text, messages, columns = dialogue_of(row, template, where)
             if text in found:
                 counts["duplicates"] += 1
                 continue
-            messages = to_messages(text)
             rendered = _render(tokenizer, messages, where) if tokenizer.chat_template else text
-            found[text] = (messages, rendered, str(row.get("subset") or subset_of(file)), columns)
+            found[text] = (messages, rendered, str(row.get("subset") or subset_of(file)), columns, file)
     limit = max_tokens if context_room is None else min(max_tokens, context_room)
-    all_ids = _tokenize(tokenizer, [rendered for _, rendered, _, _ in found.values()])
+    all_ids = _tokenize(tokenizer, [rendered for _, rendered, *_ in found.values()])
     prompts = []
     read = set()
-    for token_ids, (text, (messages, rendered, subset, columns)) in zip(all_ids, found.items(), strict=True):
+    for token_ids, (text, (messages, rendered, *others)) in zip(all_ids, found.items(), strict=True):
         if token_ids in read:  # texts that differ only in what the template or the tokenizer drops
             counts["duplicates"] += 1
         elif len(token_ids) < min_tokens:
@@ -269,7 +308,7 @@ def load_prompts(
         elif len(token_ids) > limit:
             counts["too_long"] += 1
         else:
-            prompts.append(Prompt(text, messages, rendered, token_ids, subset, columns))
+            prompts.append(Prompt(text, messages, rendered, token_ids, *others))
         read.add(token_ids)
     counts["kept"] = len(prompts)
     if not prompts:
@@ -309,15 +348,17 @@ def _nothing_left(counts: dict, lengths: list[int], min_tokens: int, max_tokens:
     return f"prompts: none is left of {counts['rows']} rows; " + ("; ".join(reasons) or "pass files that hold some")
 
 
-def split_held_out(prompts: list[Prompt], n: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(train, held_out): n prompts set aside, each subset in proportion to its size (largest remainders).
+def split_held_out(
+    prompts: list[Prompt], n: int, seed: int, kind: Callable[[Prompt], Any] = lambda prompt: prompt.subset
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(train, held_out): n prompts set aside, of each kind in proportion to its size (largest remainders).
 
     held_out comes shuffled, train in its old order; equal arguments give equal results.
     Raises ValueError if nothing would be left to train on.
     """
     if len(prompts) <= n:
         raise ValueError(f"held_out is {n}, but there are only {len(prompts)} prompts: lower it or pass more")
-    sizes = Counter(prompt.subset for prompt in prompts)
+    sizes = Counter(map(kind, prompts))
     exact = {subset: n * size / len(prompts) for subset, size in sizes.items()}
     quota = {subset: int(share) for subset, share in exact.items()}
     by_remainder = sorted(sizes, key=lambda subset: quota[subset] - exact[subset])
@@ -325,8 +366,8 @@ def split_held_out(prompts: list[Prompt], n: int, seed: int) -> tuple[list[Promp
         quota[subset] += 1
     held_out = []
     for i in np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(len(prompts)).tolist():
-        if quota[prompts[i].subset]:
-            quota[prompts[i].subset] -= 1
+        if quota[kind(prompts[i])]:
+            quota[kind(prompts[i])] -= 1
             held_out.append(i)
     train = sorted(set(range(len(prompts))) - set(held_out))
     return [prompts[i] for i in train], [prompts[i] for i in held_out]
@@ -336,34 +377,51 @@ def share_out(
     prompts: list[Prompt], clients: int, config: DataConfig, seed: int
 ) -> tuple[list[list[Prompt]], list[Prompt]]:
     """(each client's prompts, held-out prompts), as the settings say. Raises ValueError where there are too few."""
-    if config.split == "natural":
-        return split_naturally(prompts, clients, config.held_out, seed)
+    if config.split not in ("iid", "dirichlet"):
+        return split_by(config.split, prompts, clients, config.held_out, seed)
     train, held_out = split_held_out(prompts, config.held_out, seed)
     return split_clients(train, clients, config.split, config.dirichlet_alpha, seed), held_out
 
 
-def split_naturally(prompts: list[Prompt], clients: int, n: int, seed: int) -> tuple[list[list[Prompt]], list[Prompt]]:
-    """(shares, held_out) by the prompts' column `client`, in ascending order of it; n held-out prompts are drawn from
-    those that have none, each subset in proportion. Raises ValueError where that cannot be done.
+def split_by(
+    name: str, prompts: list[Prompt], clients: int, n: int, seed: int
+) -> tuple[list[list[Prompt]], list[Prompt]]:
+    """(shares, held_out): a client for each file, subset, or value of a column, in ascending order of it. The n
+    held-out prompts are drawn from those without a value, each subset in proportion, or else from all clients alike.
+
+    Raises ValueError where there is no such column, or another number of clients.
     """
-    owned: dict[int | str | None, list[Prompt]] = {}
-    for prompt in prompts:
-        client = prompt.columns.get("client")
-        if client is not None and (isinstance(client, bool) or not isinstance(client, int | str)):
-            raise ValueError(f"split: a row's client is {client!r}; natural needs a number or a name there")
-        owned.setdefault(client, []).append(prompt)
-    free = owned.pop(None, [])
-    if len(owned) != clients:
-        raise ValueError(f"clients: the prompts name {len(owned)} clients in their column client, not {clients}")
-    if len(free) < n:
-        raise ValueError(f"held_out is {n}, but only {len(free)} prompts have no client: lower it or pass more")
-    _, held_out = split_held_out(free, n, seed) if len(free) > n else ([], free)
-    order = sorted(owned, key=lambda client: (isinstance(client, str), client))  # numbers first
-    return [owned[client] for client in order], held_out
+    column = "client" if name == "natural" else name
+    own = {"files": lambda p: p.file, "subset": lambda p: p.subset}.get(column, lambda p: p.columns.get(column))
+    odd = next((own(p) for p in prompts if isinstance(own(p), (bool, float, list, dict))), None)
+    if odd is not None:
+        raise ValueError(f"split: a row's {column} is {odd!r}; a client needs a number or a name there")
+    owned, free = [p for p in prompts if own(p) is not None], [p for p in prompts if own(p) is None]
+    names = sorted({own(p) for p in owned}, key=lambda name: (isinstance(name, str), name))  # numbers first
+    if not names:
+        columns = sorted({name for p in prompts for name in p.columns})
+        raise ValueError(
+            f"split: no row has a {column!r}; choose iid, dirichlet, files, subset"
+            + (f" or a column ({', '.join(columns)})" if columns else "")
+        )
+    if len(names) != clients:
+        raise ValueError(f"clients: by {column} there are {len(names)}, not {clients}; add --clients {len(names)}")
+    if free and len(free) < n:
+        raise ValueError(f"held_out is {n}, but only {len(free)} prompts have no {column}: lower it or pass more")
+    if free:
+        held_out = split_held_out(free, n, seed)[1] if len(free) > n else free
+    else:
+        owned, held_out = split_held_out(owned, n, seed, own)
+    shares = {name: [] for name in names}
+    for prompt in owned:
+        shares[own(prompt)].append(prompt)
+    if empty := [str(name) for name, share in shares.items() if not share]:
+        raise ValueError(f"held_out: {n} leaves client {empty[0]} no prompt; lower it")
+    return list(shares.values()), held_out
 
 
 def split_clients(
-    prompts: list[Prompt], clients: int, split: Split = "dirichlet", alpha: float = 1.0, seed: int = 0
+    prompts: list[Prompt], clients: int, split: str = "dirichlet", alpha: float = 1.0, seed: int = 0
 ) -> list[list[Prompt]]:
     """Shares prompts out: each to exactly one client, sizes equal within one prompt; see the module docstring.
 

@@ -15,6 +15,7 @@ from data import (
     load_prompts,
     locate,
     read_rows,
+    share_out,
     split_clients,
     split_dialogue,
     split_held_out,
@@ -150,8 +151,19 @@ def test_subset_and_columns_come_from_the_row_and_else_from_the_path(tmp_path):
     [
         ("{", "malformed JSON"),
         ("[1]", "expected a JSON object"),
-        ('{"rejected": "x"}', "no text in 'chosen'"),
-        ('{"chosen": null}', "no text in 'chosen'"),
+        (
+            '{"rejected": "x"}',
+            """no prompt in a row of 'rejected'; write {"prompt": "How are you\\?"}, as by renaming""",
+        ),
+        ('{"chosen": null}', "no prompt in a row of 'chosen'"),
+        ('{"output": "x", "instruction": "y"}', "by renaming 'instruction' to 'prompt'"),
+        ('{"conversation": [{"role": "user", "content": "y"}]}', "by renaming 'conversation' to 'messages'"),
+        ('{"prompt": " "}', "no prompt in a row of 'prompt'"),
+        ('{"messages": []}', "in 'messages': no message is the user's"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "no message is the user's"),
+        ('{"prompt": [{"role": "tool", "content": "x"}]}', "in 'prompt': a message is no role"),
+        ('{"prompt": [{"role": "user", "content": [1]}]}', "a message is no role"),
+        ('{"prompt": ["x"]}', "a message is no role"),
         ('{"chosen": "\\n\\nHuman: a"}', "Assistant"),
     ],
 )
@@ -160,6 +172,34 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, complaint):
     with pytest.raises(ValueError, match=rf"p\.jsonl:3: .*{complaint}") as caught:
         load_prompts([file], make_tokenizer())
     assert "\n" not in str(caught.value)
+
+
+USER, REPLY, SYSTEM = ({"role": role, "content": c} for role, c in (("user", "a"), ("assistant", "b"), ("system", "s")))
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "messages"),
+    [
+        ({"prompt": "a"}, human("a"), [USER]),
+        ({"prompt": "Human: a\n\nAssistant: b\n\nHuman: a"}, None, [USER, REPLY, USER]),
+        ({"prompt": human("a")}, human("a"), [USER]),
+        ({"prompt": human("a") + " half a reply"}, human("a"), [USER]),
+        ({"prompt": [USER, REPLY, USER]}, human("a\n\nAssistant: b\n\nHuman: a"), [USER, REPLY, USER]),
+        ({"messages": [USER, REPLY]}, human("a"), [USER]),
+        ({"prompt": [SYSTEM, USER]}, "s" + human("a"), [SYSTEM, USER]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, human("a"), [USER]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("name", "opener"), [("p.jsonl", open), ("p.jsonl.gz", gzip.open)])
+def test_trls_forms_are_read_and_other_columns_kept(tmp_path, row, text, messages, name, opener):
+    file = write(tmp_path / name, [row | {"price": 3}], opener)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    (prompt,), _ = load_prompts([file], make_tokenizer(template))
+    assert list(prompt.messages) == messages
+    assert prompt.rendered == "".join(f"[{m['role']}] {m['content']} " for m in messages)
+    assert prompt.columns["price"] == 3 and not {"prompt", "messages"} & prompt.columns.keys()
+    assert text is None or prompt.text == text
+    assert prompt.text.endswith("\n\nAssistant:")
 
 
 def test_damaged_and_missing_files_are_refused(tmp_path):
@@ -281,6 +321,45 @@ def test_mixtures_are_drawn_around_the_subsets_sizes():
     assert spread("dirichlet", 1.0, a=720, b=80, seeds=20) > 0.09  # 0.13; 0.06 if they were drawn around 1/2
 
 
+def owned(*clients, free=0):
+    """Ten prompts of each client, and some of nobody."""
+    rows = [(c, i) for c in clients for i in range(10)] + [(None, i) for i in range(free)]
+    return [Prompt(f"{c} {i}", (), "", (i,), f"s{c}", {} if c is None else {"land": c}, f"{c}.jsonl") for c, i in rows]
+
+
+@pytest.mark.parametrize(("split", "name"), [("files", "file"), ("subset", "subset"), ("land", None)])
+def test_every_file_subset_or_value_of_a_column_may_be_a_client(split, name):
+    shares, held_out = share_out(owned("b", "a"), 2, DataConfig(split=split, held_out=4), seed=0)
+    assert [{p.columns["land"] for p in share} for share in shares] == [{"a"}, {"b"}]
+    assert [len(share) for share in shares] == [8, 8] and len(held_out) == 4  # each gives in proportion
+    assert {p.text for p in (*shares[0], *shares[1], *held_out)} == {p.text for p in owned("b", "a")}
+
+
+def test_held_out_prompts_come_from_those_of_nobody_where_there_are_some():
+    shares, held_out = share_out(owned(2, 10, free=5), 2, DataConfig(split="land", held_out=4), seed=0)
+    assert [len(share) for share in shares] == [10, 10] and {p.columns["land"] for p in shares[0]} == {2}
+    assert all(not p.columns for p in held_out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"split": "random"},
+            r"split: no row has a 'random'; choose iid, dirichlet, files, subset or a column \(land\)",
+        ),
+        ({"split": "land", "clients": 3}, "clients: by land there are 2, not 3; add --clients 2"),
+        ({"split": "land", "free": 3}, "held_out is 4, but only 3 prompts have no land"),
+        ({"split": "land", "held_out": 19}, "held_out: 19 leaves client a no prompt|client b no prompt"),
+        ({"split": "land", "names": (True, "x")}, "split: a row's land is True; a client needs a number or a name"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(settings, message):
+    names, clients, free = (settings.pop(k, d) for k, d in (("names", "ab"), ("clients", 2), ("free", 0)))
+    with pytest.raises(ValueError, match=message):
+        share_out(owned(*names, free=free), clients, DataConfig(**{"held_out": 4, **settings}), seed=0)
+
+
 def test_fewer_prompts_than_clients_are_refused():
     assert [len(c) for c in split_clients(prompts_of(a=3), 3, "dirichlet", 0.1, 0)] == [1, 1, 1]
     for clients in (4, 0):
@@ -294,7 +373,6 @@ def test_fewer_prompts_than_clients_are_refused():
         ("held_out", 0),
         ("min_prompt_tokens", 0),
         ("max_prompt_tokens", 0),
-        ("split", "random"),
         ("dirichlet_alpha", 0.0),
         ("dirichlet_alpha", float("nan")),
     ],

@@ -208,7 +208,9 @@ def test_a_client_that_is_no_number_and_no_name_is_refused(client):
         share_out([prompt_of(client), prompt_of(None)], 1, DataConfig(held_out=1, split="natural"), 0)
 
 
-@pytest.mark.parametrize(("clients", "n", "message"), [(7, 8, "name 8 clients .* not 7"), (8, 129, "only 128 prompts")])
+@pytest.mark.parametrize(
+    ("clients", "n", "message"), [(7, 8, "by client there are 8, not 7; add --clients 8"), (8, 129, "only 128 prompts")]
+)
 def test_a_natural_split_that_cannot_be_is_refused(tmp_path, monkeypatch, clients, n, message):
     monkeypatch.setattr(reasoning, "pretrain", fake_pretrain)
     model, file = reasoning.prepare(cache_dir=tmp_path, progress=False)
