@@ -41,7 +41,7 @@ import fedavg
 import mgda
 import ppo
 import rewards
-from app.fields import Checked, Count, NonNegative, Positive, Seed, Share, setting
+from app.fields import Checked, Count, Index, NonNegative, Positive, Seed, Share, setting
 from app.ranks import merged, share
 from app.stopwatch import phase
 from clients import (
@@ -66,7 +66,7 @@ from rollout import Policy
 class FIRMConfig(Checked):
     """The federation, and FIRM's own settings."""
 
-    rounds: Count = setting(16, "T, communication rounds [paper: 16]")
+    rounds: Index = setting(16, "T, communication rounds [paper: 16]; 0 evaluates only")
     clients: Count = setting(8, "C, clients that hold prompts [paper: 8]")
     clients_per_round: Count | None = setting(None, "clients sampled per round; all if not given")
     client_dropout: Share = setting(0.0, "probability that a sampled client vanishes before its upload")

@@ -65,7 +65,6 @@ class PluralConfig(Checked):
         [], "pluralllm: groups that are only evaluated; the public code's six, or the world's, if not given"
     )
     central: bool = setting(True, "pluralllm: beside it the same training with all groups in one place")
-    eval_every: Count = setting(5, "pluralllm: rounds from one evaluation, and one checkpoint, to the next")
     local_steps: Count = setting(6, "pluralllm: Adam steps of a client in a round [code: 6]")
     min_questions: Count = setting(9, "pluralllm: least questions of a context, and of its targets [code: 9]")
     max_questions: Count = setting(90, "pluralllm: most questions of a context, and of its targets [code: 90]")

@@ -18,6 +18,7 @@ run the rounds, measure again, write the run directory:
     summary.json     what came of it                     checkpoint/     for --resume
     rewards.png, weights.png (and front.png on the embedded world, whose exact Pareto front is known)
     tasks.png        for methods with a primary objective: its rewards by task, its weights, the clients' shares
+    adapters/        with --eval_every: the adapter after every k-th round, and its held-out scores
     personal/        with --personal_rounds: every client's own adapter, in PEFT's format
     grams/           with --diagnostics: every round's inner products, so that λ can be solved again under another β
 
@@ -95,6 +96,8 @@ def train_in(out: Path, config: Config, progress: bool, title: str) -> dict[str,
     summary = report.summarise(session, before, after, lines, time.perf_counter() - started)
     if personal or config.method.needs_primary:
         summary["clients"] = report.by_client(session, before, after, personal)
+    summary["worst_served"] = report.worst_served(session, lines)
+    summary["best"] = report.best_round(session, before, after, out / "adapters")
     if watch and federation.rounds_done > first:
         profile = {"rounds": federation.rounds_done - first, "seconds": dict(watch.seconds)}
         summary["profile"] = profile | peak_memory()
@@ -123,8 +126,7 @@ def begin(session: Session, out: Path) -> Evaluation:
         if ranks.first():
             (out / "summary.json").unlink(missing_ok=True)
     else:
-        before, lines = session.evaluate("base model"), []
-        session.federation.calibrate()
+        before, lines = session.begin(), []
     for name, constant in zip(session.names, session.federation.calibration.constant.tolist(), strict=True):
         if constant and session.progress:
             print(f"warning: {name} gave every response of the base policy the same reward, so it is not scaled")
@@ -147,9 +149,16 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
     with tqdm(range(done, rounds), initial=done, total=rounds, **shown) as bar:
         for _ in bar:
             record = federation.round()  # holds every client's batch and, with --diagnostics, gradients
+            every, t = session.config.run.eval_every, federation.rounds_done
+            held_out = session.evaluate(f"after round {t}") if every and t % every == 0 else None
             if not ranks.first():
                 continue
-            lines.append(metrics.line(record, session.names, session.policy.adapter, session.primary))
+            lines.append(metrics.line(record, session.names, session.policy.adapter))
+            if held_out:
+                lines[-1] |= report.held_out_figures(session, held_out)
+                session.policy.adapter.save(out / "adapters" / f"round{t:04d}", session.base_model)
+                kept = {"scores": held_out.scores, "kl": held_out.kl}
+                write_tensors(out / "adapters" / f"round{t:04d}" / "held_out.safetensors", kept)
             if session.config.firm.diagnostics:
                 from evidence import diagnostics  # here, so that nothing that trains knows of it
 
@@ -171,8 +180,9 @@ def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]],
     """The run's pictures, from the lines of metrics.jsonl and the summary."""
     from app import plots  # here: matplotlib takes its time to import
 
-    plots.by_round(lines, session.names, out)
-    if session.primary is not None:
+    if lines:
+        plots.by_round(lines, session.names, out)
+    if lines and session.primary is not None:
         plots.by_task(lines, session.names[session.primary], session.tasks, out)
     if session.config.front_is_known:
         points = {}

@@ -97,6 +97,7 @@ PRESETS = {
         "world": "survey",
         "rounds": 100,
         "lr": 1e-3,
+        "eval_every": 5,
         "max_grad_norm": 1.0,  # without it the loss jumps up on some seeds, and never comes back
         "min_questions": 5,
         "max_questions": 20,
@@ -106,6 +107,7 @@ PRESETS = {
         "method": "pluralllm",
         "rounds": 100,
         "lr": 3e-4,
+        "eval_every": 5,
     },
     "plural-firm-tiny": {  # FIRM on what four groups of the survey world prefer; trains their predictor first, once
         "world": "survey",
@@ -166,6 +168,13 @@ class RunConfig(Checked):
     threads: Index = setting(0, "CPU threads; 0 leaves torch's choice")
     eval_samples: Count = setting(8, "responses to each held-out prompt, before and after")
     eval_batch_size: Count = setting(256, "rows per batch in the evaluation")
+    eval_every: Index = setting(
+        0, "rounds from one held-out evaluation to the next, whose adapter is kept (pluralllm: and checkpoint); 0: none"
+    )
+    adapter: str | None = setting(
+        None, "an adapter in PEFT's format to start from; the reference stays the base model; with --rounds 0 it is "
+        "evaluated only"
+    )  # fmt: skip
     reward_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "type of the reward models")
     reward_batch_size: Count = setting(32, "rows per batch of a reward model")
     profile: bool = setting(False, "print where the rounds' time goes, and peak memory (a sweep: summary.json)")
@@ -183,10 +192,22 @@ SETTINGS = {  # the dataclasses whose fields are flags
     "run": RunConfig, "rollout": RolloutConfig, "data": DataConfig, "firm": FIRMConfig, "client": ClientConfig,
     "ppo": PPOConfig, "lora": LoRAConfig, "plural": PluralConfig, **OWN_SETTINGS,
 }  # fmt: skip
+TITLES = {  # of the flags' groups in the help
+    "run": "the run (run.py)", "rollout": "the policy and its responses (rollout.py)", "data": "prompts (data.py)",
+    "firm": "the federation, and firm's own (firm.py)", "client": "a client's step (clients.py)",
+    "ppo": "PPO (ppo.py)", "lora": "the adapter (lora.py)", "plural": "the preference predictor (pluralllm.py)",
+}  # fmt: skip
+EXAMPLES = """Train one adapter for several objectives, by many clients.
+
+  python run.py                                          firm on the embedded world, about a minute on a laptop CPU
+  python run.py --method linear --preference 0.8 0.2     another method, another preference; every setting is a flag
+  python run.py --model DIR --prompts FILE --objectives hf:DIR py:mine.py:polite    your own
+  python run.py --preset tinyllama                       a preset; its values are the defaults shown below
+"""
 PREDICTOR_ONLY = {f.name for f in fields(PluralConfig)}
 POLICY_ONLY = {f.name for group in SETTINGS.values() for f in fields(group)} - PREDICTOR_ONLY - {
     "preset", "method", "world", "rounds", "clients_per_round", "lr", "max_grad_norm", "seed", "device", "threads",
-    "out",
+    "eval_every", "out",
 }  # fmt: skip
 REMOVED = {  # settings that older versions wrote into config.json, and their neutral value
     "entropy_coef": 0.0, "gamma": 1.0,
@@ -281,7 +302,7 @@ def absolute(config: Config) -> Config:
         inside = found[2] == "py" and Path(found[3]).resolve().is_relative_to(Path(__file__).parent)
         return text if inside else f"{found[1]}{found[2]}:{here(found[3])}{found[4]}"
 
-    values |= {name: here(values[name]) for name in ("model", "opinions", "encoder")}
+    values |= {name: here(values[name]) for name in ("model", "opinions", "encoder", "adapter")}
     values |= {"prompts": [here(file) for file in values["prompts"]], "objectives": [*map(spec, values["objectives"])]}
     return Config.from_flat(values)
 
@@ -292,25 +313,12 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | No
     The last two are no settings of a run; `sweep.plan` reads them. Ends the program on bad usage.
     """
     one_line = lambda message: parser.exit(2, f"run.py: error: {message}\n" * ranks.first())  # noqa: E731 - no usage
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first, parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False), flag_parser()
     for flag in ("--preset", "--resume", "--model"):
         first.add_argument(flag)
-    parser = HfArgumentParser(
-        list(SETTINGS.values()),
-        prog="run.py",
-        allow_abbrev=False,
-        description="Train one adapter for several objectives.",
-    )
     parser.error = first.error = one_line
     early, others = first.parse_known_args(arguments)
     flags = {a.split("=")[0] for a in others if a.startswith("-")}
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run directory; only --rounds may stand beside it")
-    parser.add_argument(
-        "--sweep", nargs="+", metavar="P", help="a run per preference: 0.3 is (0.3, 0.7); a:b:c for any objectives"
-    )
-    parser.add_argument(
-        "--compare", nargs="+", metavar="METHOD", help="these methods side by side, soups among them; with --sweep too"
-    )
     try:
         if early.resume is not None:
             if flags & {"--sweep", "--compare"}:
@@ -338,6 +346,41 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None, list[str] | No
         return absolute(config), Path(rest.resume) if rest.resume else None, rest.sweep, rest.compare
     except ValueError as error:
         parser.error(str(error))
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The examples as they are, and a default only where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says = action.default not in (None, "", [], argparse.SUPPRESS)
+        return super()._get_help_string(action) if says else action.help
+
+
+def flag_parser() -> HfArgumentParser:
+    """A flag for every setting, one spelling each, in groups by module; before them the commands, no settings."""
+    for module, group in SETTINGS.items():
+        group._argument_group_name = TITLES.get(module, f"{module}'s own")
+    parser = HfArgumentParser(
+        list(SETTINGS.values()), prog="run.py", usage="python run.py [--FLAG VALUE ...]", allow_abbrev=False,
+        formatter_class=Help, description=EXAMPLES,
+    )  # fmt: skip
+    commands = parser.add_argument_group("commands")
+    parser._action_groups.insert(2, parser._action_groups.pop())  # behind argparse's own two
+    for flag in [flag for flag in parser._option_string_actions if "-" in flag[2:]]:  # its second spelling of each
+        parser._option_string_actions.pop(flag).option_strings.remove(flag)
+    for action in parser._actions:
+        if action.metavar is None and action.choices is None and action.nargs != "?":
+            action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
+    commands.add_argument(
+        "--resume", metavar="RUN", help="go on with a run directory; only --rounds may stand beside it"
+    )
+    commands.add_argument(
+        "--sweep", nargs="+", metavar="P", help="a run per preference: 0.3 is (0.3, 0.7); a:b:c for any objectives"
+    )
+    commands.add_argument(
+        "--compare", nargs="+", metavar="METHOD", help="these methods side by side, soups among them; with --sweep too"
+    )
+    return parser
 
 
 def saved_settings(run: Path) -> Config:

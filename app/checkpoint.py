@@ -23,8 +23,8 @@ from rewards import Calibration
 from settings import Config
 
 FREE = {  # settings that may change within a run: how far it goes, where, what it shows, and what fits into the memory
-    "rounds", "out", "preset", "show", "profile", "threads", "device", "diagnostics", "cuda_graph", "sample_batch_size",
-    "micro_batch_size", "gradient_checkpointing", "eval_batch_size", "reward_batch_size",
+    "rounds", "out", "preset", "show", "eval_every", "profile", "threads", "device", "diagnostics", "cuda_graph",
+    "sample_batch_size", "micro_batch_size", "gradient_checkpointing", "eval_batch_size", "reward_batch_size",
 }  # fmt: skip
 FILES = ("state.safetensors", "previous.safetensors")
 

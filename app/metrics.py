@@ -2,11 +2,12 @@
 
 A figure of one objective is `KIND/NAME`; no other figure begins with one of these kinds and a slash, but for
 `lambda/disagreement` (so that no objective may have that name); a figure of a loss on several objectives joins their
-names by +, which no name has. Nothing that trains reads what is here, and but for `kl`, the adapters' figures and the
-bytes a server could not make it from the uploads.
+names by +, which no name has. A figure of one client is `KIND/clientN`, of one of its objectives `KIND/NAME/clientN`.
+With --eval_every some lines have `held_out/NAME`, `held_out_error/NAME` and `held_out_kl`, of the adapter after the
+round. Nothing that trains reads what is here, and but for `kl`, the adapters' figures and the bytes a server could not
+make it from the uploads.
 
-`zero_spread/NAME` is the share of the groups whose responses all have the same reward, and so no advantage. A figure of
-one client is `KIND/clientN`, where a method has a primary objective.
+`zero_spread/NAME` is the share of the groups whose responses all have the same reward, and so no advantage.
 
 Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients as
 it does. All of it is of the clients whose uploads arrived; `rejected` says why others were left out. `kl_weight` is
@@ -108,8 +109,8 @@ def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
 
 
 @phase("metrics")
-def line(record: Round, names: Sequence[str], adapter: Adapter, primary: int | None = None) -> dict[str, float]:
-    """A round's line of metrics.jsonl; primary: the number of the primary objective, where the method has one."""
+def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
+    """A round's line of metrics.jsonl."""
     raw, rollouts = torch.cat(record.raw), [updates[0].batch.rollout for updates in record.updates]
     updates = [update for of_client in record.updates for update in of_client]
     steps = [step for update in updates for step in update.steps]
@@ -130,22 +131,23 @@ def line(record: Round, names: Sequence[str], adapter: Adapter, primary: int | N
     metrics |= by_loss(record, names)
     metrics["ended"] = float(torch.cat([rollout.ended for rollout in rollouts]).double().mean())
     metrics["response_tokens"] = float(torch.cat([rollout.mask.sum(1) for rollout in rollouts]).double().mean())
-    metrics |= agreement(record, names, adapter) | record.ledger.metrics() | by_client(record, primary)
+    metrics |= agreement(record, names, adapter) | record.ledger.metrics() | by_client(record, names)
     metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
     if record.faults:
         metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
     return metrics | {"seconds": record.seconds}
 
 
-def by_client(record: Round, primary: int | None) -> dict[str, float]:
-    """Of every client, where there is a primary objective: its mean reward, its mean λ, the client's share."""
-    if primary is None:
-        return {}
-    metrics, shares = {}, record.shares.tolist()
-    for client, raw, updates, share in zip(record.cohort, record.raw, record.updates, shares, strict=True):
-        lam = objective_weights(client, updates, record.mixing, raw.shape[1])[:, primary].mean()
-        own = {"primary": float(raw[:, primary].mean()), "weight": float(lam), "share": share}
-        metrics |= {f"{name}/client{client.index}": value for name, value in own.items()}
+def by_client(record: Round, names: Sequence[str]) -> dict[str, float]:
+    """Of every client: its mean reward and mean λ of each objective that it holds, its KL, its share of the average."""
+    metrics = {}
+    parts = zip(record.cohort, record.raw, record.updates, record.uploads, record.shares.tolist(), strict=True)
+    for client, raw, updates, upload, share in parts:
+        lam = objective_weights(client, updates, record.mixing, len(names)).mean(0)  # [M]
+        own = {"kl": upload.kl, "share": share}
+        for j in client.objectives:
+            own |= {f"reward/{names[j]}": float(raw[:, j].mean()), f"lambda/{names[j]}": float(lam[j])}
+        metrics |= {f"{figure}/client{client.index}": value for figure, value in own.items()}
     return metrics
 
 

@@ -132,19 +132,28 @@ def panels(contents: Sequence[Panel], path: Path, legend: bool = True) -> None:
 
 
 def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
-    """A run's rewards.png and weights.png: the objectives' mean raw rewards on the clients' own batches and the KL paid
-    for them; the objectives' weights λ, mean over clients and steps, and how far clients disagree.
+    """A run's rewards.png and weights.png: every objective's mean raw reward on the clients' own batches, held out too
+    where that was measured, and the KL paid for them; the objectives' weights λ, mean over clients and steps, and how
+    far clients disagree.
     """
 
     def line(key: str) -> tuple[list[int], list[float], None]:
         return [m["round"] + 1 for m in metrics], [m[key] for m in metrics], None
 
-    rewards = {name: line(f"reward/{name}") for name in names}
+    measured = [m for m in metrics if "held_out_kl" in m]
+
+    def reward(name: str) -> dict[str, tuple]:
+        found = {"training prompts": line(f"reward/{name}")}
+        if measured:
+            values, errors = ([m[f"{kind}/{name}"] for m in measured] for kind in ("held_out", "held_out_error"))
+            found["held-out prompts ± standard error"] = ([m["round"] + 1 for m in measured], values, errors)
+        return found
+
     weights = {name: line(f"lambda/{name}") for name in names}
     apart = {"disagreement": line("lambda/disagreement")}
     panels([
-        Panel("round", "mean reward (raw units)", "Reward on training prompts", rewards),
-        Panel("round", "KL per response (nats)", "Distance from the base model", {"KL": line("kl")}),
+        *(Panel("round", "mean reward (raw units)", name, reward(name)) for name in names),
+        Panel("round", "KL per response (nats)", "distance from the base model", {"training prompts": line("kl")}),
     ], out / "rewards.png")  # fmt: skip
     panels([
         Panel("round", "λ, mean over clients", "Weights of the objectives", weights, limits=(-0.02, 1.02)),
@@ -164,11 +173,12 @@ def by_task(metrics: Sequence[dict], primary: str, tasks: Sequence[str], out: Pa
 
     by = {task: [c for c, own in enumerate(tasks) if own == task] for task in sorted(set(tasks))}
     weights, shares = (
-        {f"client {c}, {task}": of(kind, [c]) for task, own in by.items() for c in own} for kind in ("weight", "share")
+        {f"client {c}, {task}": of(kind, [c]) for task, own in by.items() for c in own}
+        for kind in (f"lambda/{primary}", "share")
     )
     panels([
         Panel("round", f"mean {primary}", "On the clients' own prompts, by task",
-              {task: of("primary", own) for task, own in by.items()}),
+              {task: of(f"reward/{primary}", own) for task, own in by.items()}),
         Panel("round", f"λ of {primary}", "What it weighs with the clients", weights),
         Panel("round", "share of the average", "What the clients weigh with the server", shares),
     ], out / "tasks.png")  # fmt: skip

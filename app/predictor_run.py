@@ -121,7 +121,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
 
 def train_in(out: Path, config: Config, progress: bool) -> dict[str, Any]:
     """The same in a directory that is this run's own, and that it goes on from if there is a checkpoint in it."""
-    started, plural, rounds = time.perf_counter(), config.plural, config.firm.rounds
+    started, plural, rounds, every = time.perf_counter(), config.plural, config.firm.rounds, config.run.eval_every
     say = print if progress else lambda *_: None
     if not (out / "config.json").exists():
         write_text(out / "config.json", json.dumps(config.flat(), indent=2) + "\n")
@@ -141,7 +141,8 @@ def train_in(out: Path, config: Config, progress: bool) -> dict[str, Any]:
             range(len(lines), rounds), initial=len(lines), total=rounds, desc="round", disable=not progress
         ) as bar:
             for t in bar:
-                lines.append(do_round(training, evaluated=(t + 1) % plural.eval_every == 0 or t + 1 == rounds))
+                evaluated = t + 1 == rounds or (every > 0 and (t + 1) % every == 0)
+                lines.append(do_round(training, evaluated))
                 if "alignment/federated" in lines[-1]:
                     write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
                     training.save(out / "checkpoint")

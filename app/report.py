@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 import clients
@@ -54,7 +55,8 @@ def header(session: Session, out: Path) -> str:
         f"  device      {session.device}, {config.rollout.dtype}, seed {config.firm.seed}"
         + f", {ranks.size()} processes" * (ranks.size() > 1),
         f"  adapter     {policy.adapter.size:,} trainable of {total:,} parameters "
-        f"(rank {config.lora.lora_rank}, {len(policy.adapter.layers)} layers)",
+        f"(rank {config.lora.lora_rank}, {len(policy.adapter.layers)} layers)"
+        + (f", from {config.run.adapter}" if config.run.adapter else ""),
         f"  objectives  {', '.join(session.names)}   preference {config.firm.preference or 'uniform'}"
         + (f"   beta {config.firm.beta:g}" if config.run.method == "firm" else ""),
         f"  prompts     {counts['kept']:,} kept of {counts['rows']:,} rows"
@@ -93,15 +95,59 @@ def summarise(
         "seconds": seconds,
         "processes": ranks.size(),
         "rounds": config.firm.rounds,
-        "upload_bytes_per_client_round": metrics[-1]["upload_bytes"],
+        "upload_bytes_per_client_round": metrics[-1]["upload_bytes"] if metrics else 0,
         "upload_bytes_total": sum((cohort - m.get("dropped_clients", 0)) * m["upload_bytes"] for m in metrics),
-        "download_bytes_per_client_round": metrics[-1]["download_bytes"],
+        "download_bytes_per_client_round": metrics[-1]["download_bytes"] if metrics else 0,
         "calibration_bytes_per_client": {"upload": 8 * 3 * M, "download": 8 * 2 * M},  # n, mean, squares; mean, scale
         "base_model": session.base_model,
         "eval_samples": config.run.eval_samples,
         "kl": clustered(after.kl),
         "objectives": objectives,
     }
+
+
+def held_out_figures(session: Session, found: Evaluation) -> dict[str, float]:
+    """What an evaluation during the training adds to its round's line."""
+    figures = {"held_out_kl": float(found.kl.mean())}
+    for j, name in enumerate(session.names):
+        own = clustered(found.scores[..., j])
+        figures |= {f"held_out/{name}": own["mean"], f"held_out_error/{name}": own["standard_error"]}
+    return figures
+
+
+def worst_served(session: Session, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The client and the objective of the least mean reward, in units of the base policy's deviation, on the client's
+    own prompts in the last quarter of the rounds. The least of many noisy means is lower than that client's true one.
+    """
+    last, calibration, means = lines[-max(len(lines) // 4, 1) :], session.federation.calibration, {}
+    for client in session.federation.clients:
+        for j in client.objectives:
+            key = f"reward/{session.names[j]}/client{client.index}"
+            if own := [line[key] for line in last if key in line]:
+                means[client.index, j] = sum(own) / len(own)
+    if not means:
+        return None
+    gain = lambda c, j: (means[c, j] - float(calibration.mean[j])) / float(calibration.scale[j])  # noqa: E731
+    c, j = min(means, key=lambda each: gain(*each))
+    others = [mean for (_, i), mean in means.items() if i == j]
+    return {
+        "client": c, "objective": session.names[j], "reward": means[c, j], "mean_of_clients": sum(others) / len(others),
+        "prompts": session.federation.clients[c].prompts_held, "rounds": len(last),
+    }  # fmt: skip
+
+
+def best_round(session: Session, before: Evaluation, after: Evaluation, directory: Path) -> dict[str, Any] | None:
+    """Of the adapters that --eval_every kept, and the last one, the best by its worst-served objective: chosen on every
+    other held-out prompt, by the least gain in units of the base policy's deviation, and reported on the rest.
+    """
+    kept = {int(file.parent.name[5:]): load_file(file) for file in directory.glob("round*/held_out.safetensors")}
+    scores = {t: found["scores"] for t, found in sorted(kept.items())} | {session.config.firm.rounds: after.scores}
+    if not kept:
+        return None
+    gains = {t: (found - before.scores) / session.federation.calibration.scale for t, found in scores.items()}
+    best = max(gains, key=lambda t: float(gains[t][::2].mean((0, 1)).min()))
+    own = scores[best][1::2] - before.scores[1::2]
+    return {"round": best, "gain": {name: clustered(own[..., j]) for j, name in enumerate(session.names)}}
 
 
 def by_client(
@@ -153,11 +199,21 @@ def table(session: Session, summary: dict[str, Any]) -> str:
         ratio, scaled = gain / error if error else math.nan, gain / o["calibration"]["scale"]
         rows.append([name, *(plus_minus(o[k]) for k in ("before", "after", "gain")), f"{ratio:.1f}", f"{scaled:+.2f}"])
     n, S = len(session.held_out), session.config.run.eval_samples
+    notes = []
+    if worst := summary["worst_served"]:
+        notes.append(
+            "worst served in the last rounds: client {client}, of {prompts} prompts, with {objective} {reward:.3f} "
+            "where clients have {mean_of_clients:.3f}".format(**worst)
+        )
+    if best := summary["best"]:
+        gains = ", ".join(f"{name} {plus_minus(gain)}" for name, gain in best["gain"].items())
+        notes.append(f"best after round {best['round']}, chosen on half of the held-out prompts; on the rest {gains}")
     return "\n".join([
         "",
         f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, gains are paired",
         *aligned(rows),
         f"KL to the base model {plus_minus(summary['kl'], '', 2)} nats per response",
+        *notes,
         f"uploads {summary['upload_bytes_per_client_round']:,} bytes per client and round (downloads "
         f"{summary['download_bytes_per_client_round']:,}), {summary['upload_bytes_total']:,} in all; "
         f"{summary['seconds']:.0f} s",

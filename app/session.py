@@ -95,6 +95,11 @@ class Session:
         self.held = held_objectives(config.run.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config.lora, config.rollout, config.firm.seed)
         self.federation = self.federate(config)
+        self.start = self.federation.theta
+        if config.run.adapter:
+            self.policy.adapter.load(config.run.adapter)
+            self.start = self.policy.adapter.vector()
+            self.policy.adapter.assign(self.federation.theta)  # the base model comes first
 
     def federate(self, config: Config) -> Federation:
         """The federation of these clients under the method and the settings given. Raises ValueError as it does."""
@@ -133,6 +138,14 @@ class Session:
             print("  model's responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
         shape = (len(chosen), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), kl.view(shape), texts[::S])
+
+    def begin(self) -> Evaluation:
+        """The base model measured, and the rewards calibrated on it; only then the adapter that training starts at."""
+        before = self.evaluate("base model")
+        self.federation.calibrate()
+        self.federation.theta = self.start
+        self.policy.adapter.assign(self.start)
+        return before
 
     def kl_and_gap(self, rollout: Rollout) -> tuple[Tensor, float]:
         """The KL to the base model of each response [N], and the largest gap between sampled and computed log-probs."""

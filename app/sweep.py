@@ -96,6 +96,8 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
     M = len(config.run.objectives)
     if not M:
         raise ValueError("objectives: name at least one")
+    if not config.firm.rounds:
+        raise ValueError("rounds: --sweep and --compare train; ask for at least 1")
     methods = compare or [config.run.method]
     unknown = [method for method in methods if method not in METHODS]
     if unknown:

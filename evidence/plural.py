@@ -55,7 +55,7 @@ def predictor_figures(job: dict, out: Path) -> dict:
         }
         row[f"{side}_seconds"] = summary["training_seconds"][side]
         curve = [line[f"alignment/{side}"] for line in read_lines(out / "metrics.jsonl") if f"alignment/{side}" in line]
-        row |= {f"{side}@{(i + 1) * config.plural.eval_every}": value for i, value in enumerate(curve)}
+        row |= {f"{side}@{(i + 1) * config.run.eval_every}": value for i, value in enumerate(curve)}
     for name in ("uniform", "mean answer"):
         row[name] = float(np.mean([g[name] for g in summary["groups"].values() if g["unseen"]]))
     for name in ("own", "other"):

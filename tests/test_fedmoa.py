@@ -306,13 +306,13 @@ def test_the_average_and_its_logged_shares_follow_the_uploads():
     built = federation(method=FEDMOA)
     before = built.theta.clone()
     built.round()
-    line = metrics.line(built.record, built.names, built.policy.adapter, primary=1)
+    line = metrics.line(built.record, built.names, built.policy.adapter)
     shares = torch.tensor([line[f"share/client{c}"] for c in range(3)]).double()
     moved = torch.stack([upload.thetas[0] - before for upload in built.record.uploads])
     assert float(shares.sum()) == pytest.approx(1.0)
     assert torch.allclose(built.theta - before, (shares[:, None] * moved.double()).sum(0).float(), atol=1e-7)
-    assert line["weight/client1"] == pytest.approx(float(built.record.updates[1][0].steps[0].lam[1]))
-    assert line["primary/client1"] == pytest.approx(float(built.record.raw[1][:, 1].mean()))
+    assert line["lambda/low/client1"] == pytest.approx(float(built.record.updates[1][0].steps[0].lam[1]))
+    assert line["reward/low/client1"] == pytest.approx(float(built.record.raw[1][:, 1].mean()))
 
 
 def test_the_bill_is_the_adapter_and_the_named_scalars():
@@ -505,7 +505,7 @@ def test_the_closing_table_has_a_line_for_every_task_and_client(finished):
 def test_the_log_has_every_clients_primary_and_share(finished):
     line = json.loads((finished[0] / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert sum(line[f"share/client{c}"] for c in range(8)) == pytest.approx(1.0)
-    assert all(0 <= line[f"{kind}/client{c}"] <= 1 for kind in ("primary", "weight") for c in range(8))
+    assert all(0 <= line[f"{kind}/accuracy/client{c}"] <= 1 for kind in ("reward", "lambda") for c in range(8))
 
 
 def test_every_clients_own_adapter_is_kept(finished):

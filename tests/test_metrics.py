@@ -80,6 +80,20 @@ def test_lambda_is_the_mean_over_the_clients_that_hold_the_objective():
     assert line["lambda/low"] == pytest.approx((1.0 + float(own[1])) / 2)
 
 
+def test_every_client_has_its_own_figures_of_what_it_holds():
+    built = federation(held=[[0], [0, 1], [1]], beta=0.3)
+    line = built.round()
+    for c, (held, raw) in enumerate(zip(([0], [0, 1], [1]), built.record.raw, strict=True)):
+        for j, name in enumerate(("even", "low")):
+            assert (f"reward/{name}/client{c}" in line) == (f"lambda/{name}/client{c}" in line) == (j in held)
+            if j in held:
+                assert line[f"reward/{name}/client{c}"] == pytest.approx(float(raw[:, j].mean()))
+        lam = torch.stack([step.lam for step in built.record.updates[c][0].steps]).mean(0)
+        assert [line[f"lambda/{('even', 'low')[j]}/client{c}"] for j in held] == pytest.approx(lam.tolist())
+        assert line[f"kl/client{c}"] == built.record.uploads[c].kl
+        assert line[f"share/client{c}"] == pytest.approx((4 + c) / 15)
+
+
 # Averaging A and B apart
 
 

@@ -97,6 +97,73 @@ def test_a_run_leaves_every_file_that_the_readme_names(finished):
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def observed(world):
+    """The same run, evaluated after every round."""
+    assert run.main(command(world, eval_every=1, out=world / "observed")) == 0
+    return world / "observed"
+
+
+def test_evaluating_on_the_way_changes_nothing_that_is_trained(finished, observed):
+    assert adapter_of(observed) == adapter_of(finished)
+    assert "held_out_kl" not in metrics_without_times(finished)[0]
+
+
+def test_every_evaluated_round_has_its_figures_and_its_adapter(world, observed, tmp_path):
+    first, last = metrics_without_times(observed)
+    after = json.loads((observed / "summary.json").read_text())
+    assert last["held_out/even"] == after["objectives"]["even"]["after"]["mean"]
+    assert last["held_out_error/even"] == after["objectives"]["even"]["after"]["standard_error"]
+    assert last["held_out_kl"] == pytest.approx(after["kl"]["mean"])
+    kept = [observed / "adapters" / name / "adapter_model.safetensors" for name in ("round0001", "round0002")]
+    assert kept[1].read_bytes() == adapter_of(observed) != kept[0].read_bytes()
+    arguments = command(world, rounds=0, adapter=kept[0].parent, out=tmp_path / "again")
+    assert run.main(arguments) == 0
+    again = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert again["objectives"]["even"]["after"]["mean"] == first["held_out/even"]
+    assert again["objectives"]["even"]["before"] == after["objectives"]["even"]["before"]  # the base model's
+    assert again["kl"]["mean"] == pytest.approx(first["held_out_kl"])
+
+
+def test_the_best_round_is_chosen_on_one_half_and_reported_on_the_other(finished, observed):
+    assert json.loads((finished / "summary.json").read_text())["best"] is None
+    best = json.loads((observed / "summary.json").read_text())["best"]
+    states = safetensors.torch.load_file(observed / "checkpoint" / "state.safetensors")
+    before = states["before.scores"]
+    with safetensors.safe_open(observed / "checkpoint" / "state.safetensors", "pt") as opened:
+        scale = json.loads(opened.metadata()["values"].partition("{")[2].join(["{", ""]))["calibration"]["scale"]
+    gains = {}
+    for t in (1, 2):
+        scores = safetensors.torch.load_file(observed / "adapters" / f"round{t:04d}" / "held_out.safetensors")["scores"]
+        gains[t] = (scores - before).mean(1)  # [n, M]
+    worst = {t: min(float(own[::2, j].mean()) / scale[j] for j in (0, 1)) for t, own in gains.items()}
+    assert best["round"] == max(worst, key=worst.get)
+    assert best["gain"]["short"]["mean"] == pytest.approx(float(gains[best["round"]][1::2, 1].mean()))
+
+
+def test_training_may_start_from_an_adapter_and_its_reference_is_the_base_model(world, observed, tmp_path):
+    arguments = command(world, rounds=1, adapter=observed / "adapters" / "round0001", out=tmp_path / "run")
+    assert run.main(arguments) == 0
+    assert metrics_without_times(tmp_path / "run")[0]["kl"] != 0.0  # of its first responses; from nothing it is 0
+    assert metrics_without_times(observed)[0]["kl"] == 0.0
+    assert run.main(["--resume", str(tmp_path / "run"), "--rounds", "2"]) == 0
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_any_work(world, observed, tmp_path, capsys):
+    arguments = command(world, lora_rank=3, adapter=observed / "adapter", out=tmp_path / "run")
+    assert "set lora_rank and lora_alpha" in refused(capsys, arguments)
+    assert not (tmp_path / "run").exists()
+    assert "adapter_config.json is missing" in refused(capsys, command(world, adapter=tmp_path, out=tmp_path / "run"))
+
+
+def test_the_worst_served_client_is_named_in_the_table_and_the_summary(finished):
+    worst = json.loads((finished / "summary.json").read_text())["worst_served"]
+    last = metrics_without_times(finished)[-1]
+    assert worst["reward"] == last[f"reward/{worst['objective']}/client{worst['client']}"]
+    assert worst["mean_of_clients"] == pytest.approx(last[f"reward/{worst['objective']}"])
+    assert worst["reward"] == min(last[f"reward/{worst['objective']}/client{c}"] for c in range(3))
+
+
 def test_no_temporary_file_is_left(finished):
     assert not list(finished.rglob("*.tmp"))
 
@@ -494,6 +561,9 @@ def test_help_prints_every_flag_and_every_method(capsys):
     assert stop.value.code == 0
     assert all(f"{name}: {method.help.split()[0]}" in " ".join(text.split()) for name, method in METHODS.items())
     assert all(f"--{f.name}" in text for group in SETTINGS.values() for f in fields(group))
+    assert not re.search(r"--\w+-\w", text.partition("options:")[2]) and "None)" not in text  # one spelling
+    places = [text.index(heading) for heading in ("commands:", "the run (run.py):", "the adapter (lora.py):")]
+    assert places == sorted(places)
 
 
 def test_files_are_named_from_the_root_so_that_a_run_goes_on_from_another_folder(world, tmp_path, monkeypatch):
