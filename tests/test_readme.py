@@ -141,6 +141,34 @@ def test_the_readmes_lines_for_peft_answer_a_prompt(tmp_path, monkeypatch, capsy
     capsys.readouterr()
     exec(re.search(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)[1], {})
     assert capsys.readouterr().out.strip()
+    assert (tmp_path / "merged" / "model.safetensors").is_file() and (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_the_example_of_a_reward_file_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "real-files.md").read_text("utf-8")
+    Path("mine.py").write_text(
+        next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def" in code)
+    )
+    rows = [
+        {"prompt": f"hello , tell me about {word} .", "keyword": word} for word in ("shelves", "bread", "lamps") * 5
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row | {"n": i}) + "\n" for i, row in enumerate(rows)))
+    short = ["--rounds", "1", "--held_out", "1", "--eval_samples", "1", "--clients", "1", "--split", "iid"]
+    named = ["--objectives", "py:mine.py:polite", "py:mine.py:to_the_point", "--prompts", "rows.jsonl"]
+    assert run.main([*short, *named, "--out", "run"]) == 0
+    assert json.loads(Path("run/summary.json").read_text())["objectives"].keys() == {"polite", "to_the_point"}
+
+
+def test_metrics_are_read_by_the_lines_for_pandas(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    Path("runs/firm-tiny").mkdir(parents=True)
+    line = {"round": 0, "reward/helpful": 0.5, "kl": 0.0, "reward/helpful/client0": 0.25}
+    Path("runs/firm-tiny/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    page = (ROOT / "docs" / "real-files.md").read_text("utf-8")
+    exec(next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "print(metrics" in code), {})
+    assert "0.25" in capsys.readouterr().out
 
 
 def number(text: str) -> tuple[float, int]:
