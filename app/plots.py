@@ -216,31 +216,40 @@ def predictor(
 
 def pareto(
     groups: dict[str, dict[str, np.ndarray]], base: np.ndarray, exact: np.ndarray | None, names: Sequence[str],
-    path: Path, gain: str = "worst normalised gain",
+    path: Path, gain: str = "worst normalised gain", over: str = "held-out prompts",
 ) -> None:  # fmt: skip
     """Trade-offs: every other objective against the first one, and the worst-served objective's gain against the KL.
 
-    groups maps a label to its points in order of the preference: mean [n, M] and error [n, M] in raw units, kl [n],
-    gain [n] in the unit that the axis label `gain` states. base [M] is the base model, exact [K, 2] the exact front.
+    groups maps a label to its points in order of the preference p₁, if several: p [n]; mean and error [n, M] in raw
+    units; kl, gain and their errors kl_error, gain_error [n], gain in the unit that the axis label `gain` states. over:
+    what the errors, standard errors, are taken over. base [M] is the base model, exact [K, 2] the exact front. p stands
+    at some points of the first label.
     """
-    M = len(names)
+    M, bars = len(names), f"bars: one standard error over {over}"
     figure, axes = plt.subplots(1, M, figsize=(4.8 * M, 4.2), layout="constrained", squeeze=False)
     *trades, last = axes[0]
     for j, ax in enumerate(trades, start=1):
         if exact is not None:
             ax.plot(*exact.T, label="exact Pareto front", **BLACK)
         ax.plot(base[0], base[j], **BASE)
-        tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", "Held-out prompts; bars are one standard error")
+        tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", f"Held-out prompts; {bars}")
     last.plot(0, 0, **BASE)
     last.axhline(0, color="0.8", linewidth=1, zorder=0)
-    tidy(last, "KL to the base model (nats per response)", gain, "What the worst-served objective gains")
+    tidy(last, "KL to the base model (nats per response)", gain, "What the worst-served objective gains; bars alike")
     for i, (label, group) in enumerate(groups.items()):
         drawn = style(label, i) | {"linewidth": 1}
         line = {} if M == 2 and len(group["kl"]) > 1 else {"linestyle": ""}
         for j, ax in enumerate(trades, start=1):
             (x, y), (dx, dy) = (group[key][:, [0, j]].T for key in ("mean", "error"))
             ax.errorbar(x, y, xerr=dx, yerr=dy, elinewidth=0.8, capsize=2, **drawn | line)
-        last.plot(group["kl"], group["gain"], **drawn | {"linestyle": ""})  # a line would only zigzag
+        bars = {"xerr": group["kl_error"], "yerr": group["gain_error"], "elinewidth": 0.6}
+        last.errorbar(group["kl"], group["gain"], **bars, **drawn | {"linestyle": ""})  # a line would only zigzag
+        ps = group.get("p", ()) if i == 0 else ()
+        for k in {0, len(ps) // 2, len(ps) - 1} if len(ps) else ():
+            place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7, "zorder": 9}
+            last.annotate(f"p = {ps[k]:g}", (group["kl"][k], group["gain"][k]), **place)
+            for ax in trades[:1]:
+                ax.annotate(f"p = {ps[k]:g}", group["mean"][k][:2], **place)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     columns = len(labels) if len(labels) < 7 else -(-len(labels) // 2)
     figure.legend(handles, labels, loc="outside lower center", ncol=columns, frameon=False)

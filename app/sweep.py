@@ -235,7 +235,9 @@ def figures(config: Config, method: str, p: Sequence[float], names: Sequence[str
         "mean": mean,
         "standard_error": of("after", "standard_error"),
         "gain": of("gain", "mean"),
+        "gain_error": of("gain", "standard_error"),
         "kl": summary["kl"]["mean"],
+        "kl_error": summary["kl"]["standard_error"],
         "upload_bytes_per_client": summary["upload_bytes_total"] / config.firm.clients,
         "dominated": all(a <= b for a, b in zip(mean, base, strict=True)) and mean != base,
         "base": {"mean": base, "standard_error": of("before", "standard_error")},
@@ -276,8 +278,14 @@ def draw(groups: Groups, base: np.ndarray, front: np.ndarray | None, names: Sequ
         unit, axis = front.max(0) - base, "worst gain (1 is the ideal point)"
     drawn, lines = {}, {}
     for method, group in groups.items():
-        mean, error, gain, kl = (np.array([row[k] for row in group]) for k in ("mean", "standard_error", "gain", "kl"))
-        drawn[method] = {"mean": mean, "error": error, "kl": kl, "gain": (gain / unit).min(1)}
+        of = lambda key, group=group: np.array([row[key] for row in group])  # noqa: E731
+        gain, error = of("gain") / unit, of("gain_error") / unit  # [n, M]
+        worst = gain.argmin(1)[:, None]
+        drawn[method] = {key: of(key) for key in ("mean", "kl", "kl_error")} | {"error": of("standard_error")}
+        for key, values in (("gain", gain), ("gain_error", error)):
+            drawn[method][key] = np.take_along_axis(values, worst, 1)[:, 0]
+        if len(group) > 1:
+            drawn[method]["p"] = [row["preference"][0] for row in group]
         if len(group) > 1 and not METHODS[method].mixes:
             lines[method] = [row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None
     plots.pareto(drawn, base, front, names, out / "pareto.png", axis)

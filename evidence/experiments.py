@@ -174,7 +174,7 @@ def preference_sweeps(
     note = f"{len(seeds)} seeds from {seeds[0]}, {rounds} rounds, {len(preferences)} preferences; Spearman on seed "
     note += "means. Soups are two trainings a seed, the others one per preference."
     show(lab.results, name, head, lines, note)
-    plots.pareto(means, base, toy.pareto_front(), NAMES, lab.results / f"{name}.png")
+    plots.pareto(means, base, toy.pareto_front(), NAMES, lab.results / f"{name}.png", over=f"{len(seeds)} seeds")
     return means
 
 

@@ -358,9 +358,13 @@ def sweep_volume(rows: list[dict], kind: str = "") -> float:
 
 
 def mean_points(rows: list[dict], preferences: Sequence[float]) -> dict[str, np.ndarray]:
-    """Means over the seeds by preference: mean and its standard error [n, 2], kl, the worst gain, λ of helpful [n]."""
+    """Means over the seeds by preference p: mean [n, 2], kl, the worst gain and λ of helpful [n], and standard errors
+    of the first three.
+    """
     by_p = lambda figure: np.array([[row[figure] for row in rows if row["p"] == p] for p in preferences])  # noqa: E731
     points = np.stack([by_p(name) for name in NAMES], 1)  # [n, 2, seeds]
     figures = {"kl": "kl", "gain": "worst_gain", "lambda": "lambda_helpful"}
+    root = max(points.shape[2] - 1, 1) ** 0.5
     by_name = {name: by_p(figure).mean(1) for name, figure in figures.items()}
-    return by_name | {"mean": points.mean(2), "error": points.std(2) / max(points.shape[2] - 1, 1) ** 0.5}
+    by_name |= {f"{name}_error": by_p(figures[name]).std(1) / root for name in ("kl", "gain")}
+    return by_name | {"p": list(preferences), "mean": points.mean(2), "error": points.std(2) / root}

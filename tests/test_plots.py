@@ -71,7 +71,8 @@ def test_a_methods_look_does_not_depend_on_the_picture(drawn, tmp_path):
     line = ([0, 1], [0, 1], [0.1, 0.1])
     plots.panels([Panel("x", "y", "", {"soups": line})], tmp_path)
     plots.panels([Panel("x", "y", "", {name: line for name in METHOD_NAMES})], tmp_path)
-    group = {"mean": np.zeros((2, 2)), "error": np.ones((2, 2)), "kl": np.zeros(2), "gain": np.zeros(2)}
+    group = {"mean": np.zeros((2, 2)), "error": np.ones((2, 2)), "p": [0.1, 0.9]}
+    group |= {key: np.zeros(2) for key in ("kl", "kl_error", "gain", "gain_error")}
     plots.pareto({"linear": group, "soups": group}, np.zeros(2), None, ["a", "b"], tmp_path)
     points = {label: (np.zeros(2), np.ones(2)) for label in ("base model", "soups")}
     plots.front(np.array([[0, 1], [1, 0]]), points, ["a", "b"], tmp_path)
