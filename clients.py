@@ -273,7 +273,7 @@ class Responses:
     """The responses of a cohort: N = clients · batch rows."""
 
     prompts: list[Any]  # N, that of every row
-    rollout: Rollout
+    rollout: Rollout | None  # None where there is no client
     rows: list[slice]  # each client's
     raw: Tensor  # [N, M] rewards in raw units, NaN for objectives that a client does not hold
 

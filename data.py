@@ -97,7 +97,7 @@ class Prompt:
     rendered: str  # what the policy reads
     token_ids: tuple[int, ...]  # `rendered`, tokenized
     subset: str  # where it is from: the row's "subset", else the name of its file (see subset_of)
-    columns: dict  # the row's other columns, given to reward functions by keyword
+    columns: dict  # the rows' other columns, given to reward functions by keyword; None where a row lacks one
     file: str = ""  # as --prompts names it
 
     @property
@@ -296,6 +296,9 @@ def load_prompts(
                 continue
             rendered = _render(tokenizer, messages, where) if tokenizer.chat_template else text
             found[text] = (messages, rendered, str(row.get("subset") or subset_of(file)), columns, file)
+    names = {name: None for *_, columns, _ in found.values() for name in columns}
+    for *_, columns, _ in found.values():  # so that every call of a reward function gets the same ones
+        columns |= {name: None for name in names if name not in columns}
     limit = max_tokens if context_room is None else min(max_tokens, context_room)
     all_ids = _tokenize(tokenizer, [rendered for _, rendered, *_ in found.values()])
     prompts = []

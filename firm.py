@@ -257,7 +257,9 @@ class Federation:
         for client, batch, own in work:
             with leaving_out(client, faults):
                 arrived[client.index] = self.train(client, batch, own, method, server.state)
-        arrived, faults = merged(arrived), merged(faults)
+        parts = merged(arrived | faults)
+        faults = {c: part for c, part in parts.items() if isinstance(part, str)}
+        arrived = {c: part for c, part in parts.items() if c not in faults}
         check_anybody_left(arrived, faults)
         for c, contribution in arrived.items():
             self.clients[c].trainings = contribution.trainings
@@ -302,8 +304,9 @@ class Federation:
         for client, batch, _ in work:
             with leaving_out(client, faults):
                 J[client.index] = client.gradients(self.policy, batch, self.config.ppo)
-        J = merged(J)
-        check_anybody_left(J, merged(faults))
+        parts = merged(J | faults)
+        J = {c: part for c, part in parts.items() if not isinstance(part, str)}
+        check_anybody_left(J, {c: part for c, part in parts.items() if c not in J})
         held = fedavg.prompts_held([self.clients[c] for c in J])
         lam = self.method.server_weights(torch.stack(list(J.values())), held, server)  # from J [C, M, d]
         return [each for each in work if each[0].index in J], lam

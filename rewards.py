@@ -273,7 +273,8 @@ def score(
     """Raw rewards [N, M] in float64 of N completions, each with its prompt; NaN where a client lacks the objective.
 
     holdings: the rows of each client, the indices of the objectives it holds, and its number; None: all is held.
-    A function is called once for every client that holds it, a `cohort` objective once for all of them.
+    A function is called once for every client that holds it, a `cohort` objective once for all of them. With several
+    processes each calls it for its own clients: one that counts its calls gives other rewards then.
 
     Raises ValueError naming the objective, the client and the prompt, for anything but one finite number a completion;
     ObjectiveFailed where a function raises.

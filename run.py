@@ -152,6 +152,7 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
             every, t = session.config.run.eval_every, federation.rounds_done
             held_out = session.evaluate(f"after round {t}") if every and t % every == 0 else None
             if not ranks.first():
+                del record
                 continue
             lines.append(metrics.line(record, session.names, session.policy.adapter))
             if held_out:

@@ -38,6 +38,7 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
         if ranks.first():
             tqdm.write(line, file=sys.stderr)  # a line of its own, whatever bars there are
 
+    bad_input = False
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")  # our own, of `fedmoa.py`
         wanted = {signal.SIGTERM: terminate, signal.SIGINT: signal.default_int_handler}
@@ -47,12 +48,14 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
         try:
             work()
             sys.stdout.flush()
+            ranks.leave(together=True)
             return 0
-        except ranks.Elsewhere as error:
+        except (ranks.Elsewhere, ranks.Ended) as error:
             say(f"{name}: error: {error}")
+            ranks.leave(together=isinstance(error, ranks.Elsewhere))
             return 2
         except (ValueError, ObjectiveFailed) as error:
-            fault = " ".join(str(error).split())
+            fault, bad_input = " ".join(str(error).split()), True
         except (torch.OutOfMemoryError, MemoryError) as error:
             what = "memory" if isinstance(error, MemoryError) else "GPU memory"
             fault = f"out of {what} ({str(error).split('. ')[0]}); lower {SMALLER}, then go on with --resume"
@@ -63,10 +66,12 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
             fault = f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error})"
         except KeyboardInterrupt as stop:
             say("stopped")
+            ranks.leave(together=False)
             return 143 if isinstance(stop, Terminated) else 130
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    ranks.tell(fault)
+    ranks.tell(fault, bad_input)
     say(f"{name}: error: {fault}")
+    ranks.leave(together=True)
     return 2

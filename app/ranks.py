@@ -8,7 +8,8 @@ first writes every checkpoint alone, as it does all files and lines.
 An error of one rank is an exchange too, in the place of the one that the others are waiting for: all end alike. One
 that is killed closes its connections, and the others' exchange fails. In a single process nothing of this happens.
 
-Everything travels through the CPU by gloo, GPUs' tensors too: it is one exchange a round, of some adapters.
+Everything travels through the CPU by gloo, GPUs' tensors too: a round's clients come once, each with its adapter, its
+batch for the log, and what it keeps. Left out on purpose: several machines.
 """
 
 import io
@@ -29,27 +30,41 @@ PATIENCE = timedelta(days=7)  # a user's reward may take long; a rank that died 
 
 
 class Elsewhere(ValueError):
-    """An error that another process has told, or its silence."""
+    """Bad input that another process has found, and told."""
+
+
+class Ended(ConnectionError):
+    """Another process has ended, of itself or by anything but bad input."""
 
 
 def join() -> None:
     """Become one of the processes that torchrun has started, if this is one; only the first one is heard."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ and not dist.is_initialized():
+    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
+            sys.exit("torchrun: the processes of a run share one machine; start it with --nproc-per-node alone")
         dist.init_process_group("gloo", timeout=PATIENCE)
         if not first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
 
+def leave(together: bool) -> None:
+    """Close the connections; together: after all others have come here too, or have ended."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            if together:
+                dist.barrier()
+            dist.destroy_process_group()
+
+
 def take_gpu() -> None:
     """Give each process a GPU of its own. Raises ValueError where there are fewer of them than processes."""
     if size() > 1:
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
+        if size() > torch.cuda.device_count():
             raise ValueError(
-                f"device: {os.environ['LOCAL_WORLD_SIZE']} processes for {there} GPUs; start one for each, or use "
+                f"device: {size()} processes for {torch.cuda.device_count()} GPUs; start one for each, or use "
                 "--device cpu"
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def size() -> int:
@@ -68,11 +83,10 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def merged(mine: dict[int, T]) -> dict[int, T]:
-    """What all processes made, by ascending numbers, on this one's device. Raises Elsewhere for their errors."""
+    """What all processes made, by ascending numbers, on this one's device. Raises Elsewhere, Ended for their errors."""
     if size() == 1:
         return mine
-    parts = _exchange(mine)
-    return dict(sorted(item for part in parts for item in part.items()))
+    return dict(sorted((number, made) for part in _exchange(mine) for number, made in part.items()))
 
 
 def from_first(value: T) -> T:
@@ -87,26 +101,27 @@ def after_first(work: Callable[[], T]) -> T:
     return made if first() else work()
 
 
-def tell(fault: str) -> None:
+def tell(fault: str, bad_input: bool) -> None:
     """Let the other processes end with this fault, unless they have ended already."""
     if size() > 1:
-        with suppress(Elsewhere):
-            _exchange(None, fault)
+        with suppress(Elsewhere, Ended):
+            _exchange(None, (Elsewhere if bad_input else Ended)(fault))
 
 
 @phase("exchange")
-def _exchange(mine: Any, fault: str | None = None) -> list[Any]:
+def _exchange(mine: Any, fault: Exception | None = None) -> list[Any]:
     """Everybody's, in the order of ranks."""
     buffer, found = io.BytesIO(), [b""] * size()
     torch.save((mine, fault), buffer)
     try:
         dist.all_gather_object(found, buffer.getvalue())
     except RuntimeError as error:
-        raise Elsewhere("another process of this run has ended, see above; go on with --resume") from error
+        what = " ".join(str(error).split())[:120]
+        raise Ended(f"another process of this run has ended, see above ({what}); go on with --resume") from error
     here = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_initialized() else "cpu"
     places = {f"cuda:{number}": here for number in range(torch.cuda.device_count())}
     parts = [torch.load(io.BytesIO(part), places, weights_only=False) for part in found]
     for _, told in parts:
         if told is not None:
-            raise Elsewhere(told)
+            raise told
     return [part for part, _ in parts]

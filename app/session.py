@@ -187,7 +187,8 @@ class Session:
         """
         prompts = hashlib.sha256()
         for share in (*self.shares, self.held_out):
-            prompts.update(json.dumps([[p.token_ids, p.columns] for p in share], default=str).encode())
+            rows = [[p.token_ids, {k: v for k, v in p.columns.items() if v is not None}] for p in share]
+            prompts.update(json.dumps(rows, default=str).encode())
         base = [(n, w) for n, w in self.policy.model.named_parameters() if not w.requires_grad]
         found = {"the prompts": prompts.hexdigest(), "the base model": fingerprint_of(base)}
         return found | {f"objective {o.name}": o.fingerprint for o in self.objectives}

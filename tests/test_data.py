@@ -142,7 +142,7 @@ def test_subset_and_columns_come_from_the_row_and_else_from_the_path(tmp_path):
     file = write(tmp_path / "helpful-base" / "train.jsonl.gz", rows, gzip.open)
     prompts, _ = load_prompts([file], make_tokenizer())
     assert [p.subset for p in prompts] == ["helpful-base", "mine"]
-    assert [p.columns for p in prompts] == [{"n": 1}, {"subset": "mine"}]
+    assert [p.columns for p in prompts] == [{"n": 1, "subset": None}, {"subset": "mine", "n": None}]
     assert subset_of("Anthropic/hh-rlhf/harmless-base/train.jsonl.gz") == "harmless-base"
 
 
@@ -200,6 +200,12 @@ def test_trls_forms_are_read_and_other_columns_kept(tmp_path, row, text, message
     assert prompt.columns["price"] == 3 and not {"prompt", "messages"} & prompt.columns.keys()
     assert text is None or prompt.text == text
     assert prompt.text.endswith("\n\nAssistant:")
+
+
+def test_every_prompt_has_the_columns_of_all_rows(tmp_path):
+    file = write(tmp_path / "p.jsonl", [{"prompt": "a", "answer": "x"}, {"prompt": "a b"}])
+    prompts, _ = load_prompts([file], make_tokenizer())
+    assert [prompt.columns for prompt in prompts] == [{"answer": "x"}, {"answer": None}]
 
 
 def test_damaged_and_missing_files_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Many processes: two of them must come to what one comes to, and end together (three: `evidence/faults.py`)."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from test_run import adapter_of, command, metrics_without_times
 import fedmoa
 import run
 from app import ranks
+from app.files import new_directory
 from app.program import run_to_the_end
 from baselines import ADAPTIVE, FEDCMOO, FSMGDA
 from fedmoa import FEDMOA, FedMOAConfig
@@ -69,7 +71,7 @@ def fails(rank: int) -> int:
 
 def member(rank: int, size: int, port: int, folder: Path) -> None:
     """One of the processes: all cases, then an end by another's error."""
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "x"}
     os.environ |= {
         name: str(value) for name, value in (own | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}).items()
     }
@@ -122,10 +124,23 @@ def test_an_error_of_one_process_ends_all_and_the_first_says_it_once(together):
 def test_more_processes_than_gpus_are_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(ranks, "size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="device: 2 processes for 1 GPUs; start one for each"):
         ranks.take_gpu()
+
+
+def test_variables_of_another_launcher_do_not_make_several_processes(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    ranks.join()
+    assert ranks.size() == 1 and ranks.first()
+
+
+@pytest.mark.parametrize(("error", "kept"), [(ranks.Ended, True), (ranks.Elsewhere, False)])
+def test_a_run_is_kept_where_another_process_has_ended_and_not_where_it_found_bad_input(tmp_path, error, kept):
+    with contextlib.suppress(error), new_directory(str(tmp_path / "run"), "run") as out:
+        (out / "config.json").write_text("{}")
+        raise error("told")
+    assert (tmp_path / "run" / "config.json").exists() == kept
 
 
 KILL = """
