@@ -102,8 +102,8 @@ class Panel:
     limits: tuple[float | None, float | None] = (None, None)
 
 
-def panels(contents: Sequence[Panel], path: Path, legend: bool = True) -> None:
-    """Lines with error bars, side by side; one legend under them all for labels of several panels."""
+def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str = "") -> None:
+    """Lines with error bars, side by side; one legend under them all for labels of several panels; a note above."""
     columns = 2 if len(contents) == 4 else min(3, len(contents))
     rows = -(-len(contents) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.2 * rows), squeeze=False, layout="constrained")
@@ -125,6 +125,8 @@ def panels(contents: Sequence[Panel], path: Path, legend: bool = True) -> None:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylim(*panel.limits)
         tidy(ax, panel.x, panel.y, panel.title)
+    if note:
+        figure.suptitle(note, fontsize=8, color="0.3")
     if legend and len(labels) > 1:
         ncol = min(len(labels), 2 * columns)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=ncol, frameon=False)

@@ -27,7 +27,7 @@ from evidence.lab import BASE, BETAS, NAMES, Lab, front_of, mean_points, sweep_v
 from evidence.moa import fedmoa, saturation
 from evidence.plural import plural, predictor
 from evidence.rules import COMMON, GRID, PREFERENCES, ROUNDS, TUNING_SEEDS, VARIANTS
-from evidence.statistics import LABELS, against, cell, column, curves, measured, points, show, table, where
+from evidence.statistics import BARS, LABELS, against, cell, column, curves, measured, points, show, table, where
 from evidence.update import COLD, cooled, groups
 from settings import Config
 from worlds import reasoning, toy
@@ -88,7 +88,7 @@ def baselines(lab: Lab) -> None:
     show(lab.results, "baselines", VERSUS, lines, note)
     groups = {label: rows["equal rollouts", label] for label in VARIANTS}
     drawn = ("normalised_helpful", "normalised_harmless", "worst_gain", "kl")
-    plots.panels(points(groups, drawn), lab.results / "baselines.png", legend=False)
+    plots.panels(points(groups, drawn), lab.results / "baselines.png", note=BARS, legend=False)
 
 
 def agreement(lab: Lab) -> None:
@@ -111,7 +111,7 @@ def agreement(lab: Lab) -> None:
     note = f"{at}; Holm over the methods of a figure, not over figures. What is 0 by construction is left out."
     show(lab.results, "agreement", ["figure", "method", "mean", "firm − method", "p (Holm)"], lines, note)
     drawn = ("disagreement", "drift", "movement", "net_roughness_helpful", "net_roughness_harmless", "kl")
-    plots.panels(points(groups, drawn), lab.results / "agreement.png", legend=False)
+    plots.panels(points(groups, drawn), lab.results / "agreement.png", note=BARS, legend=False)
 
 
 def pareto(lab: Lab) -> None:
@@ -197,7 +197,7 @@ def ablate(
             row[f"same_{figure}"] = at_zero[row["seed"]][own] / at_zero[row["seed"]][zero]
             row.setdefault(figure, row[own])  # no round logs `twin_disagreement`
     table(lab.results, name, keys, groups, figures, note)
-    plots.panels(curves(groups, keys[1], drawn), lab.results / f"{name}.png")
+    plots.panels(curves(groups, keys[1], drawn), lab.results / f"{name}.png", note=BARS)
 
 
 def beta(lab: Lab) -> None:
@@ -279,7 +279,7 @@ def noise(lab: Lab) -> None:
               for label, b in product(estimates, sizes)}  # fmt: skip
     x_label = "prompts per client and round"
     panels = curves(errors, x_label, ["error"]) + curves(groups, x_label, ("disagreement", "worst_gain"))
-    plots.panels(panels, lab.results / "noise.png")
+    plots.panels(panels, lab.results / "noise.png", note=BARS)
 
 
 def communication(lab: Lab) -> None:

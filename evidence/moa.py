@@ -15,7 +15,7 @@ from app import plots
 from evidence import rules
 from evidence.lab import EIGHTHS, Lab
 from evidence.rules import TUNING_SEEDS
-from evidence.statistics import cell, column, holm, interval, number, paired, show, where
+from evidence.statistics import BARS, cell, column, holm, interval, number, paired, show, where
 
 SEVERITIES = (0.0, 0.7)
 PRIMARY = [1.0, 0.0, 0.0]
@@ -111,7 +111,7 @@ def fedmoa(lab: Lab) -> None:
             points = [interval(column(rows[label, severity], figure)) for label in METHODS]
             lines[f"severity {severity:g}"] = (x, *zip(*points, strict=True))
         panels.append(plots.Panel("", y, "", lines, ticks=list(METHODS)))
-    plots.panels(panels, lab.results / "fedmoa.png")
+    plots.panels(panels, lab.results / "fedmoa.png", note=BARS)
 
 
 def differences(lab: Lab, name: str, rows: dict[tuple, list[dict]], pairs: dict[str, tuple[str, str]], n: int) -> None:
@@ -167,4 +167,4 @@ def saturation(lab: Lab) -> None:
     show(lab.results, "saturation", head, lines, note)
     titles = ("its share λ", "its reward", "share of groups of equal reward")
     contents = [plots.Panel("eighth of the rounds", y, "", lines) for y, lines in zip(titles, drawn, strict=True)]
-    plots.panels(contents, lab.results / "saturation.png")
+    plots.panels(contents, lab.results / "saturation.png", note=BARS)

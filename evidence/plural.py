@@ -27,7 +27,7 @@ from app.session import Session
 from evidence import rules
 from evidence.lab import Lab, byte_figures
 from evidence.rules import TUNING_SEEDS
-from evidence.statistics import cell, column, holm, interval, number, paired, show
+from evidence.statistics import BARS, cell, column, holm, interval, number, paired, show
 from settings import PRESETS, Config
 from worlds import survey
 
@@ -145,7 +145,9 @@ def predictor(lab: Lab) -> None:
     show(lab.results, "predictor_context", head, lines, note)
     drawn = sides | {"centralised, a step a round": ("centralised", rows[("paper",)])}
     lines = {label: mean_curve(own, side) for label, (side, own) in drawn.items()}
-    plots.panels([plots.Panel("round", "alignment, unseen groups", "", lines)], lab.results / "predictor.png")
+    plots.panels(
+        [plots.Panel("round", "alignment, unseen groups", "", lines)], lab.results / "predictor.png", note=BARS
+    )
 
 
 def curves_of(rows: list[dict], side: str) -> list[tuple[list[int], list[float]]]:
@@ -227,7 +229,7 @@ def plural(lab: Lab) -> None:
         drawn = {label: ([np.mean(column(of, "mean_share"))], *([v] for v in interval(column(of, "worst_share"))))
                  for label, of in own.items()}  # fmt: skip
         panels.append(plots.Panel("mean share", "worst group's share", title, drawn))
-    plots.panels(panels, lab.results / "plural.png")
+    plots.panels(panels, lab.results / "plural.png", note=BARS)
 
 
 def versus(lab: Lab, rows: dict[str, list[dict]], n: int) -> None:

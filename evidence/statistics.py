@@ -15,6 +15,7 @@ from scipy import stats
 
 from app import plots
 
+BARS = "bars: 95 % intervals over the seeds"
 LABELS = {
     "helpful": "helpful, held out (raw units)", "harmless": "harmless, held out (raw units)",
     "normalised_helpful": "normalised gain in helpful", "normalised_harmless": "normalised gain in harmless",

@@ -9,7 +9,7 @@ from app import plots
 from evidence import rules
 from evidence.lab import NAMES, Lab, front_of, sweep_volume
 from evidence.rules import COMMON, KL_COEFS, PREFERENCES, ROUNDS
-from evidence.statistics import LABELS, cell, column, gap_at_equal_kl, interval, number, paired, show
+from evidence.statistics import BARS, LABELS, cell, column, gap_at_equal_kl, interval, number, paired, show
 
 COLD = 0.5  # a sampling temperature, half of the training's
 
@@ -55,7 +55,7 @@ def at_equal_kl(lab: Lab, curves: dict[str, list[list[dict]]]) -> None:
             gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(gap, *interval_of_gap)
             table.append([f"{label} − {critic}", f"{low:.2f} to {high:.2f}", gap])
     panel = plots.Panel("KL to the base model (nats per response)", LABELS["worst_gain"], "", lines)
-    plots.panels([panel], lab.results / "groups.png")
+    plots.panels([panel], lab.results / "groups.png", note=BARS)
     note = f"Curves over κ = {', '.join(f'{k:g}' for k in KL_COEFS)}, of seed means joined by straight lines, compared "
     note += (
         "over the KL that both reach; in brackets the 95 % bootstrap interval, over seeds, the same for both curves."
