@@ -22,7 +22,7 @@ from settings import METHODS
 
 METHOD_NAMES = list(METHODS)
 METHOD_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#661100", "#01665E", "#332288"]
-METHOD_COLOURS += ["#EECC66", "#2000E0"]
+METHOD_COLOURS += ["#EECC66", "#FF00FF"]
 COLOURS = ["#882255", "#44AA99", "#332288", "#CC6677", "#117733", "#88CCEE", "#999933", "#AA4499", "#DDCC77", "#222222"]
 MARKERS = "osD^vP*Xph<>"
 BLACK = {"color": "black"}  # the exact front, and the base model
