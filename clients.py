@@ -13,10 +13,10 @@ The records at the end are what a round leaves to whoever logs it (`app/metrics.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,11 +25,13 @@ from torch import Tensor
 import mgda
 import ppo
 from app.fields import Checked, NonNegative, Positive, setting
+from app.ranks import merged
 from fedavg import Ledger, Upload
 from lora import Adapter
 from ppo import PPO, Advantages, Batch, Gradients, NotFinite, PPOConfig
 from rollout import Policy, Rollout
 
+T = TypeVar("T")
 CLIENT_SAMPLING, TRAINING, CALIBRATION, EVALUATION, SERVER, PERSONAL = range(1, 7)  # what a stream is for: first key
 DROPOUT = 13  # 11 and 12 are `pluralllm.py`'s
 
@@ -163,7 +165,18 @@ def leaving_out(client: Client, faults: dict[int, str]) -> Iterator[None]:
         client.trainings, faults[client.index] = kept, str(error)
 
 
-def check_anybody_left(clients: Sequence[Any], faults: dict[int, str]) -> None:
+def of_all(made: dict[int, T], faults: dict[int, str]) -> dict[int, T]:
+    """What the clients of all processes made, by their numbers; faults comes to hold those of all. Raises ValueError
+    where a round has no client any more.
+    """
+    parts = merged(made | faults)
+    faults |= {client: part for client, part in parts.items() if isinstance(part, str)}
+    left = {client: part for client, part in parts.items() if client not in faults}
+    check_anybody_left(left, faults)
+    return left
+
+
+def check_anybody_left(clients: Collection[Any], faults: dict[int, str]) -> None:
     """Raise ValueError where a round has no client any more, naming the first fault."""
     if not clients:
         first, fault = next(iter(faults.items()))

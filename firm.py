@@ -53,8 +53,8 @@ from clients import (
     Round,
     Step,
     Update,
-    check_anybody_left,
     leaving_out,
+    of_all,
     stream,
 )
 from fedavg import Server, Upload
@@ -257,10 +257,7 @@ class Federation:
         for client, batch, own in work:
             with leaving_out(client, faults):
                 arrived[client.index] = self.train(client, batch, own, method, server.state)
-        parts = merged(arrived | faults)
-        faults = {c: part for c, part in parts.items() if isinstance(part, str)}
-        arrived = {c: part for c, part in parts.items() if c not in faults}
-        check_anybody_left(arrived, faults)
+        arrived = of_all(arrived, faults)
         for c, contribution in arrived.items():
             self.clients[c].trainings = contribution.trainings
         uploads = [contribution.upload for contribution in arrived.values()]
@@ -304,9 +301,7 @@ class Federation:
         for client, batch, _ in work:
             with leaving_out(client, faults):
                 J[client.index] = client.gradients(self.policy, batch, self.config.ppo)
-        parts = merged(J | faults)
-        J = {c: part for c, part in parts.items() if not isinstance(part, str)}
-        check_anybody_left(J, {c: part for c, part in parts.items() if c not in J})
+        J = of_all(J, faults)
         held = fedavg.prompts_held([self.clients[c] for c in J])
         lam = self.method.server_weights(torch.stack(list(J.values())), held, server)  # from J [C, M, d]
         return [each for each in work if each[0].index in J], lam
