@@ -64,14 +64,14 @@ def faults(lab: Lab) -> None:
             killed.kill()
             killed.wait()
             begun, metrics = (out / "config.json").exists(), out / "metrics.jsonl"
-            rounds = len(metrics.read_text("utf-8").splitlines()) if metrics.exists() else 0
-            done = (out / "summary.json").exists()
+            there = "started" if begun else "nothing"
+            if metrics.exists():
+                there = f"{len(metrics.read_text('utf-8').splitlines())} rounds"
+            if (out / "summary.json").exists():
+                there = "finished"
             status = program(*(["--resume", out] if begun else [*SHORT, "--out", out])).wait()
             again, after = what_came_of_it(out) if status == 0 else (b"", [])
-            where = (
-                "finished" if done else f"{rounds} rounds" if metrics.exists() else "started" if begun else "nothing"
-            )
-            lines.append([f"{moment:.1f}", where, status, "yes" * (again == adapter), "yes" * (after == figures)])
+            lines.append([f"{moment:.1f}", there, status, "yes" * (again == adapter), "yes" * (after == figures)])
     equal = sum(line[3:] == ["yes", "yes"] for line in lines)
     note = f"{equal} of {kills} equal the undisturbed run, which took {seconds:.1f} s on {os.cpu_count()} cores."
     head = ["killed after (s)", "on the disk then", "status of the resumed run", "same adapter", "same metrics"]
