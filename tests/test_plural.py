@@ -1,5 +1,7 @@
 """The survey world as a run, and how its policies are judged by what groups truly think."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -53,6 +55,8 @@ def test_the_truth_is_the_expected_share_and_the_distance_under_the_policys_own_
 
 
 def test_the_worlds_own_predictor_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):
+    world = survey.prepare(0, progress=False).model.parent  # is in the cache, and takes its time
+    shutil.copytree(world, tmp_path / "firm-toy" / world.name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tiny = PRESETS["pluralllm-tiny"] | {"rounds": 1, "local_steps": 1}
     monkeypatch.setitem(predictor_run.PRESETS, "pluralllm-tiny", tiny)
