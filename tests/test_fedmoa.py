@@ -440,7 +440,7 @@ def test_a_part_has_its_settings_whatever_the_method():
      ("--compare fedmoa fedcmoo --client_objectives 0=length", "fedcmoo's server cannot compare"),
      ("--client_objectives 0:length", "client_objectives: '0:length'; write WHO=NAME"),
      ("--method fsmgda --personal_rounds 1", "personal_rounds: fsmgda has no local training"),
-     ("--split natural", "clients: the prompts name 0 clients")],
+     ("--split natural", "split: no row has a 'client'")],
 )  # fmt: skip
 def test_bad_input_is_one_line_that_names_the_field(arguments, message, tmp_path, capsys):
     objectives = ["--objectives", "rule:length", "rule:distinct"]
