@@ -62,7 +62,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(fits(value, kind) for kind in inner)
     if origin is list:
-        return isinstance(value, list) and all(fits(each, inner[0]) for each in value)
+        return isinstance(value, (list, tuple)) and all(fits(each, inner[0]) for each in value)
     if origin is Literal:
         return isinstance(value, str)
     if hint in (int, float):

@@ -257,7 +257,7 @@ def test_micro_batches_change_no_more_than_rounding():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rounds", 0), ("clients", 0), ("batch_size", 0), ("beta", -0.1), ("lr", float("nan")), ("optimizer", "lion"),
+    [("rounds", -1), ("clients", 0), ("batch_size", 0), ("beta", -0.1), ("lr", float("nan")), ("optimizer", "lion"),
      ("server_lr", 0.0), ("clients_per_round", 0), ("preference", [0.5, -0.5]), ("max_grad_norm", 0.0),
      ("gram", "full"), ("seed", -1)],
 )  # fmt: skip
