@@ -67,7 +67,9 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         out = None
         if ranks.first():
             out = stack.enter_context(owned(resume) if resume else new_directory(config.run.out, name))
-        return train_in(ranks.from_first(out), config, progress, title)
+        summary = train_in(ranks.from_first(out), config, progress, title)
+        ranks.from_first(None)  # the others wait for what the first still writes, and hear of it where that fails
+        return summary
 
 
 def train_in(out: Path, config: Config, progress: bool, title: str) -> dict[str, Any]:
