@@ -32,6 +32,7 @@ Left out on purpose: batches of several draws, dropout (0 in [code] too).
 import copy
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,7 +132,7 @@ class Survey:
 
 
 class Layer(nn.Module):
-    """A transformer layer, normalised after each half, in which all rows attend to the first few, the context."""
+    """A transformer layer, normalised after each half, in which all rows attend to those of the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,10 +140,9 @@ class Layer(nn.Module):
         self.feedforward = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
 
-    def forward(self, rows: Tensor, context: int) -> Tensor:
-        """rows [n, WIDTH], of which the first `context` are the context's."""
-        keys = rows[:context]
-        rows = self.norm1(rows + self.attention(rows, keys, keys, need_weights=False)[0])
+    def forward(self, rows: Tensor, context: Tensor) -> Tensor:
+        """rows [n, WIDTH], context [C, WIDTH]; returns [n, WIDTH]."""
+        rows = self.norm1(rows + self.attention(rows, context, context, need_weights=False)[0])
         return self.norm2(rows + self.feedforward(rows))
 
 
@@ -164,11 +164,11 @@ class Predictor(nn.Module):
     def forward(self, context_x: Tensor, context_y: Tensor, target_x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean m [T], log-deviation s [T]) of the target points x [T, E], given context points x [C, E], y [C]."""
         x = torch.cat([context_x, target_x])
-        y = torch.cat([context_y, context_y.new_zeros(len(target_x))])
+        y, C = torch.cat([context_y, context_y.new_zeros(len(target_x))]), len(context_x)
         rows = self.embed(torch.cat([x, y[:, None]], 1))
-        for layer in self.layers:
-            rows = layer(rows, len(context_x))
-        return self.head(rows[len(context_x) :]).unbind(1)
+        for layer in self.layers[:-1]:
+            rows = layer(rows, rows[:C])
+        return self.head(self.layers[-1](rows[C:], rows[:C])).unbind(1)  # of the last layer only targets are read
 
     @torch.no_grad()
     def shares(self, context_x: Tensor, context_y: Tensor, target_x: Tensor, which: Tensor) -> Tensor:
@@ -221,7 +221,8 @@ class PredictorClient:
     def __init__(self, groups: Sequence[str], survey: Survey, width: int, device: torch.device | str) -> None:
         self.groups, self.survey, self.model = list(groups), survey, Predictor(width).to(device)
         self.prompts_held = sum(survey.points_held(group) for group in groups)  # n_c, of points
-        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
+        self.theta = flat(self.model)
+        self.optimizer = torch.optim.Adam([self.theta], fused=True)
 
     def step(
         self, number: int, lr: float, settings: PluralConfig, seed: int, max_grad_norm: float | None = None
@@ -238,11 +239,10 @@ class PredictorClient:
             own.backward()
             total += own.item()
         if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
-        for options in self.optimizer.param_groups:
-            options["lr"] = lr
+            nn.utils.clip_grad_norm_(self.theta, max_grad_norm)
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.theta.grad.zero_()  # in place: the parameters' gradients are views of it
         return total
 
 
@@ -252,78 +252,81 @@ class PredictorFederation:
     def __init__(
         self, survey: Survey, clients: Sequence[Sequence[str]], rounds: int, lr: float, seed: int,
         settings: PluralConfig, clients_per_round: int | None = None, max_grad_norm: float | None = None,
+        threads: int = 1,
     ) -> None:  # fmt: skip
-        """clients: the groups that each holds; the decay of lr ends with the rounds."""
+        """clients: the groups that each holds; the decay of lr ends with the rounds; threads: clients at once."""
         self.rounds, self.lr, self.seed, self.settings = rounds, lr, seed, settings
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.threads = max_grad_norm, threads
         self.per_round = clients_per_round or len(clients)
         width, device = survey.embeddings.shape[1], survey.embeddings.device
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = Predictor(width).to(device)  # the server's
+        self.theta = flat(self.model)
         self.clients = [PredictorClient(own, survey, width, device) for own in clients]
-        self.theta = parameters_to_vector(self.model.parameters()).detach()
         self.rounds_done = 0
 
     def round(self) -> dict[str, float]:
         """One communication round. Returns its figures. Raises ValueError where every client's upload is broken."""
-        t, K = self.rounds_done, self.settings.local_steps
-        rng, ledger = stream(self.seed, CLIENT_SAMPLING, t), Ledger()
+        t, ledger = self.rounds_done, Ledger()
         ledger.down({"theta": self.theta})
-        uploads, losses, faults = [], [], {}
-        for c in sample_clients(len(self.clients), self.per_round, rng):
-            client = self.clients[c]
-            kept = copy.deepcopy(client.optimizer.state_dict())
-            assign(client.model, self.theta)
-            for step in range(t * K, (t + 1) * K):
-                lr = cosine(self.lr, step, self.rounds * K)
-                losses.append(client.step(step, lr, self.settings, self.seed, self.max_grad_norm))
-            theta = parameters_to_vector(client.model.parameters()).detach()
-            upload = Upload(theta[None], client.prompts_held)
-            if upload.fault:
-                client.optimizer.load_state_dict(kept)
-                faults[c] = upload.fault
-            else:
-                uploads.append(upload)
+        cohort = sample_clients(len(self.clients), self.per_round, stream(self.seed, CLIENT_SAMPLING, t))
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            trained = list(pool.map(self.local_training, cohort))  # alike on any number of threads
+        faults = {c: upload.fault for c, (upload, _) in zip(cohort, trained, strict=True) if upload.fault}
+        uploads = [upload for upload, _ in trained if not upload.fault]
         check_anybody_left(uploads, faults)
         ledger.upload(uploads[0])
-        self.theta = average(torch.cat([upload.thetas for upload in uploads]), prompts_held(uploads))
-        assign(self.model, self.theta)
+        self.theta.copy_(average(torch.cat([upload.thetas for upload in uploads]), prompts_held(uploads)))
         self.rounds_done += 1
-        broken = len(faults)
-        return {"round": t, "loss": float(np.mean(losses)), "broken": broken} | ledger.metrics()
+        loss = float(np.mean([losses for _, losses in trained]))
+        return {"round": t, "loss": loss, "broken": len(faults)} | ledger.metrics()
+
+    def local_training(self, c: int) -> tuple[Upload, list[float]]:
+        """What client c does in this round, and the loss of each of its steps. A broken one keeps its old moments."""
+        client, K = self.clients[c], self.settings.local_steps
+        kept, losses = copy.deepcopy(client.optimizer.state_dict()), []
+        client.theta.copy_(self.theta)
+        for step in range(self.rounds_done * K, (self.rounds_done + 1) * K):
+            lr = cosine(self.lr, step, self.rounds * K)
+            losses.append(client.step(step, lr, self.settings, self.seed, self.max_grad_norm))
+        upload = Upload(client.theta.clone()[None], client.prompts_held)
+        if upload.fault:
+            client.optimizer.load_state_dict(kept)
+        return upload, losses
 
     def state(self) -> dict[str, Tensor]:
         """All that changes, but for the number of rounds done, by dotted names."""
         moments = {
-            f"client{c}.{i}.{name}": tensor
+            f"client{c}.{name}": tensor
             for c, client in enumerate(self.clients)
-            for i, entry in client.optimizer.state_dict()["state"].items()
-            for name, tensor in entry.items()
+            for name, tensor in client.optimizer.state.get(client.theta, {}).items()
         }
         return {"theta": self.theta} | moments
 
     def restore(self, tensors: dict[str, Tensor], rounds_done: int) -> None:
         """Take back what `state` gave. Raises ValueError where it is of another federation."""
-        if tensors["theta"].shape != self.theta.shape:
+        names = {name.partition(".")[2] for name in tensors} - {"", "step", "exp_avg", "exp_avg_sq"}
+        if tensors["theta"].shape != self.theta.shape or names:
             raise ValueError("resume: the checkpoint is of another predictor; resume with its own settings")
-        self.rounds_done, self.theta = rounds_done, tensors["theta"].to(self.theta)
-        assign(self.model, self.theta)
+        self.rounds_done = rounds_done
+        self.theta.copy_(tensors["theta"])
         for c, client in enumerate(self.clients):
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in tensors.items():
-                if key.startswith(f"client{c}."):
-                    _, i, name = key.split(".")
-                    moments.setdefault(int(i), {})[name] = tensor
-            client.optimizer.load_state_dict(client.optimizer.state_dict() | {"state": moments})
+            own = {n.partition(".")[2]: moment for n, moment in tensors.items() if n.startswith(f"client{c}.")}
+            client.optimizer.load_state_dict(client.optimizer.state_dict() | {"state": {0: own} if own else {}})
 
 
-@torch.no_grad()
-def assign(model: nn.Module, theta: Tensor) -> None:
-    """Copy theta [d] into a model's parameters; `vector_to_parameters` would make them views of it, for all clients."""
-    parameters = list(model.parameters())
-    for parameter, part in zip(parameters, theta.split([p.numel() for p in parameters]), strict=True):
-        parameter.copy_(part.view_as(parameter))
+def flat(model: nn.Module) -> Tensor:
+    """A model's parameters as one vector [d], whose views they become, and their gradients those of its gradient.
+
+    So a step's arithmetic is that of one tensor, and what one client holds is copied at once.
+    """
+    theta = parameters_to_vector(model.parameters()).detach()
+    theta.grad = torch.zeros_like(theta)
+    sizes, parameters = [p.numel() for p in model.parameters()], model.parameters()
+    for parameter, part, grad in zip(parameters, theta.split(sizes), theta.grad.split(sizes), strict=True):
+        parameter.data, parameter.grad = part.view_as(parameter), grad.view_as(parameter)
+    return theta
 
 
 def cosine(lr: float, step: int, steps: int) -> float:

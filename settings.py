@@ -92,7 +92,7 @@ PRESETS = {
         "eval_samples": 4,
         "eval_batch_size": 256,
     },
-    "pluralllm-tiny": {  # the preference predictor on the survey world: a laptop CPU, about two minutes
+    "pluralllm-tiny": {  # the preference predictor on the survey world: a laptop CPU, two to three minutes
         "method": "pluralllm",
         "world": "survey",
         "rounds": 100,
@@ -101,7 +101,6 @@ PRESETS = {
         "max_grad_norm": 1.0,  # without it the loss jumps up on some seeds, and never comes back
         "min_questions": 5,
         "max_questions": 20,
-        "threads": 1,
     },
     "pluralllm": {  # on GlobalOpinionQA; --opinions names its file, --encoder a model that embeds
         "method": "pluralllm",
@@ -165,7 +164,7 @@ class RunConfig(Checked):
     )
     severity: Share = setting(0.0, "reasoning world: share of wrong references in the data of its poor clients")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to run; auto takes a GPU where there is one")
-    threads: Index = setting(0, "CPU threads; 0 leaves torch's choice")
+    threads: Index = setting(0, "CPU threads, of pluralllm one a client; 0 leaves torch's choice")
     eval_samples: Count = setting(8, "responses to each held-out prompt, before and after")
     eval_batch_size: Count = setting(256, "rows per batch in the evaluation")
     eval_every: Index = setting(

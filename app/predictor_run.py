@@ -40,8 +40,8 @@ class Training:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         plural, firm = config.plural, config.firm
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
+        threads = config.run.threads or torch.get_num_threads()
+        torch.set_num_threads(threads)
         quiet_libraries()
         device = config.run.device
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -71,12 +71,14 @@ class Training:
         self.survey = opinions.survey_of(
             questions, answers, self.train + self.unseen, self.encoder, self.device, progress=progress
         )
+        torch.set_num_threads(1)  # a step is too small for more; the clients take them, one each
         own = [[group] for group in self.train]
         made = {"federated": own, "centralised": [self.train]} if plural.central else {"federated": own}
         self.sides = {
             side: PredictorFederation(
                 self.survey, held, firm.rounds, config.client.lr, firm.seed, plural,
                 firm.clients_per_round if side == "federated" else None, config.client.max_grad_norm,
+                threads if self.device == "cpu" else 1,
             )
             for side, held in made.items()
         }  # fmt: skip
@@ -303,7 +305,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
     """Objectives whose predictor is called `survey` get the directory of the survey world's own one of that seed: from
-    the cache, or trained now by the settings of pluralllm-tiny, federated only (about a minute on one core).
+    the cache, or trained now by the settings of pluralllm-tiny, federated only (about a minute).
     """
     pattern = r"((?:[^=:]*=)?group:)survey:"
     names = [spec[found.end() :] for spec in specs if (found := re.match(pattern, spec))]

@@ -46,7 +46,7 @@ METHODS = (
 
 def predictor_figures(job: dict, out: Path) -> dict:
     """Both sides' final figures on unseen groups, their curves, and what the context is worth."""
-    config = Config.from_flat(PRESETS["pluralllm-tiny"] | job | {"out": str(out)})
+    config = Config.from_flat(PRESETS["pluralllm-tiny"] | job | {"threads": 1, "out": str(out)})
     summary = predictor_run.train(config, progress=False)
     row = {"method": pluralllm.NAME, "seed": job["seed"]}
     for side, figures in summary["sides"].items():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 import pluralllm
 from pluralllm import PluralConfig, Predictor, PredictorClient, PredictorFederation, Question, Survey
@@ -265,10 +265,10 @@ def test_a_round_averages_what_clients_reach_alone_by_their_points():
 
 def _after_a_round(federation, c, theta):
     client = federation.clients[c]
-    vector_to_parameters(theta.clone(), client.model.parameters())
+    client.theta.copy_(theta)
     for step in range(2):
         client.step(step, pluralllm.cosine(1e-2, step, 8), SETTINGS, 7)
-    return parameters_to_vector(client.model.parameters()).detach()
+    return client.theta
 
 
 def test_clients_train_on_memory_of_their_own():
@@ -278,6 +278,20 @@ def test_clients_train_on_memory_of_their_own():
     trained.clients[0].step(2, 1e-2, SETTINGS, 7)
     assert torch.equal(trained.theta, theta)
     assert torch.equal(parameters_to_vector(trained.model.parameters()), theta)
+
+
+def test_clients_on_two_threads_end_where_they_do_on_one():
+    one, two = federation(), federation(threads=2)
+    for _ in range(2):
+        assert one.round() == two.round()
+    assert torch.equal(one.theta, two.theta)
+
+
+def test_a_model_computes_with_the_vector_that_its_parameters_are_views_of(model):
+    before, theta = model(*points())[0], pluralllm.flat(model)
+    assert torch.equal(model(*points())[0], before)
+    theta.zero_()
+    assert model(*points())[0].abs().max() == 0
 
 
 def test_clients_keep_their_adams_moments_from_round_to_round():
