@@ -63,7 +63,8 @@ def run_to_the_end(name: str, work: Callable[[], None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
-            fault = f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error})"
+            name = error.filename2 or error.filename or "a file"  # the second: where it was to be moved to
+            fault = f"{name} cannot be read or written ({error.strerror or error})"
         except KeyboardInterrupt as stop:
             say("stopped")
             ranks.leave(together=False)

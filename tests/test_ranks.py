@@ -161,18 +161,26 @@ def f(completions, **_):
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess:
     """`torchrun --nproc-per-node 2 run.py` with these arguments."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", run.__file__]
-    return subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
-def test_a_killed_process_ends_the_run_which_goes_on_to_what_one_process_comes_to(world, tmp_path):
+def test_processes_end_together_and_one_goes_on_to_what_it_would_have_come_to_alone(world, tmp_path):
     (tmp_path / "mine.py").write_text(KILL.replace("{calls}", "3"))  # after calibration and round 1
-    arguments = command(world, objectives=[f"py:{tmp_path}/mine.py:f", "rule:length"], out=tmp_path / "run")
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    arguments = command(world, objectives=[f"py:{tmp_path}/mine.py:f", "rule:length"], out=out)
     killed = torchrun(*arguments)
     assert killed.returncode != 0 and (tmp_path / "killed").exists()
     assert "run.py: error: another process of this run has ended" in killed.stderr or "stopped" in killed.stderr
-    done = torchrun("--resume", tmp_path / "run")
-    assert done.returncode == 0 and "goes on after round 1" in done.stdout
-    assert run.main([*arguments[:-1], str(tmp_path / "alone")]) == 0
-    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "alone")
-    without = lambda out: [{k: v for k, v in line.items() if k != "logp_gap"} for line in metrics_without_times(out)]  # noqa: E731
-    assert repr(without(tmp_path / "run")) == repr(without(tmp_path / "alone"))
+    (out / "samples.jsonl").mkdir()  # the first process's last writes fail, while the other has nothing left to do
+    failed = torchrun("--resume", out)
+    assert failed.returncode != 0 and "goes on after round 1" in failed.stdout
+    assert failed.stderr.count("samples.jsonl cannot be read or written (Is a directory)") == 1
+    (out / "samples.jsonl").rmdir()
+    assert run.main(["--resume", str(out)]) == 0
+    assert run.main([*arguments[:-1], str(alone)]) == 0
+    assert adapter_of(out) == adapter_of(alone)
+    found, expected = (
+        [{k: v for k, v in line.items() if k != "logp_gap"} for line in metrics_without_times(each)]
+        for each in (out, alone)
+    )
+    assert repr(found) == repr(expected)
