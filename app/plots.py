@@ -116,7 +116,7 @@ def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str
             ax.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
         for label, (x, y, half) in panel.lines.items():
             drawn = style(label, labels.index(label)) | ({} if len(x) > 1 else {"linestyle": ""})
-            handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, **drawn)
+            handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, clip_on=False, **drawn)  # whole at limits
         if panel.ticks:
             turned = {"rotation": 40, "ha": "right"} if sum(map(len, panel.ticks)) > 26 else {}
             ax.set_xticks(range(len(panel.ticks)), panel.ticks, **turned)
