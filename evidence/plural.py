@@ -128,7 +128,7 @@ def predictor(lab: Lab) -> None:
     shared = {"preset": "pluralllm-tiny"}
     jobs = {side: shared | {"eval_every": 20} for side in SIDES}
     best = best_rates(lab, "predictor_tuning", RATES, jobs, {side: f"{side}_alignment" for side in SIDES})
-    seeds = lab.some(rules.seeds_of(5))
+    seeds = lab.some(rules.seeds_of(10))
     jobs = {side: [shared | {"lr": best[side], "eval_every": 2, "seed": n} for n in seeds] for side in SIDES}
     jobs["paper"] = [job | {"local_steps": 1} for job in jobs["centralised"]]
     rows = lab.groups("predictor", {(label,): own for label, own in jobs.items()})
