@@ -103,7 +103,16 @@ class Prompt:
     @property
     def task(self) -> str:
         """Which task it belongs to: the row's "task", or "all" where the data names none."""
-        return str(self.columns.get("task") or "all")
+        return "all" if (task := self.columns.get("task")) is None else str(task)
+
+    def owner(self, split: str) -> Any:
+        """What --split tells clients apart by: its file, its subset, its value in a column. None where it has none."""
+        if split in ("files", "subset"):
+            return self.file if split == "files" else self.subset
+        value = self.columns.get("client" if split == "natural" else split)
+        if isinstance(value, float) and value.is_integer():  # as pandas writes integers in a column with gaps
+            return int(value)
+        return None if value == "" else value
 
 
 def locate(file: str) -> Path:
@@ -168,7 +177,7 @@ def read_rows(file: str, fields: tuple[str, ...] = ()) -> Iterator[tuple[str, di
                         raise ValueError(f"{where}: no text in {name!r}; HH-RLHF rows hold a dialogue there")
                 yield where, row
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}:{number + 1}: not in UTF-8 ({error}); convert it, with iconv perhaps") from error
+        raise ValueError(f"{file}:{number + 1}: not in UTF-8 ({error}); convert it to JSON lines in UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}:{number + 1}: damaged or cut short ({error}); fetch the file again") from error
     except PermissionError as error:
@@ -186,11 +195,13 @@ def dialogue_of(row: dict, template: str, where: str) -> tuple[str, tuple[dict, 
             messages = messages_of(row[name], f"{where}: in {name!r}")
             return "".join(SPEAKER[m["role"]] + m["content"] for m in messages) + REPLY, messages, without(name)
     if isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        text = row["prompt"].strip().removesuffix(REPLY.strip()).rstrip()
-        if not MARKER.search(f"\n\n{text}"):
-            text = f"Human: {text}"
-        text, _ = split_dialogue(text + REPLY)
+        text = row["prompt"].strip()
+        if not text.startswith("Human:"):  # no dialogue, whatever it quotes
+            return f"\n\nHuman: {text}{REPLY}", ({"role": "user", "content": text},), without("prompt")
+        text, _ = split_dialogue(text.removesuffix(REPLY) + REPLY)
         return text, to_messages(text), without("prompt")
+    if row.get("prompt") == "":
+        raise ValueError(f"{where}: 'prompt' is empty; drop the row")
     if "question" in row and "chosen" not in row:
         if not all(isinstance(row.get(name), str) for name in ("question", "answer")):
             raise ValueError(
@@ -295,7 +306,8 @@ def load_prompts(
                 counts["duplicates"] += 1
                 continue
             rendered = _render(tokenizer, messages, where) if tokenizer.chat_template else text
-            found[text] = (messages, rendered, str(row.get("subset") or subset_of(file)), columns, file)
+            subset = subset_of(file) if (named := row.get("subset")) is None else str(named)
+            found[text] = (messages, rendered, subset, columns, file)
     names = {name: None for *_, columns, _ in found.values() for name in columns}
     for *_, columns, _ in found.values():  # so that every call of a reward function gets the same ones
         columns |= {name: None for name in names if name not in columns}
@@ -395,30 +407,33 @@ def split_by(
     Raises ValueError where there is no such column, or another number of clients.
     """
     column = "client" if name == "natural" else name
-    own = {"files": lambda p: p.file, "subset": lambda p: p.subset}.get(column, lambda p: p.columns.get(column))
+    own = lambda prompt: prompt.owner(name)  # noqa: E731
     odd = next((own(p) for p in prompts if isinstance(own(p), (bool, float, list, dict))), None)
     if odd is not None:
         raise ValueError(f"split: a row's {column} is {odd!r}; a client needs a number or a name there")
     owned, free = [p for p in prompts if own(p) is not None], [p for p in prompts if own(p) is None]
-    names = sorted({own(p) for p in owned}, key=lambda name: (isinstance(name, str), name))  # numbers first
-    if not names:
+    owners = sorted({own(p) for p in owned}, key=lambda owner: (isinstance(owner, str), owner))  # numbers first
+    if not owners:
         columns = sorted({name for p in prompts for name in p.columns})
         raise ValueError(
             f"split: no row has a {column!r}; choose iid, dirichlet, files, subset"
             + (f" or a column ({', '.join(columns)})" if columns else "")
         )
-    if len(names) != clients:
-        raise ValueError(f"clients: by {column} there are {len(names)}, not {clients}; add --clients {len(names)}")
+    if len(owners) != clients:
+        raise ValueError(
+            f"clients: by {column} there are {len(owners)} with prompts of their own, not {clients} (duplicates count "
+            f"for the first one, too long ones for nobody); add --clients {len(owners)}"
+        )
     if free and len(free) < n:
         raise ValueError(f"held_out is {n}, but only {len(free)} prompts have no {column}: lower it or pass more")
     if free:
         held_out = split_held_out(free, n, seed)[1] if len(free) > n else free
     else:
         owned, held_out = split_held_out(owned, n, seed, own)
-    shares = {name: [] for name in names}
+    shares = {owner: [] for owner in owners}
     for prompt in owned:
         shares[own(prompt)].append(prompt)
-    if empty := [str(name) for name, share in shares.items() if not share]:
+    if empty := [str(owner) for owner, share in shares.items() if not share]:
         raise ValueError(f"held_out: {n} leaves client {empty[0]} no prompt; lower it")
     return list(shares.values()), held_out
 

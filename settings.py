@@ -351,7 +351,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """The examples as they are, and a default only where it says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        says = action.default not in (None, "", [], argparse.SUPPRESS)
+        says = action.default not in (None, "", [], argparse.SUPPRESS) and "--no_" not in action.option_strings[0]
         return super()._get_help_string(action) if says else action.help
 
 
@@ -368,6 +368,8 @@ def flag_parser() -> HfArgumentParser:
     for flag in [flag for flag in parser._option_string_actions if "-" in flag[2:]]:  # its second spelling of each
         parser._option_string_actions.pop(flag).option_strings.remove(flag)
     for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"the opposite of --{action.dest}"
         if action.metavar is None and action.choices is None and action.nargs != "?":
             action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
     commands.add_argument(

@@ -105,8 +105,9 @@ class Panel:
 def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str = "") -> None:
     """Lines with error bars, side by side; one legend under them all for labels of several panels; a note above."""
     columns = 2 if len(contents) == 4 else min(3, len(contents))
-    rows = -(-len(contents) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    rows, long = -(-len(contents) // columns), any(sum(map(len, panel.ticks or ())) > 26 for panel in contents)
+    size = (3.8 * columns, (4.6 if long else 3.2) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(contents) :]:
         ax.set_visible(False)
     labels = list(dict.fromkeys(label for panel in contents for label in panel.lines))
@@ -115,13 +116,13 @@ def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str
         if panel.diagonal:
             ax.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
         for label, (x, y, half) in panel.lines.items():
-            drawn = style(label, labels.index(label)) | ({} if len(x) > 1 else {"linestyle": ""})
+            drawn = style(label, labels.index(label)) | ({} if len(x) > 1 and not long else {"linestyle": ""})
             handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, clip_on=False, **drawn)  # whole at limits
         if panel.ticks:
-            turned = {"rotation": 40, "ha": "right"} if sum(map(len, panel.ticks)) > 26 else {}
+            turned = {"rotation": 40, "ha": "right"} if long else {}  # names, in no order that a line could follow
             ax.set_xticks(range(len(panel.ticks)), panel.ticks, **turned)
             ax.set_xlim(-0.4, len(panel.ticks) - 0.6)
-        elif panel.x == "round":
+        elif panel.x.startswith("round"):
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylim(*panel.limits)
         tidy(ax, panel.x, panel.y, panel.title)
@@ -139,13 +140,13 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     far clients disagree.
     """
 
-    def line(key: str) -> tuple[list[int], list[float], None]:
-        return [m["round"] + 1 for m in metrics], [m[key] for m in metrics], None
+    def line(key: str, done: int = 1) -> tuple[list[int], list[float], None]:
+        return [m["round"] + done for m in metrics], [m[key] for m in metrics], None
 
     measured = [m for m in metrics if "held_out_kl" in m]
 
     def reward(name: str) -> dict[str, tuple]:
-        found = {"training prompts": line(f"reward/{name}")}
+        found = {"training prompts": line(f"reward/{name}", 0)}  # answered by the adapter that the round began with
         if measured:
             values, errors = ([m[f"{kind}/{name}"] for m in measured] for kind in ("held_out", "held_out_error"))
             found["held-out prompts ± standard error"] = ([m["round"] + 1 for m in measured], values, errors)
@@ -154,8 +155,10 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     weights = {name: line(f"lambda/{name}") for name in names}
     apart = {"disagreement": line("lambda/disagreement")}
     panels([
-        *(Panel("round", "mean reward (raw units)", name, reward(name)) for name in names),
-        Panel("round", "KL per response (nats)", "distance from the base model", {"training prompts": line("kl")}),
+        *(Panel("rounds done", "mean reward (raw units)", name, reward(name)) for name in names),
+        Panel(
+            "rounds done", "KL per response (nats)", "distance from the base model", {"training prompts": line("kl", 0)}
+        ),
     ], out / "rewards.png")  # fmt: skip
     panels([
         Panel("round", "λ, mean over clients", "Weights of the objectives", weights, limits=(-0.02, 1.02)),
@@ -234,7 +237,7 @@ def pareto(
         if exact is not None:
             ax.plot(*exact.T, label="exact Pareto front", **BLACK)
         ax.plot(base[0], base[j], **BASE)
-        tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", f"Held-out prompts; {bars}")
+        tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", f"Held-out prompts; {bars}" * (j == 1))
     last.plot(0, 0, **BASE)
     last.axhline(0, color="0.8", linewidth=1, zorder=0)
     tidy(last, "KL to the base model (nats per response)", gain, "What the worst-served objective gains; bars alike")
@@ -249,6 +252,7 @@ def pareto(
         ps = group.get("p", ()) if i == 0 else ()
         for k in {0, len(ps) // 2, len(ps) - 1} if len(ps) else ():
             place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7, "zorder": 9}
+            place["color"] = drawn["color"]
             last.annotate(f"p = {ps[k]:g}", (group["kl"][k], group["gain"][k]), **place)
             for ax in trades[:1]:
                 ax.annotate(f"p = {ps[k]:g}", group["mean"][k][:2], **place)

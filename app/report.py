@@ -8,8 +8,10 @@ are averaged first, since they are no independent evidence about other prompts.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,6 +49,8 @@ def header(session: Session, out: Path) -> str:
     sizes = sorted(len(share) for share in session.shares)
     parts = (config.run.advantages, config.run.weights, config.run.aggregation)  # in the place of the method's own
     dropped = [f"{counts[k]} {k.replace('_', ' ')}" for k in ("duplicates", "too_short", "too_long") if counts[k]]
+    left = counts["kept"] - len(session.held_out) - sum(sizes)
+    split = shorten(f"{config.data.split}: {', '.join(session.client_names)}".removesuffix(": "), 90)
     model = session.base_model
     if not config.rollout.model:
         model = f"the {config.run.world} world's own tiny model, since no --model is given ({model})"
@@ -60,8 +64,9 @@ def header(session: Session, out: Path) -> str:
         f"  objectives  {', '.join(session.names)}   preference {config.firm.preference or 'uniform'}"
         + (f"   beta {config.firm.beta:g}" if config.run.method == "firm" else ""),
         f"  prompts     {counts['kept']:,} kept of {counts['rows']:,} rows"
-        + (f" ({', '.join(dropped)})" if dropped else "") + f", {len(session.held_out)} of them held out",
-        f"  federation  {config.firm.clients} clients of {sizes[0]} to {sizes[-1]} prompts ({config.data.split}), "
+        + (f" ({', '.join(dropped)})" if dropped else "") + f", {len(session.held_out)} of them held out"
+        + (f", {left} of no client left out" if left else ""),
+        f"  federation  {config.firm.clients} clients of {sizes[0]} to {sizes[-1]} prompts ({split}), "
         f"{config.firm.rounds} rounds of {config.firm.batch_size} responses each, "
         f"{session.federation.group_size} to a prompt",
         f"  run         {out}",
@@ -100,6 +105,7 @@ def summarise(
         "download_bytes_per_client_round": metrics[-1]["download_bytes"] if metrics else 0,
         "calibration_bytes_per_client": {"upload": 8 * 3 * M, "download": 8 * 2 * M},  # n, mean, squares; mean, scale
         "base_model": session.base_model,
+        "client_names": session.client_names,
         "eval_samples": config.run.eval_samples,
         "kl": clustered(after.kl),
         "objectives": objectives,
@@ -117,7 +123,9 @@ def held_out_figures(session: Session, found: Evaluation) -> dict[str, float]:
 
 def worst_served(session: Session, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The client and the objective of the least mean reward, in units of the base policy's deviation, on the client's
-    own prompts in the last quarter of the rounds. The least of many noisy means is lower than that client's true one.
+    own prompts in the last quarter of the rounds, of those that took part then; None where fewer than two did.
+
+    The least of many noisy means is lower than that client's true one, and prompts differ before any training.
     """
     last, calibration, means = lines[-max(len(lines) // 4, 1) :], session.federation.calibration, {}
     for client in session.federation.clients:
@@ -125,28 +133,33 @@ def worst_served(session: Session, lines: Sequence[dict[str, Any]]) -> dict[str,
             key = f"reward/{session.names[j]}/client{client.index}"
             if own := [line[key] for line in last if key in line]:
                 means[client.index, j] = sum(own) / len(own)
-    if not means:
+    if len({client for client, _ in means}) < 2:
         return None
     gain = lambda c, j: (means[c, j] - float(calibration.mean[j])) / float(calibration.scale[j])  # noqa: E731
     c, j = min(means, key=lambda each: gain(*each))
-    others = [mean for (_, i), mean in means.items() if i == j]
+    others = [mean for (i, k), mean in means.items() if k == j and i != c]
     return {
-        "client": c, "objective": session.names[j], "reward": means[c, j], "mean_of_clients": sum(others) / len(others),
+        "client": c, "name": session.client_names[c] if session.client_names else "", "objective": session.names[j],
+        "reward": means[c, j], "mean_of_others": sum(others) / len(others) if others else None, "others": len(others),
         "prompts": session.federation.clients[c].prompts_held, "rounds": len(last),
     }  # fmt: skip
 
 
 def best_round(session: Session, before: Evaluation, after: Evaluation, directory: Path) -> dict[str, Any] | None:
-    """Of the adapters that --eval_every kept, and the last one, the best by its worst-served objective: chosen on every
-    other held-out prompt, by the least gain in units of the base policy's deviation, and reported on the rest.
+    """Of the adapters that --eval_every kept, and the last one, the best by its worst-served objective: chosen on one
+    half of the held-out prompts, by the least gain in units of the base policy's deviation, and reported on the rest.
+
+    An objective that was constant under the base policy has no say. None for fewer than four held-out prompts.
     """
     kept = {int(file.parent.name[5:]): load_file(file) for file in directory.glob("round*/held_out.safetensors")}
-    scores = {t: found["scores"] for t, found in sorted(kept.items())} | {session.config.firm.rounds: after.scores}
-    if not kept:
+    last, calibration, n = session.config.firm.rounds, session.federation.calibration, len(session.held_out)
+    if not kept or n < 4 or calibration.constant.all():
         return None
-    gains = {t: (found - before.scores) / session.federation.calibration.scale for t, found in scores.items()}
-    best = max(gains, key=lambda t: float(gains[t][::2].mean((0, 1)).min()))
-    own = scores[best][1::2] - before.scores[1::2]
+    scores = {t: found["scores"] for t, found in sorted(kept.items()) if t <= last} | {last: after.scores}
+    chosen, rest = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tensor_split(2)
+    gains = {t: (found - before.scores)[chosen].mean((0, 1)) / calibration.scale for t, found in scores.items()}
+    best = max(gains, key=lambda t: float(gains[t][~calibration.constant].min()))
+    own = scores[best][rest] - before.scores[rest]
     return {"round": best, "gain": {name: clustered(own[..., j]) for j, name in enumerate(session.names)}}
 
 
@@ -199,15 +212,16 @@ def table(session: Session, summary: dict[str, Any]) -> str:
         ratio, scaled = gain / error if error else math.nan, gain / o["calibration"]["scale"]
         rows.append([name, *(plus_minus(o[k]) for k in ("before", "after", "gain")), f"{ratio:.1f}", f"{scaled:+.2f}"])
     n, S = len(session.held_out), session.config.run.eval_samples
-    notes = []
+    notes = ["before: the base model, without the adapter that this run began with"] * bool(session.config.run.adapter)
     if worst := summary["worst_served"]:
-        notes.append(
-            "worst served in the last rounds: client {client}, of {prompts} prompts, with {objective} {reward:.3f} "
-            "where clients have {mean_of_clients:.3f}".format(**worst)
-        )
+        line = "worst served on its own {prompts} prompts, in the last {rounds} rounds: client {client}"
+        line += " ({name})" * bool(worst["name"]) + ", {objective} {reward:.3f}"
+        line += "; {others} others have {mean_of_others:.3f}" * bool(worst["others"])
+        notes.append(line.format(**worst))
     if best := summary["best"]:
         gains = ", ".join(f"{name} {plus_minus(gain)}" for name, gain in best["gain"].items())
-        notes.append(f"best after round {best['round']}, chosen on half of the held-out prompts; on the rest {gains}")
+        line = f"best after round {best['round']}, chosen on half of the held-out prompts"
+        notes.append(f"{line}; on the rest it gains {gains}")
     return "\n".join([
         "",
         f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, gains are paired",

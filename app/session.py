@@ -91,6 +91,9 @@ class Session:
         with named("model"):
             check_ids([prompt.token_ids for prompt in prompts], model)
         self.shares, self.held_out = data.share_out(prompts, config.firm.clients, config.data, config.firm.seed)
+        by_chance = config.data.split in ("iid", "dirichlet")
+        names = [str(share[0].owner(config.data.split)) for share in self.shares if not by_chance]
+        self.client_names = ["/".join(Path(name).parts[-2:]) for name in names]  # a file's with its folder
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.shares]  # each client's
         self.held = held_objectives(config.run.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config.lora, config.rollout, config.firm.seed)
@@ -98,6 +101,9 @@ class Session:
         self.start = self.federation.theta
         if config.run.adapter:
             self.policy.adapter.load(config.run.adapter)
+            theirs = json.loads(Path(config.run.adapter, "adapter_config.json").read_text("utf-8"))
+            if self.progress and (name := theirs.get("base_model_name_or_path")) not in (None, self.base_model):
+                print(f"warning: the adapter is of {name}, and is put on {self.base_model}")
             self.start = self.policy.adapter.vector()
             self.policy.adapter.assign(self.federation.theta)  # the base model comes first
 

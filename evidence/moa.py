@@ -165,6 +165,6 @@ def saturation(lab: Lab) -> None:
     note = f"{len(seeds)} seeds from {seeds[0]}; means over the clients of mathematics. "
     note += f"The saturated one's share falls more than the control's: {'; '.join(notes)}."
     show(lab.results, "saturation", head, lines, note)
-    titles = ("its share λ", "its reward", "share of groups of equal reward")
+    titles = ("λ of the auxiliary", "its reward", "groups of equal reward")
     contents = [plots.Panel("eighth of the rounds", y, "", lines) for y, lines in zip(titles, drawn, strict=True)]
     plots.panels(contents, lab.results / "saturation.png", note=BARS)

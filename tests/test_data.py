@@ -165,6 +165,7 @@ def test_subset_and_columns_come_from_the_row_and_else_from_the_path(tmp_path):
         ('{"prompt": [{"role": "user", "content": [1]}]}', "a message is no role"),
         ('{"prompt": ["x"]}', "a message is no role"),
         ('{"chosen": "\\n\\nHuman: a"}', "Assistant"),
+        ('{"prompt": "", "response": "x"}', "'prompt' is empty; drop the row"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, complaint):
@@ -184,6 +185,8 @@ USER, REPLY, SYSTEM = ({"role": role, "content": c} for role, c in (("user", "a"
         ({"prompt": "Human: a\n\nAssistant: b\n\nHuman: a"}, None, [USER, REPLY, USER]),
         ({"prompt": human("a")}, human("a"), [USER]),
         ({"prompt": human("a") + " half a reply"}, human("a"), [USER]),
+        ({"prompt": "a personal Assistant:"}, None, [{"role": "user", "content": "a personal Assistant:"}]),
+        ({"prompt": f"read:{human('x')} y"}, None, [{"role": "user", "content": f"read:{human('x')} y"}]),
         ({"prompt": [USER, REPLY, USER]}, human("a\n\nAssistant: b\n\nHuman: a"), [USER, REPLY, USER]),
         ({"messages": [USER, REPLY]}, human("a"), [USER]),
         ({"prompt": [SYSTEM, USER]}, "s" + human("a"), [SYSTEM, USER]),
@@ -224,7 +227,7 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
 
 def test_another_encoding_is_no_damage(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"chosen": "\xe9"}')
-    with pytest.raises(ValueError, match=r"latin\.jsonl:1: not in UTF-8 .*; convert it"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl:1: not in UTF-8 .*; convert it to JSON lines"):
         list(read_rows(str(tmp_path / "latin.jsonl")))
 
 
@@ -341,6 +344,17 @@ def test_every_file_subset_or_value_of_a_column_may_be_a_client(split, name):
     assert {p.text for p in (*shares[0], *shares[1], *held_out)} == {p.text for p in owned("b", "a")}
 
 
+def test_zero_is_a_value_and_an_empty_text_is_none(tmp_path):
+    rows = [
+        {"prompt": "a " * (i + 1), "subset": 0, "task": 0, "land": land}
+        for i, land in enumerate((0, 0.0, "", None, "x"))
+    ]
+    prompts, _ = load_prompts([write(tmp_path / "p.jsonl", rows)], make_tokenizer())
+    assert {(p.subset, p.task) for p in prompts} == {("0", "0")}
+    assert [p.owner("land") for p in prompts] == [0, 0, None, None, "x"]
+    assert [p.owner("files") for p in prompts] == [str(tmp_path / "p.jsonl")] * 5
+
+
 def test_held_out_prompts_come_from_those_of_nobody_where_there_are_some():
     shares, held_out = share_out(owned(2, 10, free=5), 2, DataConfig(split="land", held_out=4), seed=0)
     assert [len(share) for share in shares] == [10, 10] and {p.columns["land"] for p in shares[0]} == {2}
@@ -354,7 +368,7 @@ def test_held_out_prompts_come_from_those_of_nobody_where_there_are_some():
             {"split": "random"},
             r"split: no row has a 'random'; choose iid, dirichlet, files, subset or a column \(land\)",
         ),
-        ({"split": "land", "clients": 3}, "clients: by land there are 2, not 3; add --clients 2"),
+        ({"split": "land", "clients": 3}, r"by land there are 2 with prompts of their own, not 3 .*; add --clients 2"),
         ({"split": "land", "free": 3}, "held_out is 4, but only 3 prompts have no land"),
         ({"split": "land", "held_out": 19}, "held_out: 19 leaves client a no prompt|client b no prompt"),
         ({"split": "land", "names": (True, "x")}, "split: a row's land is True; a client needs a number or a name"),

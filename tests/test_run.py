@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassi
 
 import clients
 import run
-from app.session import Session
+from app import report
+from app.session import Evaluation, Session
 from firm import Federation
 from rollout import Policy
 from settings import METHODS, PRESETS, SETTINGS, Config
@@ -136,9 +138,32 @@ def test_the_best_round_is_chosen_on_one_half_and_reported_on_the_other(finished
     for t in (1, 2):
         scores = safetensors.torch.load_file(observed / "adapters" / f"round{t:04d}" / "held_out.safetensors")["scores"]
         gains[t] = (scores - before).mean(1)  # [n, M]
-    worst = {t: min(float(own[::2, j].mean()) / scale[j] for j in (0, 1)) for t, own in gains.items()}
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    worst = {t: min(float(own[order[:4], j].mean()) / scale[j] for j in (0, 1)) for t, own in gains.items()}
     assert best["round"] == max(worst, key=worst.get)
-    assert best["gain"]["short"]["mean"] == pytest.approx(float(gains[best["round"]][1::2, 1].mean()))
+    assert best["gain"]["short"]["mean"] == pytest.approx(float(gains[best["round"]][order[4:], 1].mean()))
+
+
+@pytest.mark.parametrize(
+    ("constant", "n", "best"),
+    [((False, False), 8, 1), ((True, False), 8, 2), ((True, True), 8, None), ((False, False), 3, None)],
+)
+def test_the_best_round_is_that_of_what_can_move_and_of_no_fewer_than_four_prompts(tmp_path, constant, n, best):
+    gains = {1: (0.0, 0.1), 2: (-0.1, 0.2), 9: (1.0, 1.0)}  # the last is of a longer run that was here before
+    whole = {t: Evaluation(torch.tensor(own).expand(n, 1, 2), torch.zeros(n, 1), []) for t, own in gains.items()}
+    for t in (1, 9):
+        (tmp_path / f"round{t:04d}").mkdir()
+        safetensors.torch.save_file(
+            {"scores": whole[t].scores.contiguous()}, tmp_path / f"round{t:04d}" / "held_out.safetensors"
+        )
+    calibration = SimpleNamespace(scale=torch.ones(2), constant=torch.tensor(constant))
+    session = SimpleNamespace(
+        config=SimpleNamespace(firm=SimpleNamespace(rounds=2)), held_out=[None] * n, names=["a", "b"],
+        federation=SimpleNamespace(calibration=calibration),
+    )  # fmt: skip
+    before = Evaluation(torch.zeros(n, 1, 2), torch.zeros(n, 1), [])
+    found = report.best_round(session, before, whole[2], tmp_path)
+    assert found == best if best is None else found["round"] == best
 
 
 def test_training_may_start_from_an_adapter_and_its_reference_is_the_base_model(world, observed, tmp_path):
@@ -147,6 +172,18 @@ def test_training_may_start_from_an_adapter_and_its_reference_is_the_base_model(
     assert metrics_without_times(tmp_path / "run")[0]["kl"] != 0.0  # of its first responses; from nothing it is 0
     assert metrics_without_times(observed)[0]["kl"] == 0.0
     assert run.main(["--resume", str(tmp_path / "run"), "--rounds", "2"]) == 0
+
+
+def test_an_adapter_of_another_base_model_is_warned_of(world, observed, tmp_path, capsys):
+    shutil.copytree(observed / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "elsewhere"}))
+    assert run.main(command(world, rounds=0, adapter=tmp_path / "adapter", out=tmp_path / "run")) == 0
+    printed = capsys.readouterr().out
+    assert "warning: the adapter is of elsewhere, and is put on" in printed
+    assert "before: the base model, without the adapter" in printed
+    assert run.main(command(world, rounds=0, adapter=observed / "adapter", out=tmp_path / "other")) == 0
+    assert "warning: the adapter" not in capsys.readouterr().out
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_any_work(world, observed, tmp_path, capsys):
@@ -160,8 +197,22 @@ def test_the_worst_served_client_is_named_in_the_table_and_the_summary(finished)
     worst = json.loads((finished / "summary.json").read_text())["worst_served"]
     last = metrics_without_times(finished)[-1]
     assert worst["reward"] == last[f"reward/{worst['objective']}/client{worst['client']}"]
-    assert worst["mean_of_clients"] == pytest.approx(last[f"reward/{worst['objective']}"])
-    assert worst["reward"] == min(last[f"reward/{worst['objective']}/client{c}"] for c in range(3))
+    rewards = [last[f"reward/{worst['objective']}/client{c}"] for c in range(3)]
+    assert worst["reward"] == min(rewards) and worst["others"] == 2
+    assert worst["mean_of_others"] == pytest.approx((sum(rewards) - min(rewards)) / 2)
+
+
+def test_clients_go_by_the_names_that_the_split_gives_them(world, tmp_path, capsys):
+    assert run.main(command(world, split="subset", rounds=1, out=tmp_path / "run")) == 0
+    summary, printed = json.loads((tmp_path / "run" / "summary.json").read_text()), capsys.readouterr().out
+    assert summary["client_names"] == ["s0", "s1", "s2"] and "(subset: s0, s1, s2)" in printed
+    worst = summary["worst_served"]
+    assert worst["name"] == f"s{worst['client']}" and f"client {worst['client']} ({worst['name']}), " in printed
+
+
+def test_one_client_alone_is_not_the_worst_served(world, tmp_path):
+    assert run.main(command(world, clients=1, rounds=1, out=tmp_path / "run")) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["worst_served"] is None
 
 
 def test_no_temporary_file_is_left(finished):
