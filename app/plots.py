@@ -255,7 +255,7 @@ def pareto(
             place["color"] = drawn["color"]
             last.annotate(f"p = {ps[k]:g}", (group["kl"][k], group["gain"][k]), **place)
             for ax in trades[:1]:
-                ax.annotate(f"p = {ps[k]:g}", group["mean"][k][:2], **place)
+                ax.annotate(f"p = {ps[k]:g}", group["mean"][k][:2], **place | {"xytext": (-32, -9)})  # under the front
     handles, labels = axes[0, 0].get_legend_handles_labels()
     columns = len(labels) if len(labels) < 7 else -(-len(labels) // 2)
     figure.legend(handles, labels, loc="outside lower center", ncol=columns, frameon=False)
