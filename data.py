@@ -421,8 +421,8 @@ def split_by(
         )
     if len(owners) != clients:
         raise ValueError(
-            f"clients: by {column} there are {len(owners)} with prompts of their own, not {clients} (duplicates count "
-            f"for the first one, too long ones for nobody); add --clients {len(owners)}"
+            f"clients: by {column} there are {len(owners)}, not {clients}; add --clients {len(owners)} (a duplicate "
+            "counts for the first one that has it, a prompt that is too long for nobody)"
         )
     if free and len(free) < n:
         raise ValueError(f"held_out is {n}, but only {len(free)} prompts have no {column}: lower it or pass more")

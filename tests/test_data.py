@@ -368,7 +368,7 @@ def test_held_out_prompts_come_from_those_of_nobody_where_there_are_some():
             {"split": "random"},
             r"split: no row has a 'random'; choose iid, dirichlet, files, subset or a column \(land\)",
         ),
-        ({"split": "land", "clients": 3}, r"by land there are 2 with prompts of their own, not 3 .*; add --clients 2"),
+        ({"split": "land", "clients": 3}, "clients: by land there are 2, not 3; add --clients 2"),
         ({"split": "land", "free": 3}, "held_out is 4, but only 3 prompts have no land"),
         ({"split": "land", "held_out": 19}, "held_out: 19 leaves client a no prompt|client b no prompt"),
         ({"split": "land", "names": (True, "x")}, "split: a row's land is True; a client needs a number or a name"),

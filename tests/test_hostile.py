@@ -35,7 +35,7 @@ world, finished = test_run.world, test_run.finished  # the fixtures
 
 KINDS = 7  # tests below
 examples = settings(
-    max_examples=math.ceil(int(os.environ.get("EXAMPLES", 56)) / KINDS), deadline=None, derandomize=True, database=None,
+    max_examples=math.ceil(int(os.environ.get("EXAMPLES", 28)) / KINDS), deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck), phases=[Phase.generate],
 )  # fmt: skip
 TEXTS = ["", " ", "x", "nan", "inf", "-inf", "-1", "0", "1", "2", "0.5", "1.5", "1e308", "1e-308", "1e30", "None", "[]",

@@ -51,7 +51,7 @@ def test_a_line_a_round_and_scores_where_they_were_measured(finished):
     assert all(line["upload/scalars"] == 8 for line in lines)
 
 
-@pytest.mark.parametrize("dies_in", [1, 2, 3])
+@pytest.mark.parametrize("dies_in", [1, 3])
 def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, dies_in):
     out, do_round, calls = tmp_path / "r", predictor_run.do_round, []
 
