@@ -323,9 +323,11 @@ def flat(model: nn.Module) -> Tensor:
     """
     theta = parameters_to_vector(model.parameters()).detach()
     theta.grad = torch.zeros_like(theta)
-    sizes, parameters = [p.numel() for p in model.parameters()], model.parameters()
-    for parameter, part, grad in zip(parameters, theta.split(sizes), theta.grad.split(sizes), strict=True):
-        parameter.data, parameter.grad = part.view_as(parameter), grad.view_as(parameter)
+    sizes, named = [p.numel() for p in model.parameters()], model.named_parameters()
+    own = {name: part.view_as(p) for (name, p), part in zip(named, theta.split(sizes), strict=True)}
+    model.load_state_dict(own, assign=True)
+    for parameter, grad in zip(model.parameters(), theta.grad.split(sizes), strict=True):
+        parameter.grad = grad.view_as(parameter)
     return theta
 
 
