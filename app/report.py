@@ -214,9 +214,12 @@ def table(session: Session, summary: dict[str, Any]) -> str:
     n, S = len(session.held_out), session.config.run.eval_samples
     notes = ["before: the base model, without the adapter that this run began with"] * bool(session.config.run.adapter)
     if worst := summary["worst_served"]:
-        line = "worst served on its own {prompts} prompts, in the last {rounds} rounds: client {client}"
-        line += " ({name})" * bool(worst["name"]) + ", {objective} {reward:.3f}"
-        line += "; {others} others have {mean_of_others:.3f}" * bool(worst["others"])
+        line = "worst served on its own {prompts} prompts, in the last "
+        line += "round" if worst["rounds"] == 1 else "{rounds} rounds"
+        line += ": client {client}" + " ({name})" * bool(worst["name"]) + ", {objective} {reward:.3f}"
+        if worst["others"]:
+            line += "; the other has" if worst["others"] == 1 else "; {others} others have"
+            line += " {mean_of_others:.3f}"
         notes.append(line.format(**worst))
     if best := summary["best"]:
         gains = ", ".join(f"{name} {plus_minus(gain)}" for name, gain in best["gain"].items())
