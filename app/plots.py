@@ -105,8 +105,9 @@ class Panel:
 def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str = "") -> None:
     """Lines with error bars, side by side; one legend under them all for labels of several panels; a note above."""
     columns = 2 if len(contents) == 4 else min(3, len(contents))
-    rows, long = -(-len(contents) // columns), any(sum(map(len, panel.ticks or ())) > 26 for panel in contents)
-    size = (3.8 * columns, (4.6 if long else 3.2) * rows)
+    rows, named = -(-len(contents) // columns), [panel.ticks or () for panel in contents]
+    long = any(sum(map(len, ticks)) > 26 for ticks in named)  # names then, in no order that a line could follow
+    size = (3.8 * columns, (3.2 + long * 0.06 * max(len(tick) for ticks in named for tick in ("", *ticks))) * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(contents) :]:
         ax.set_visible(False)
@@ -119,7 +120,7 @@ def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str
             drawn = style(label, labels.index(label)) | ({} if len(x) > 1 and not long else {"linestyle": ""})
             handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, clip_on=False, **drawn)  # whole at limits
         if panel.ticks:
-            turned = {"rotation": 40, "ha": "right"} if long else {}  # names, in no order that a line could follow
+            turned = {"rotation": 40, "ha": "right"} if sum(map(len, panel.ticks)) > 26 else {}
             ax.set_xticks(range(len(panel.ticks)), panel.ticks, **turned)
             ax.set_xlim(-0.4, len(panel.ticks) - 0.6)
         elif panel.x.startswith("round"):
