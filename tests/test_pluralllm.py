@@ -348,6 +348,13 @@ def test_going_on_from_a_state_is_going_on_bit_for_bit():
     assert lines[-1]["round"] == 3
 
 
+def test_a_checkpoint_with_moments_of_another_kind_is_refused():
+    trained = federation()
+    with pytest.raises(ValueError, match="the checkpoint is of another predictor"):
+        trained.restore(trained.state() | {"client0.3.exp_avg": torch.zeros(1)}, 1)
+    assert trained.rounds_done == 0
+
+
 def test_training_learns_to_read_the_context():
     """Two kinds of groups that answer oppositely: only the context tells which one a new group is of."""
     rng = np.random.default_rng(0)
