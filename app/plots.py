@@ -77,7 +77,9 @@ def front(
     figure, ax = plt.subplots(figsize=(5.2, 4.2))
     ax.plot(*exact.T, label="exact Pareto front", **BLACK)
     for j, (label, (mean, error)) in enumerate(points.items()):
-        drawn = BASE if label == BASE["label"] else style(label, j) | {"linestyle": "", "capsize": 2}
+        drawn = (
+            BASE | {"ecolor": "0.7"} if label == BASE["label"] else style(label, j) | {"linestyle": "", "capsize": 2}
+        )
         ax.errorbar(*mean, xerr=error[0], yerr=error[1], elinewidth=1, **drawn)
     first, *_, last = (mean for mean, _ in points.values())
     ax.annotate("", last, first, arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 6, "shrinkB": 6})
