@@ -15,7 +15,8 @@ A row of GSM8K holds a `question`, and an `answer` that ends in `#### ` and the 
 `question_template`; what checks a response reads the `answer` from the columns (worlds/gsm8k.py).
 
 Rows of TRL's forms hold a `prompt`, a text or chat messages, or `messages`, whose last reply is left out. Messages
-reach the chat template as they are, a system's too.
+reach the chat template as they are, a system's too. A text that begins with `Human:` is a dialogue; any other is one
+message of the user's, whatever it quotes, without a last `\\n\\nAssistant:`. [ours]
 
 **Clients.** Any column may say whose a row is (`--split COLUMN`; natural is the column `client`), or its file or subset
 (`files`, `subset`). Rows without a value are what is held out from; where there are none, every client gives its share.
@@ -189,21 +190,19 @@ def dialogue_of(row: dict, template: str, where: str) -> tuple[str, tuple[dict, 
 
     Raises ValueError, naming file and line, for a row of no known form, with the nearest one.
     """
-    without = lambda *names: {name: value for name, value in row.items() if name not in names}  # noqa: E731
+    without = lambda *names: {k: v for k, v in row.items() if k not in ("prompt", "messages", *names)}  # noqa: E731
     for name in ("prompt", "messages"):
         if isinstance(row.get(name), list):
             messages = messages_of(row[name], f"{where}: in {name!r}")
-            return "".join(SPEAKER[m["role"]] + m["content"] for m in messages) + REPLY, messages, without(name)
+            return "".join(SPEAKER[m["role"]] + m["content"] for m in messages) + REPLY, messages, without()
     if isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        text = row["prompt"].strip()
+        text = row["prompt"].strip().removesuffix(REPLY)
         if not text.startswith("Human:"):  # no dialogue, whatever it quotes
-            return f"\n\nHuman: {text}{REPLY}", ({"role": "user", "content": text},), without("prompt")
-        text, _ = split_dialogue(text.removesuffix(REPLY) + REPLY)
-        return text, to_messages(text), without("prompt")
-    if row.get("prompt") == "":
-        raise ValueError(f"{where}: 'prompt' is empty; drop the row")
+            return f"\n\nHuman: {text}{REPLY}", ({"role": "user", "content": text},), without()
+        text, _ = split_dialogue(text + REPLY)
+        return text, to_messages(text), without()
     if "question" in row and "chosen" not in row:
-        if not all(isinstance(row.get(name), str) for name in ("question", "answer")):
+        if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("question", "answer")):
             raise ValueError(
                 f"{where}: no text in 'question' or 'answer'; GSM8K rows hold both, a question alone is a 'prompt'"
             )
@@ -212,6 +211,8 @@ def dialogue_of(row: dict, template: str, where: str) -> tuple[str, tuple[dict, 
         text = f"\n\nHuman: {template.replace('{question}', row['question'].strip())}{REPLY}"
         return text, to_messages(text), without("question")
     if not isinstance(row.get("chosen"), str):
+        if isinstance(row.get("prompt"), str):
+            raise ValueError(f"{where}: 'prompt' is empty; drop the row")
         texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
         lists = [
             name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)
@@ -234,10 +235,10 @@ def messages_of(found: list, where: str) -> tuple[dict, ...]:
     messages = [{key: m.get(key) if isinstance(m, dict) else None for key in ("role", "content")} for m in found]
     if not all(isinstance(m["content"], str) and m["role"] in [*SPEAKER] for m in messages):
         raise ValueError(f"{where}: a message is no role (system, user, assistant) with a text as its content")
-    while messages and messages[-1]["role"] != "user":
+    while messages and (messages[-1]["role"] != "user" or not messages[-1]["content"].strip()):
         messages.pop()
     if not messages:
-        raise ValueError(f"{where}: no message is the user's, so there is nothing to answer")
+        raise ValueError(f"{where}: no message of the user's says anything, so there is nothing to answer")
     return tuple(messages)
 
 
