@@ -86,9 +86,10 @@ def train_in(out: Path, config: Config, progress: bool, title: str) -> dict[str,
         say(f"goes on after round {first}")
     try:
         with Stopwatch() if config.run.profile else nullcontext() as watch:
-            lines = do_rounds(session, before, out, title)
-        after = session.evaluate("trained model")
-        personal = session.personalised(out / "personal") if config.own["fedmoa"].personal_rounds else None
+            lines, after = do_rounds(session, before, out, title)
+        after = after or session.evaluate("trained model")
+        more = config.firm.rounds and config.own["fedmoa"].personal_rounds
+        personal = session.personalised(out / "personal") if more else None
     except BaseException:
         say(f"\nwhat is done is kept; python run.py --resume {out} goes on from there")
         raise
@@ -143,10 +144,14 @@ def begin(session: Session, out: Path) -> Evaluation:
     return before
 
 
-def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> list[dict[str, Any]]:
-    """The rounds that are left, each with its line in metrics.jsonl and its checkpoint. Returns the lines of all."""
+def do_rounds(
+    session: Session, before: Evaluation, out: Path, title: str
+) -> tuple[list[dict[str, Any]], Evaluation | None]:
+    """The rounds that are left, each with its line in metrics.jsonl and its checkpoint. Returns the lines of all, and
+    the evaluation after the last round if --eval_every asked for one.
+    """
     federation, rounds = session.federation, session.config.firm.rounds
-    lines, done = read_lines(out / "metrics.jsonl"), federation.rounds_done
+    lines, held_out, done = read_lines(out / "metrics.jsonl"), None, federation.rounds_done
     shown = {"desc": title or "round", "disable": not session.progress, "dynamic_ncols": True}
     with tqdm(range(done, rounds), initial=done, total=rounds, **shown) as bar:
         for _ in bar:
@@ -176,7 +181,7 @@ def do_rounds(session: Session, before: Evaluation, out: Path, title: str) -> li
                 tqdm.write(f"warning: round {record.number}: client {client} is left out: {fault}", file=sys.stderr)
             del record  # before the next round makes its own
             bar.set_postfix_str(report.progress_line(lines[-1], session.names))
-    return lines
+    return lines, held_out
 
 
 def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> None:

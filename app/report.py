@@ -18,6 +18,9 @@ from torch import Tensor
 import clients
 from app import ranks
 from app.session import Evaluation, Session
+from settings import Config
+
+FROM_ADAPTER = "gains are over the base model without --adapter"
 
 
 def clustered(values: Tensor) -> dict[str, float]:
@@ -123,17 +126,18 @@ def held_out_figures(session: Session, found: Evaluation) -> dict[str, float]:
 
 def worst_served(session: Session, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The client and the objective of the least mean reward, in units of the base policy's deviation, on the client's
-    own prompts in the last quarter of the rounds, of those that took part then; None where fewer than two did.
+    own prompts in the last quarter of the rounds, of those that took part then; None where fewer than two did, or where
+    nothing was trained before. An objective that was constant under the base policy has no say.
 
     The least of many noisy means is lower than that client's true one, and prompts differ before any training.
     """
     last, calibration, means = lines[-max(len(lines) // 4, 1) :], session.federation.calibration, {}
     for client in session.federation.clients:
-        for j in client.objectives:
+        for j in (j for j in client.objectives if not calibration.constant[j]):
             key = f"reward/{session.names[j]}/client{client.index}"
             if own := [line[key] for line in last if key in line]:
                 means[client.index, j] = sum(own) / len(own)
-    if len({client for client, _ in means}) < 2:
+    if len({client for client, _ in means}) < 2 or len(lines) < 2:
         return None
     gain = lambda c, j: (means[c, j] - float(calibration.mean[j])) / float(calibration.scale[j])  # noqa: E731
     c, j = min(means, key=lambda each: gain(*each))
@@ -161,6 +165,11 @@ def best_round(session: Session, before: Evaluation, after: Evaluation, director
     best = max(gains, key=lambda t: float(gains[t][~calibration.constant].min()))
     own = scores[best][rest] - before.scores[rest]
     return {"round": best, "gain": {name: clustered(own[..., j]) for j, name in enumerate(session.names)}}
+
+
+def called(client: int, names: Sequence[str]) -> str:
+    """A client by its number, and by its name where that says more."""
+    return f"client {client}" + (f" ({names[client]})" if names and names[client] != str(client) else "")
 
 
 def by_client(
@@ -198,7 +207,12 @@ def client_table(session: Session, found: Sequence[dict[str, Any]]) -> str:
             kind = line["subsets"][0] if len(line["subsets"]) == 1 else f"{len(line['subsets'])} subsets"
             figures = [plus_minus(line["primary"][stage], "") for stage in stages]
             rows.append(
-                [f"  client {line['client']}: {kind}", str(line["prompts"]), "+".join(line["objectives"]), *figures]
+                [
+                    f"  {called(line['client'], session.client_names)}: {kind}",
+                    str(line["prompts"]),
+                    "+".join(line["objectives"]),
+                    *figures,
+                ]
             )
     note = "under the base model, the global adapter" + ", and the client's own" * ("personal" in stages)
     return "\n".join(["", f"{name} on held-out prompts of the clients' kinds, {note}", *aligned(rows)])
@@ -212,19 +226,22 @@ def table(session: Session, summary: dict[str, Any]) -> str:
         ratio, scaled = gain / error if error else math.nan, gain / o["calibration"]["scale"]
         rows.append([name, *(plus_minus(o[k]) for k in ("before", "after", "gain")), f"{ratio:.1f}", f"{scaled:+.2f}"])
     n, S = len(session.held_out), session.config.run.eval_samples
-    notes = ["before: the base model, without the adapter that this run began with"] * bool(session.config.run.adapter)
+    notes = [FROM_ADAPTER] * bool(session.config.run.adapter)
     if worst := summary["worst_served"]:
-        line = "worst served on its own {prompts} prompts, in the last "
-        line += "round" if worst["rounds"] == 1 else "{rounds} rounds"
-        line += ": client {client}" + " ({name})" * bool(worst["name"]) + ", {objective} {reward:.3f}"
-        if worst["others"]:
-            line += "; the other has" if worst["others"] == 1 else "; {others} others have"
-            line += " {mean_of_others:.3f}"
-        notes.append(line.format(**worst))
+        last = "round" if worst["rounds"] == 1 else f"{worst['rounds']} rounds"
+        line = f"worst served on its own {worst['prompts']} prompts, in the last {last}: "
+        line += f"{called(worst['client'], session.client_names)}, {worst['objective']} {worst['reward']:.3f}"
+        if n_others := worst["others"]:
+            line += f"; {'the other has' if n_others == 1 else f'{n_others} others have'} {worst['mean_of_others']:.3f}"
+        notes.append(line)
     if best := summary["best"]:
         gains = ", ".join(f"{name} {plus_minus(gain)}" for name, gain in best["gain"].items())
         line = f"best after round {best['round']}, chosen on half of the held-out prompts"
         notes.append(f"{line}; on the rest it gains {gains}")
+    elif session.config.run.eval_every:
+        notes.append(
+            "best round: none, as it takes one within --eval_every, four held-out prompts, and rewards that vary"
+        )
     return "\n".join([
         "",
         f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, gains are paired",
@@ -247,7 +264,7 @@ def profile(found: dict[str, Any]) -> str:
     return "\n".join(["", *aligned(rows), end])
 
 
-def comparison(rows: Sequence[dict[str, Any]], names: Sequence[str], n: int, S: int) -> str:
+def comparison(rows: Sequence[dict[str, Any]], names: Sequence[str], config: Config) -> str:
     """The closing table of a sweep: the base model, then one row per method and preference (see `sweep.figures`)."""
 
     def cells(figures: dict[str, Any], gains: Sequence[str]) -> list[str]:
@@ -262,10 +279,12 @@ def comparison(rows: Sequence[dict[str, Any]], names: Sequence[str], n: int, S: 
         middle = cells(row, [f"{gain:+.3f}" for gain in row["gain"]])
         lines.append([row["method"], shares(row["preference"]), shares(row["mean_lambda"]), *middle, *figures])
     notes = ["* dominated by the base model: better in no objective"] if any(row["dominated"] for row in rows) else []
+    notes += [FROM_ADAPTER] * bool(config.run.adapter)
     mixed = f"; for soups in the {len(names)} runs that its rows share" * any(r["method"] == "soups" for r in rows)
     return "\n".join([
         "",
-        f"held out: {n} prompts x {S} responses; ± is a standard error clustered by prompt, KL nats per response",
+        f"held out: {config.data.held_out} prompts x {config.run.eval_samples} responses; ± is a standard error "
+        "clustered by prompt, KL nats per response",
         *aligned(lines),
         *notes,
         f"MB up: by one client in the whole run{mixed}",

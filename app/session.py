@@ -91,21 +91,15 @@ class Session:
         with named("model"):
             check_ids([prompt.token_ids for prompt in prompts], model)
         self.shares, self.held_out = data.share_out(prompts, config.firm.clients, config.data, config.firm.seed)
-        by_chance = config.data.split in ("iid", "dirichlet")
-        names = [str(share[0].owner(config.data.split)) for share in self.shares if not by_chance]
-        self.client_names = ["/".join(Path(name).parts[-2:]) for name in names]  # a file's with its folder
+        # what a prompt's client goes by; None where chance decides
+        self.owner = (
+            None if config.data.split in ("iid", "dirichlet") else lambda prompt: prompt.owner(config.data.split)
+        )
+        self.client_names = names_of([str(self.owner(share[0])) for share in self.shares if self.owner])
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.shares]  # each client's
-        self.held = held_objectives(config.run.client_objectives, self.names, self.tasks)
+        self.held = held_objectives(config.run.client_objectives, self.names, self.tasks, self.client_names)
         self.policy = Policy(model, tokenizer, config.lora, config.rollout, config.firm.seed)
         self.federation = self.federate(config)
-        self.start = self.federation.theta
-        if config.run.adapter:
-            self.policy.adapter.load(config.run.adapter)
-            theirs = json.loads(Path(config.run.adapter, "adapter_config.json").read_text("utf-8"))
-            if self.progress and (name := theirs.get("base_model_name_or_path")) not in (None, self.base_model):
-                print(f"warning: the adapter is of {name}, and is put on {self.base_model}")
-            self.start = self.policy.adapter.vector()
-            self.policy.adapter.assign(self.federation.theta)  # the base model comes first
 
     def federate(self, config: Config) -> Federation:
         """The federation of these clients under the method and the settings given. Raises ValueError as it does."""
@@ -145,12 +139,27 @@ class Session:
         shape = (len(chosen), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), kl.view(shape), texts[::S])
 
+    @cached_property
+    def start(self) -> Tensor:
+        """θ_0: a fresh adapter, or that of --adapter; a run that goes on does without. Raises ValueError as it does."""
+        theta, adapter = self.federation.theta, self.policy.adapter
+        if not (found := self.config.run.adapter):
+            return theta
+        adapter.load(found)
+        named = json.loads(Path(found, "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+        if self.progress and named and Path(named).resolve() != Path(self.base_model).resolve():  # hub names too
+            print(f"warning: the adapter is of {named}, and is put on {self.base_model}")
+        start = adapter.vector()
+        adapter.assign(theta)
+        return start
+
     def begin(self) -> Evaluation:
         """The base model measured, and the rewards calibrated on it; only then the adapter that training starts at."""
+        start = self.start  # first: it may be refused
         before = self.evaluate("base model")
         self.federation.calibrate()
-        self.federation.theta = self.start
-        self.policy.adapter.assign(self.start)
+        self.federation.theta = start
+        self.policy.adapter.assign(start)
         return before
 
     def kl_and_gap(self, rollout: Rollout) -> tuple[Tensor, float]:
@@ -169,9 +178,12 @@ class Session:
         return clients.primary_of(self.config.firm.primary, self.names) if has_one else None
 
     def of_kind(self, client: int) -> list[int]:
-        """The held-out prompts of the subsets that a client trains on; all where there is none."""
-        subsets = {prompt.subset for prompt in self.shares[client]}
-        return [i for i, p in enumerate(self.held_out) if p.subset in subsets] or list(range(len(self.held_out)))
+        """The held-out prompts that --split would give a client, else those of its subsets, else all."""
+        for kind in filter(None, (self.owner, lambda prompt: prompt.subset)):
+            kinds = set(map(kind, self.shares[client]))
+            if found := [i for i, prompt in enumerate(self.held_out) if kind(prompt) in kinds]:
+                return found
+        return list(range(len(self.held_out)))
 
     def personalised(self, directory: Path) -> list[Evaluation]:
         """Each client's adapter after local rounds on its own: saved, and measured on held-out prompts of its kind."""
@@ -219,30 +231,42 @@ class Session:
         return Evaluation(tensors["before.scores"], tensors["before.kl"], values["before_texts"])
 
 
-def held_objectives(specs: Sequence[str], names: Sequence[str], tasks: Sequence[str]) -> list[list[int]]:
+def names_of(owners: list[str]) -> list[str]:
+    """What clients are called: a file by its folder and name, where that tells them apart."""
+    short = ["/".join(Path(owner).parts[-2:]) if Path(owner).is_absolute() else owner for owner in owners]
+    return short if len(set(short)) == len(owners) else owners
+
+
+def held_objectives(
+    specs: Sequence[str], names: Sequence[str], tasks: Sequence[str], client_names: Sequence[str] = ()
+) -> list[list[int]]:
     """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
 
-    A client goes by its number, else by its task, else it holds all. Raises ValueError for a WHO that is no client's
-    number or task or is named twice, and for a NAME that is no objective.
+    A client goes by its number, else by its name, else by its task, else it holds all. Raises ValueError for a WHO that
+    is none of these, means several things or is named twice, and for a NAME that is no objective or comes twice.
     """
-    found: dict[int | str, list[int]] = {}
+    ways = [[str(c) for c in range(len(tasks))], client_names, tasks]
+    found: dict[str, list[int]] = {}
     for spec in specs:
-        before, equals, listed = spec.rpartition("=")
-        if not equals or not all(name in names for name in listed.split(",")):
+        who, equals, listed = spec.rpartition("=")
+        own = listed.split(",")
+        if not equals or not set(own) <= set(names) or len(set(own)) < len(own):
             raise ValueError(
                 f"client_objectives: {spec!r}; write WHO=NAME,NAME,... with objectives from {', '.join(names)}"
             )
-        who = int(before) if before.isdecimal() else before
-        if who in found:
-            raise ValueError(f"client_objectives: {before} is named twice; give one list")
-        if who not in tasks and who not in range(len(tasks)):
+        meant = [clients for way in ways if (clients := [c for c, name in enumerate(way) if name == who])]
+        if not meant:
             raise ValueError(
-                f"client_objectives: {before!r} is no client's task and no client; the tasks are "
+                f"client_objectives: {who!r} is no client's task and no client; the tasks are "
                 f"{', '.join(sorted(set(tasks)))}, the clients 0 to {len(tasks) - 1}"
             )
-        found[who] = [names.index(name) for name in listed.split(",")]
+        if who in found or any(clients != meant[0] for clients in meant):
+            raise ValueError(f"client_objectives: {who} is named twice, or is a client and another's name or task")
+        found[who] = [names.index(name) for name in own]
     everything = list(range(len(names)))
-    return [found.get(client, found.get(task, everything)) for client, task in enumerate(tasks)]
+    return [
+        next((found[who] for who in whos if who in found), everything) for whos in zip(*filter(None, ways), strict=True)
+    ]
 
 
 def check(config: Config) -> None:

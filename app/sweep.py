@@ -37,6 +37,7 @@ import mgda
 import rewards
 from app import report
 from app.files import new_directory, owned, read_json, read_lines, to_json, write_text
+from app.loading import fingerprint_of
 from app.session import Session
 from settings import METHODS, Config, absolute
 from worlds import toy
@@ -140,31 +141,38 @@ def sweep(config: Config, preferences: list[str] | None, methods: list[str] | No
 
 
 def begin(config: Config, points: Points, out: Path) -> None:
-    """Write down a new sweep's settings in its directory, or compare them with those of the same sweep begun before.
+    """Write down what a new sweep is made of in its directory, or compare it with what the same sweep began with.
 
     A setting that did not exist when the sweep began counts as its default there. Raises ValueError where they differ,
     or where something is wrong.
     """
     plan = {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
-    settings, file = shared_settings(config) | plan, out / "sweep.json"
-    if not file.is_file():
-        of = {SPECIALIST if METHODS[method].mixes else method: ps[0] for method, ps in points.items()}
-        first, *others = [one_run(config, method, p, out) for method, p in of.items()]
-        session = Session(first)  # finds what is wrong
-        for other in others:
-            session.federate(other)
-        write_text(file, json.dumps({"settings": settings}, indent=2) + "\n")
-        return
-    try:
-        saved = json.loads(file.read_text("utf-8"))["settings"]
-        written = {name: saved.pop(name) for name in plan}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"out: {file} is damaged, or of something else; name another directory") from error
-    saved = shared_settings(absolute(Config.from_flat(saved))) | written
-    for name, value in settings.items():
-        if saved[name] != value:
-            theirs = f"{out} holds a sweep with {name} {saved[name]}, not {value}"
-            raise ValueError(f"out: {theirs}; name another directory")
+    settings, file, found = shared_settings(config) | plan, out / "sweep.json", {}
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            saved = found["settings"]
+            written = {name: saved.pop(name) for name in plan}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"out: {file} is damaged, or of something else; name another directory") from error
+        saved = shared_settings(absolute(Config.from_flat(saved))) | written
+        for name, value in settings.items():
+            if saved[name] != value:
+                theirs = f"{out} holds a sweep with {name} {saved[name]}, not {value}"
+                raise ValueError(f"out: {theirs}; name another directory")
+        if all((out / method / label(p) / "summary.json").exists() for method, ps in points.items() for p in ps):
+            return
+    of = {SPECIALIST if METHODS[method].mixes else method: ps[0] for method, ps in points.items()}
+    first, *others = [one_run(config, method, p, out) for method, p in of.items()]
+    session = Session(first)  # finds what is wrong
+    for other in others:
+        session.federate(other)
+    made = session.fingerprint | ({"the adapter": fingerprint_of([("", session.start)])} if config.run.adapter else {})
+    for what, digest in found.get("fingerprint", {}).items():  # older sweeps have none
+        if made.get(what) != digest:
+            raise ValueError(f"out: {what} changed since the sweep in {out} began; name another directory")
+    if not found:
+        write_text(file, json.dumps({"settings": settings, "fingerprint": made}, indent=2) + "\n")
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
@@ -183,6 +191,11 @@ def finish(config: Config, train: Train) -> None:
     out = Path(config.run.out)
     title = f"{out.parent.name} {out.name}"
     if (out / "summary.json").exists():
+        rounds = read_json((out / "summary.json").read_text("utf-8"))["rounds"]
+        if rounds != config.firm.rounds:
+            raise ValueError(
+                f"out: {out} went on to {rounds} rounds, the others have {config.firm.rounds}; move it away"
+            )
         print(f"{title}: finished before")
         return
     begun = (out / "config.json").exists()
@@ -217,7 +230,7 @@ def soups(config: Config, ps: Sequence[Sequence[float]], names: Sequence[str], o
         session.policy.adapter.assign(baselines.interpolate(torch.stack(thetas), p))
         after = session.evaluate(f"soups {label(p)}")
         summary = report.summarise(session, before, after, metrics, time.perf_counter() - started)
-        summary |= {"method": "soups", "preference": p}
+        summary |= {"method": "soups", "preference": p, "worst_served": None, "best": None}
         (out / label(p)).mkdir(exist_ok=True)
         write_text(out / label(p) / "summary.json", to_json(summary, indent=2) + "\n")
 
@@ -255,7 +268,7 @@ def conclude(config: Config, points: Points, names: Sequence[str], out: Path) ->
     volumes, meaning = hypervolumes(groups, base, front)
     saved = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
     write_text(out / "sweep.json", to_json(saved, indent=2) + "\n")
-    print(report.comparison(rows, names, config.data.held_out, config.run.eval_samples))
+    print(report.comparison(rows, names, config))
     if volumes:
         print("hypervolume: " + ", ".join(f"{name} {volume:.3f}" for name, volume in volumes.items()) + meaning)
     if len(groups.get("firm", [])) > 1:

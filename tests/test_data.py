@@ -189,7 +189,7 @@ USER, REPLY, SYSTEM = ({"role": role, "content": c} for role, c in (("user", "a"
         ({"prompt": human("a") + " half a reply"}, human("a"), [USER]),
         ({"prompt": "a personal Assistant:"}, None, [{"role": "user", "content": "a personal Assistant:"}]),
         ({"prompt": f"read:{human('x')} y"}, None, [{"role": "user", "content": f"read:{human('x')} y"}]),
-        ({"prompt": f"read:{human('x')}"}, human(f"read:{human('x')}"[:-12]), [{"role": "user", "content": "read:\n\nHuman: x"}]),
+        ({"prompt": f"read:{human('x')}"}, None, [{"role": "user", "content": "read:\n\nHuman: x"}]),
         ({"prompt": "a\n\nAssistant:"}, human("a"), [USER]),
         ({"prompt": "", "messages": [USER]}, human("a"), [USER]),
         ({"prompt": [USER, REPLY, USER]}, human("a\n\nAssistant: b\n\nHuman: a"), [USER, REPLY, USER]),

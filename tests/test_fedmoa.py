@@ -16,6 +16,7 @@ import clients
 import fedmoa
 from app import metrics
 from app.checkpoint import federation_state, restore_federation
+from app.session import held_objectives
 from fedavg import Server, Upload
 from fedmoa import FEDMOA, FedMOAConfig
 from firm import FIRM, LINEAR
@@ -448,6 +449,22 @@ def test_bad_input_is_one_line_that_names_the_field(arguments, message, tmp_path
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1] and lines[-1].startswith("run.py: error: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_client_goes_by_its_number_else_its_name_else_its_task():
+    tasks, countries = ["maths", "code", "code", "2"], ["japan", "chile", "peru", "cuba"]
+    held = held_objectives(["0=a", "chile=b", "code=b,a", "cuba=a,b"], ["a", "b"], tasks, countries)
+    assert held == [[0], [1], [1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("2=a", "2 is named twice, or is a client and another's name or task"), ("3=a,a", "write WHO=NAME"),
+     ("cuba=a", "no client's task")],
+)  # fmt: skip
+def test_whoever_may_be_two_is_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        held_objectives([spec], ["a", "b"], ["maths", "code", "code", "2"])
 
 
 def test_a_federation_without_a_primary_for_all_is_refused():

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassi
 import clients
 import run
 from app import report
-from app.session import Evaluation, Session
+from app.session import Evaluation, Session, names_of
+from data import Prompt
 from firm import Federation
 from rollout import Policy
 from settings import METHODS, PRESETS, SETTINGS, Config
@@ -167,8 +168,9 @@ def test_the_best_round_is_that_of_what_can_move_and_of_no_fewer_than_four_promp
 
 
 def test_training_may_start_from_an_adapter_and_its_reference_is_the_base_model(world, observed, tmp_path):
-    arguments = command(world, rounds=1, adapter=observed / "adapters" / "round0001", out=tmp_path / "run")
-    assert run.main(arguments) == 0
+    shutil.copytree(observed / "adapters" / "round0001", tmp_path / "start")
+    assert run.main(command(world, rounds=1, adapter=tmp_path / "start", out=tmp_path / "run")) == 0
+    shutil.rmtree(tmp_path / "start")  # the checkpoint has it now
     assert metrics_without_times(tmp_path / "run")[0]["kl"] != 0.0  # of its first responses; from nothing it is 0
     assert metrics_without_times(observed)[0]["kl"] == 0.0
     assert run.main(["--resume", str(tmp_path / "run"), "--rounds", "2"]) == 0
@@ -181,8 +183,10 @@ def test_an_adapter_of_another_base_model_is_warned_of(world, observed, tmp_path
     assert run.main(command(world, rounds=0, adapter=tmp_path / "adapter", out=tmp_path / "run")) == 0
     printed = capsys.readouterr().out
     assert "warning: the adapter is of elsewhere, and is put on" in printed
-    assert "before: the base model, without the adapter" in printed
-    assert run.main(command(world, rounds=0, adapter=observed / "adapter", out=tmp_path / "other")) == 0
+    assert "gains are over the base model without --adapter" in printed
+    (tmp_path / "same").symlink_to(world / "model")
+    arguments = command(world, rounds=0, adapter=observed / "adapter", out=tmp_path / "other", model=tmp_path / "same")
+    assert run.main(arguments) == 0
     assert "warning: the adapter" not in capsys.readouterr().out
 
 
@@ -203,16 +207,69 @@ def test_the_worst_served_client_is_named_in_the_table_and_the_summary(finished)
 
 
 def test_clients_go_by_the_names_that_the_split_gives_them(world, tmp_path, capsys):
-    assert run.main(command(world, split="subset", rounds=1, out=tmp_path / "run")) == 0
+    assert run.main(command(world, split="subset", out=tmp_path / "run")) == 0
     summary, printed = json.loads((tmp_path / "run" / "summary.json").read_text()), capsys.readouterr().out
     assert summary["client_names"] == ["s0", "s1", "s2"] and "(subset: s0, s1, s2)" in printed
     worst = summary["worst_served"]
     assert worst["name"] == f"s{worst['client']}" and f"client {worst['client']} ({worst['name']}), " in printed
 
 
-def test_one_client_alone_is_not_the_worst_served(world, tmp_path):
-    assert run.main(command(world, clients=1, rounds=1, out=tmp_path / "run")) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["worst_served"] is None
+@pytest.mark.parametrize(
+    ("constant", "rounds", "clients", "worst"),
+    [
+        ((False, False), 2, 2, (1, "b")),
+        ((False, True), 2, 2, (0, "a")),
+        ((True, True), 2, 2, None),
+        ((False, False), 1, 2, None),
+        ((False, False), 2, 1, None),
+    ],
+)
+def test_the_worst_served_is_one_of_several_after_training_in_what_can_move(constant, rounds, clients, worst):
+    line = {"reward/a/client0": 0.1, "reward/a/client1": 0.2, "reward/b/client0": 0.3, "reward/b/client1": 0.0}
+    calibration = SimpleNamespace(mean=torch.zeros(2), scale=torch.ones(2), constant=torch.tensor(constant))
+    members = [SimpleNamespace(index=c, objectives=[0, 1], prompts_held=5) for c in range(clients)]
+    federation = SimpleNamespace(clients=members, calibration=calibration)
+    session = SimpleNamespace(names=["a", "b"], client_names=[], federation=federation)
+    found = report.worst_served(session, [line] * rounds)
+    assert found == worst if worst is None else (found["client"], found["objective"]) == worst
+
+
+def test_a_last_round_that_was_evaluated_is_not_evaluated_again(world, tmp_path, monkeypatch):
+    labels, real = [], Session.evaluate
+    monkeypatch.setattr(Session, "evaluate", lambda self, label, *a: labels.append(label) or real(self, label, *a))
+    assert run.main(command(world, eval_every=2, out=tmp_path / "run")) == 0
+    assert labels == ["base model", "after round 2"]
+
+
+def test_where_no_best_round_can_be_named_the_table_says_why(world, tmp_path, capsys):
+    assert run.main(command(world, eval_every=3, out=tmp_path / "run")) == 0
+    assert "best round: none, as it takes one within --eval_every" in capsys.readouterr().out
+
+
+def test_a_client_is_measured_on_what_the_split_would_give_it_else_on_its_subsets():
+    prompts = [
+        Prompt("", (), "", (), subset, {"country": country})
+        for subset, country in (("a", "chile"), ("a", "peru"), ("b", "chile"), ("b", None))
+    ]
+    session = SimpleNamespace(owner=lambda prompt: prompt.owner("country"), shares=[prompts[:1], prompts[1:2]])
+    session.held_out = prompts[2:]
+    assert [Session.of_kind(session, c) for c in (0, 1)] == [[0], [0, 1]]  # nobody asks what the second one asks
+    session.held_out = prompts[1:]
+    assert [Session.of_kind(session, c) for c in (0, 1)] == [[1], [0]]
+    session.owner = None
+    assert [Session.of_kind(session, c) for c in (0, 1)] == [[0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("owners", "names"),
+    [
+        (["/x/a/train.jsonl", "/x/b/train.jsonl"], ["a/train.jsonl", "b/train.jsonl"]),
+        (["/x/a/p.jsonl", "/y/a/p.jsonl"], ["/x/a/p.jsonl", "/y/a/p.jsonl"]),
+        (["south/america/chile", "south/america/peru"], ["south/america/chile", "south/america/peru"]),
+    ],
+)
+def test_clients_are_called_by_short_names_where_those_tell_them_apart(owners, names):
+    assert names_of(owners) == names
 
 
 def test_no_temporary_file_is_left(finished):

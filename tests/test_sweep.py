@@ -1,5 +1,6 @@
 """Sweeps and comparisons: hypervolume against an exact oracle, the directory, going on after a stop, refusals."""
 
+import gzip
 import json
 import shutil
 import weakref
@@ -319,6 +320,35 @@ def test_a_sweep_of_other_settings_is_refused_and_names_the_first(swept, world, 
     assert before == {p: p.stat().st_mtime_ns for p in swept.rglob("*")}
 
 
+def test_a_sweep_goes_on_only_from_what_it_began_with(world, tmp_path, capsys):
+    for name in ("first", "second"):
+        seed = {"seed": 7} if name == "second" else {}
+        assert run.main(command(world, rounds=0, held_out=4, eval_samples=1, out=tmp_path / name, **seed)) == 0
+    shutil.copy(world / "prompts.jsonl.gz", tmp_path / "own.jsonl.gz")
+    adapter = tmp_path / "first" / "adapter"
+    flags = {"sweep": [0.2, 0.4], "rounds": 1, "method": "linear", "adapter": adapter, "out": tmp_path / "swept"}
+    asked = command(world, held_out=4, eval_samples=1, **flags | {"prompts": tmp_path / "own.jsonl.gz"})
+    assert run.main(asked) == 0
+    assert capsys.readouterr().out.count("gains are over the base model without --adapter") == 1
+    shutil.rmtree(tmp_path / "swept" / "linear" / "p0.40-0.60")
+    shutil.move(adapter, tmp_path / "kept")
+    shutil.copytree(tmp_path / "second" / "adapter", adapter)
+    assert "out: the adapter changed since the sweep in" in refused(capsys, asked)
+    shutil.rmtree(adapter)
+    shutil.move(tmp_path / "kept", adapter)
+    rows = gzip.decompress((tmp_path / "own.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    (tmp_path / "own.jsonl.gz").write_bytes(gzip.compress(b"".join(rows[:-1])))
+    assert "out: the prompts changed since the sweep in" in refused(capsys, asked)
+
+
+def test_a_point_that_went_on_to_more_rounds_is_not_compared_with_the_others(swept, world, tmp_path, capsys):
+    shutil.copytree(swept, tmp_path / "swept")
+    file = tmp_path / "swept" / "firm" / "p0.40-0.60" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rounds": 3}))
+    message = refused(capsys, arguments(world, tmp_path / "swept"))
+    assert "p0.40-0.60 went on to 3 rounds, the others have 1" in message
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", "no JSON"])
 def test_an_out_that_holds_something_else_is_refused(world, capsys, tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
@@ -354,7 +384,7 @@ def row(method, mean, base, **changes) -> dict:
 
 
 def test_the_table_shows_every_figure_of_a_point():
-    text = report.comparison([row("firm", [0.5, 0.6], [0.4, 0.7])], ["even", "short"], 8, 2)
+    text = report.comparison([row("firm", [0.5, 0.6], [0.4, 0.7])], ["even", "short"], run.parse([])[0])
     (line,) = [line for line in text.splitlines() if line.startswith("firm")]
     wanted = "firm 0.30/0.70 0.41/0.59 +0.500 ± 0.010 +0.100 +0.600 ± 0.020 -0.100 1.23 5.68"
     assert line.split() == wanted.split()
@@ -363,7 +393,7 @@ def test_the_table_shows_every_figure_of_a_point():
 
 def test_points_dominated_by_the_base_model_are_marked():
     rows = [row("linear", [0.3, 0.7], [0.4, 0.7], dominated=True), row("firm", [0.5, 0.6], [0.4, 0.7])]
-    text = report.comparison(rows, ["even", "short"], 8, 2)
+    text = report.comparison(rows, ["even", "short"], run.parse([])[0])
     assert [line.split()[0] for line in text.splitlines() if line.endswith(" *")] == ["linear"]
     assert "* dominated by the base model" in text
 
