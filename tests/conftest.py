@@ -1,7 +1,10 @@
 """Small real checkpoints for the tests: a Llama with rotary positions and a GPT-2 with learned ones."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -57,6 +60,15 @@ def make_policy(
     step = noise * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
     policy.adapter.assign(theta + step.to(device))
     return policy
+
+
+@pytest.fixture(autouse=True)
+def sketched(request, monkeypatch) -> None:
+    """Pictures are made ready but not drawn, which would be most of a small run's time. They are drawn in test_plots.py
+    and, since those come before this, by fixtures of a whole module.
+    """
+    if request.module.__name__ != "test_plots":
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: Path(file).write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -245,7 +245,7 @@ TRAINED += [(method, OTHERS) for method in (METHODS if torch.cuda.is_available()
 def test_a_federation_trains_as_on_the_cpu(gpu, method, settings):
     small = {"method": method, "clients": 2, "batch_size": 4, "ppo": {"epochs": 1}, **settings}
     here, there = federation(**small), federation(device=gpu, **small)
-    for _ in range(2):
+    for _ in range(2 if settings or torch.cuda.is_available() else 1):  # the first round's steps, and what lasts
         expected, metrics = here.round(), there.round()
         for key in ("reward/even", "reward/low", "kl", "lambda/even", "adapter/norm", "adapter/averaging_residual"):
             assert metrics[key] == pytest.approx(expected[key], rel=1e-2, abs=1e-3)

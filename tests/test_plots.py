@@ -117,3 +117,11 @@ def test_a_picture_is_a_png_with_a_panel_for_each_content(tmp_path):
     contents = [Panel("x", "y", f"{i}", {"firm": line, "mgda": line}, ticks=["a", "b"]) for i in range(4)]
     plots.panels(contents, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "p.png.tmp").exists()
+
+
+@pytest.mark.parametrize("M", [1, 2, 3])
+def test_the_trade_off_is_drawn_for_any_number_of_objectives(M, tmp_path):
+    points = {key: np.full((2, M), 0.5) for key in ("mean", "error")} | {"p": [0.2, 0.8]}
+    points |= {key: np.ones(2) for key in ("kl", "kl_error", "gain", "gain_error")}
+    plots.pareto({"firm": points}, np.zeros(M), None, ["a", "b", "c"][:M], tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")

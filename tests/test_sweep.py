@@ -11,7 +11,7 @@ import test_run
 from test_run import adapter_of, command, metrics_without_times, refused
 
 import run
-from app import plots, report, sweep
+from app import report, sweep
 from app.session import Session
 from firm import Federation
 from settings import METHODS
@@ -396,11 +396,3 @@ def test_points_dominated_by_the_base_model_are_marked():
     text = report.comparison(rows, ["even", "short"], run.parse([])[0])
     assert [line.split()[0] for line in text.splitlines() if line.endswith(" *")] == ["linear"]
     assert "* dominated by the base model" in text
-
-
-@pytest.mark.parametrize("M", [1, 2, 3])
-def test_the_picture_is_drawn_for_any_number_of_objectives(M, tmp_path):
-    points = {key: np.full((2, M), 0.5) for key in ("mean", "error")} | {"p": [0.2, 0.8]}
-    points |= {key: np.ones(2) for key in ("kl", "kl_error", "gain", "gain_error")}
-    plots.pareto({"firm": points}, np.zeros(M), None, ["a", "b", "c"][:M], tmp_path / "pareto.png")
-    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
