@@ -54,7 +54,7 @@ REPLY = "\n\nAssistant:"
 MARKER = re.compile(r"\n\n(Human|Assistant):")
 ROLE = {"Human": "user", "Assistant": "assistant"}
 REFERENCE = "####"  # stands before the number in GSM8K's answers
-SPEAKER = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}  # in plain text
+SPEAKER = {"system": "\n\n", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}  # in plain text
 PROMPT_NAMES = ("instruction", "query", "input", "text")  # what a column that is a prompt may be called
 
 
@@ -194,13 +194,19 @@ def dialogue_of(row: dict, template: str, where: str) -> tuple[str, tuple[dict, 
     for name in ("prompt", "messages"):
         if isinstance(row.get(name), list):
             messages = messages_of(row[name], f"{where}: in {name!r}")
-            return "".join(SPEAKER[m["role"]] + m["content"] for m in messages) + REPLY, messages, without()
-    if isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        text = row["prompt"].strip().removesuffix(REPLY)
+            text = "".join(SPEAKER[m["role"]] + m["content"] for m in messages) + REPLY
+            return (
+                text.removeprefix(SPEAKER["system"]) if messages[0]["role"] == "system" else text,
+                messages,
+                without(),
+            )
+    text = row["prompt"].strip() if isinstance(row.get("prompt"), str) else ""
+    if text := f"\n\n{text}".removesuffix(REPLY).strip():
         if not text.startswith("Human:"):  # no dialogue, whatever it quotes
             return f"\n\nHuman: {text}{REPLY}", ({"role": "user", "content": text},), without()
         text, _ = split_dialogue(text + REPLY)
-        return text, to_messages(text), without()
+        if (messages := to_messages(text))[-1]["content"]:
+            return text, messages, without()
     if "question" in row and "chosen" not in row:
         if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("question", "answer")):
             raise ValueError(
@@ -212,7 +218,7 @@ def dialogue_of(row: dict, template: str, where: str) -> tuple[str, tuple[dict, 
         return text, to_messages(text), without("question")
     if not isinstance(row.get("chosen"), str):
         if isinstance(row.get("prompt"), str):
-            raise ValueError(f"{where}: 'prompt' is empty; drop the row")
+            raise ValueError(f"{where}: 'prompt' asks nothing; drop the row")
         texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
         lists = [
             name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)

@@ -6,6 +6,7 @@ and its name is unique. A preset is a set of plain overrides of the defaults. Ba
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -302,7 +303,10 @@ def absolute(config: Config) -> Config:
         return text if inside else f"{found[1]}{found[2]}:{here(found[3])}{found[4]}"
 
     values |= {name: here(values[name]) for name in ("model", "opinions", "encoder", "adapter")}
-    values |= {"prompts": [here(file) for file in values["prompts"]], "objectives": [*map(spec, values["objectives"])]}
+    prompts = [
+        os.path.abspath(file) if Path(file).exists() else file for file in values["prompts"]
+    ]  # a link's own name
+    values |= {"prompts": prompts, "objectives": [*map(spec, values["objectives"])]}
     return Config.from_flat(values)
 
 

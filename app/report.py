@@ -155,11 +155,12 @@ def best_round(session: Session, before: Evaluation, after: Evaluation, director
 
     An objective that was constant under the base policy has no say. None for fewer than four held-out prompts.
     """
-    kept = {int(file.parent.name[5:]): load_file(file) for file in directory.glob("round*/held_out.safetensors")}
     last, calibration, n = session.config.firm.rounds, session.federation.calibration, len(session.held_out)
+    files = {t: directory / f"round{t:04d}" / "held_out.safetensors" for t in range(1, last + 1)}
+    kept = {t: load_file(file)["scores"] for t, file in files.items() if file.is_file()}
     if not kept or n < 4 or calibration.constant.all():
         return None
-    scores = {t: found["scores"] for t, found in sorted(kept.items()) if t <= last} | {last: after.scores}
+    scores = kept | {last: after.scores}
     chosen, rest = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tensor_split(2)
     gains = {t: (found - before.scores)[chosen].mean((0, 1)) / calibration.scale for t, found in scores.items()}
     best = max(gains, key=lambda t: float(gains[t][~calibration.constant].min()))
@@ -181,7 +182,7 @@ def by_client(
     found, primary = [], clients.primary_of(session.config.firm.primary, session.names)
     for client, task in zip(session.federation.clients, session.tasks, strict=True):
         chosen = session.of_kind(client.index)
-        line = {"client": client.index, "task": task, "prompts": client.prompts_held}
+        line = {"client": client.index, "task": task, "prompts": client.prompts_held, "held_out": len(chosen)}
         line["subsets"] = sorted({prompt.subset for prompt in client.prompts})
         line["objectives"] = [session.names[j] for j in client.objectives]
         line["primary"] = {
@@ -198,24 +199,20 @@ def client_table(session: Session, found: Sequence[dict[str, Any]]) -> str:
     """The primary objective by task, a plain mean over its clients, then by client."""
     stages = list(found[0]["primary"])
     name = session.names[clients.primary_of(session.config.firm.primary, session.names)]
-    rows = [["", "trains on", "holds", *stages]]
+    rows = [["", "trains on", "holds", "asked", *stages]]
     for task in sorted(set(session.tasks)):
         own = [line for line in found if line["task"] == task]
         means = [sum(line["primary"][stage]["mean"] for line in own) / len(own) for stage in stages]
-        rows.append([task, str(sum(line["prompts"] for line in own)), "", *(f"{mean:.3f}" for mean in means)])
+        rows.append([task, str(sum(line["prompts"] for line in own)), "", "", *(f"{mean:.3f}" for mean in means)])
         for line in own:
             kind = line["subsets"][0] if len(line["subsets"]) == 1 else f"{len(line['subsets'])} subsets"
             figures = [plus_minus(line["primary"][stage], "") for stage in stages]
-            rows.append(
-                [
-                    f"  {called(line['client'], session.client_names)}: {kind}",
-                    str(line["prompts"]),
-                    "+".join(line["objectives"]),
-                    *figures,
-                ]
-            )
+            who = f"  {called(line['client'], session.client_names)}: {kind}"
+            rows.append([who, str(line["prompts"]), "+".join(line["objectives"]), str(line["held_out"]), *figures])
     note = "under the base model, the global adapter" + ", and the client's own" * ("personal" in stages)
-    return "\n".join(["", f"{name} on held-out prompts of the clients' kinds, {note}", *aligned(rows)])
+    return "\n".join(
+        ["", f"{name} on held-out prompts of the clients' kinds (all where there is none), {note}", *aligned(rows)]
+    )
 
 
 def table(session: Session, summary: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -147,7 +148,9 @@ class Session:
             return theta
         adapter.load(found)
         named = json.loads(Path(found, "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-        if self.progress and named and Path(named).resolve() != Path(self.base_model).resolve():  # hub names too
+        if (
+            self.progress and isinstance(named, str) and Path(named).resolve() != Path(self.base_model).resolve()
+        ):  # hub names too
             print(f"warning: the adapter is of {named}, and is put on {self.base_model}")
         start = adapter.vector()
         adapter.assign(theta)
@@ -242,10 +245,12 @@ def held_objectives(
 ) -> list[list[int]]:
     """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
 
-    A client goes by its number, else by its name, else by its task, else it holds all. Raises ValueError for a WHO that
-    is none of these, means several things or is named twice, and for a NAME that is no objective or comes twice.
+    A client goes by its number, else by its name, else by its task, else it holds all; a name that is a number of some
+    client stands for that one. Raises ValueError for a WHO that is none of these or a client and another's task, for a
+    client that is named twice, and for a NAME that is no objective or comes twice.
     """
-    ways = [[str(c) for c in range(len(tasks))], client_names, tasks]
+    numbers = [str(c) for c in range(len(tasks))]
+    called = [None if name in numbers else name for name in client_names] or [None] * len(tasks)
     found: dict[str, list[int]] = {}
     for spec in specs:
         who, equals, listed = spec.rpartition("=")
@@ -254,19 +259,25 @@ def held_objectives(
             raise ValueError(
                 f"client_objectives: {spec!r}; write WHO=NAME,NAME,... with objectives from {', '.join(names)}"
             )
-        meant = [clients for way in ways if (clients := [c for c, name in enumerate(way) if name == who])]
+        meant = [
+            clients for way in (numbers, called, tasks) if (clients := [c for c, name in enumerate(way) if name == who])
+        ]
         if not meant:
             raise ValueError(
                 f"client_objectives: {who!r} is no client's task and no client; the tasks are "
                 f"{', '.join(sorted(set(tasks)))}, the clients 0 to {len(tasks) - 1}"
+                + f" ({shorten(', '.join(client_names), 300)})"
+                * bool(client_names)
             )
         if who in found or any(clients != meant[0] for clients in meant):
-            raise ValueError(f"client_objectives: {who} is named twice, or is a client and another's name or task")
+            raise ValueError(f"client_objectives: {who} is named twice, or is a client and another's task")
         found[who] = [names.index(name) for name in own]
-    everything = list(range(len(names)))
-    return [
-        next((found[who] for who in whos if who in found), everything) for whos in zip(*filter(None, ways), strict=True)
-    ]
+    held = []
+    for number, name, task in zip(numbers, called, tasks, strict=True):
+        if number in found and name in found:
+            raise ValueError(f"client_objectives: {number} and {name} are the same client; give one list")
+        held.append(found.get(number) or found.get(name) or found.get(task) or list(range(len(names))))
+    return held
 
 
 def check(config: Config) -> None:

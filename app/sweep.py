@@ -36,6 +36,7 @@ import baselines
 import mgda
 import rewards
 from app import report
+from app.checkpoint import has_state, read_state
 from app.files import new_directory, owned, read_json, read_lines, to_json, write_text
 from app.loading import fingerprint_of
 from app.session import Session
@@ -124,23 +125,24 @@ def sweep(config: Config, preferences: list[str] | None, methods: list[str] | No
     begun = bool(config.run.out) and Path(config.run.out, "sweep.json").is_file()
     name = f"{'compare' if methods else 'sweep'}-{config.run.preset}"
     with owned(Path(config.run.out)) if begun else new_directory(config.run.out, name) as out:
-        begin(config, points, out)
-        runs = sum(len(names) if METHODS[method].mixes else len(ps) for method, ps in points.items())
-        print(f"{out}: {runs} training runs of {config.firm.rounds} rounds ({', '.join(points)})")
+        runs = {method: trainings(config, method, ps, names, out / method) for method, ps in points.items()}
+        begin(config, points, runs, out)
+        print(
+            f"{out}: {sum(map(len, runs.values()))} training runs of {config.firm.rounds} rounds ({', '.join(points)})"
+        )
         try:
             for method, ps in points.items():
+                for one in runs[method]:
+                    finish(one, train)
                 if METHODS[method].mixes:
-                    soups(config, ps, names, out / method, train)
-                    continue
-                for p in ps:
-                    finish(one_run(config, method, p, out / method / label(p)), train)
+                    soups(runs[method], ps, out / method)
         except BaseException:
             print(f"\nwhat is done is kept; the same command with --out {out} goes on from there")
             raise
         conclude(config, points, names, out)
 
 
-def begin(config: Config, points: Points, out: Path) -> None:
+def begin(config: Config, points: Points, runs: dict[str, list[Config]], out: Path) -> None:
     """Write down what a new sweep is made of in its directory, or compare it with what the same sweep began with.
 
     A setting that did not exist when the sweep began counts as its default there. Raises ValueError where they differ,
@@ -160,17 +162,24 @@ def begin(config: Config, points: Points, out: Path) -> None:
             if saved[name] != value:
                 theirs = f"{out} holds a sweep with {name} {saved[name]}, not {value}"
                 raise ValueError(f"out: {theirs}; name another directory")
-        if all((out / method / label(p) / "summary.json").exists() for method, ps in points.items() for p in ps):
-            return
-    of = {SPECIALIST if METHODS[method].mixes else method: ps[0] for method, ps in points.items()}
-    first, *others = [one_run(config, method, p, out) for method, p in of.items()]
-    session = Session(first)  # finds what is wrong
-    for other in others:
-        session.federate(other)
-    made = session.fingerprint | ({"the adapter": fingerprint_of([("", session.start)])} if config.run.adapter else {})
-    for what, digest in found.get("fingerprint", {}).items():  # older sweeps have none
-        if made.get(what) != digest:
-            raise ValueError(f"out: {what} changed since the sweep in {out} began; name another directory")
+    first, *others = [one for ones in runs.values() for one in ones]
+    made, fingerprints = {}, {file: found.get("fingerprint", {})}  # older sweeps have none
+    for home in (Path(one.run.out) for one in (first, *others)):
+        if has_state(home / "checkpoint"):
+            _, values = read_state(home / "checkpoint")
+            if (done := values["rounds_done"]) > config.firm.rounds:
+                raise ValueError(f"out: {home} went on to {done} rounds, of {config.firm.rounds} here; move it away")
+            fingerprints[home] = its if isinstance(its := values["fingerprint"], dict) else {}  # older ones hashed less
+    if not all((out / method / label(p) / "summary.json").exists() for method, ps in points.items() for p in ps):
+        session = Session(first)  # finds what is wrong
+        for other in others:
+            session.federate(other)
+        start = {"the adapter": fingerprint_of([("", session.start)])} if config.run.adapter else {}
+        made = session.fingerprint | start
+    for where, theirs in fingerprints.items():
+        for what, digest in theirs.items():
+            if made.setdefault(what, digest) != digest:
+                raise ValueError(f"out: {what} changed since {where} was made; name another directory")
     if not found:
         write_text(file, json.dumps({"settings": settings, "fingerprint": made}, indent=2) + "\n")
 
@@ -178,6 +187,16 @@ def begin(config: Config, points: Points, out: Path) -> None:
 def shared_settings(config: Config) -> dict[str, Any]:
     """What all runs of a sweep have in common."""
     return {name: value for name, value in config.flat().items() if name not in ("out", "method", "preference")}
+
+
+def trainings(
+    config: Config, method: str, ps: Sequence[Sequence[float]], names: Sequence[str], out: Path
+) -> list[Config]:
+    """The settings of a method's training runs: one per preference, or of soups a specialist per objective."""
+    if not METHODS[method].mixes:
+        return [one_run(config, method, p, out / label(p)) for p in ps]
+    one_hot = zip(np.eye(len(names)).tolist(), names, strict=True)
+    return [one_run(config, SPECIALIST, p, out / f"specialist-{name}") for p, name in one_hot]
 
 
 def one_run(config: Config, method: str, p: Sequence[float], out: Path) -> Config:
@@ -191,11 +210,6 @@ def finish(config: Config, train: Train) -> None:
     out = Path(config.run.out)
     title = f"{out.parent.name} {out.name}"
     if (out / "summary.json").exists():
-        rounds = read_json((out / "summary.json").read_text("utf-8"))["rounds"]
-        if rounds != config.firm.rounds:
-            raise ValueError(
-                f"out: {out} went on to {rounds} rounds, the others have {config.firm.rounds}; move it away"
-            )
         print(f"{title}: finished before")
         return
     begun = (out / "config.json").exists()
@@ -208,17 +222,14 @@ def finish(config: Config, train: Train) -> None:
         raise ValueError(f"{title}: {error}") from error
 
 
-def soups(config: Config, ps: Sequence[Sequence[float]], names: Sequence[str], out: Path, train: Train) -> None:
-    """Rewarded Soups: a specialist per objective, trained once; then Σ_m p_m θ_m, measured at every p."""
-    homes = [out / f"specialist-{name}" for name in names]
-    for one_hot, home in zip(np.eye(len(names)).tolist(), homes, strict=True):
-        specialist = one_run(config, SPECIALIST, one_hot, home)
-        finish(specialist, train)
+def soups(specialists: Sequence[Config], ps: Sequence[Sequence[float]], out: Path) -> None:
+    """Rewarded Soups: of specialists that were trained, one per objective, Σ_m p_m θ_m, measured at every p."""
     missing = [p for p in ps if not (out / label(p) / "summary.json").exists()]
     if not missing:
         return
     gc.collect()
-    session = Session(specialist)
+    homes = [Path(specialist.run.out) for specialist in specialists]
+    session = Session(specialists[-1])
     before = session.restore(homes[-1] / "checkpoint")
     metrics = [line for home in homes for line in read_lines(home / "metrics.jsonl")]
     thetas = []
@@ -244,7 +255,7 @@ def figures(config: Config, method: str, p: Sequence[float], names: Sequence[str
     return {
         "method": method,
         "preference": p if METHODS[method].takes_preference else None,
-        "mean_lambda": [float(np.mean([m[f"lambda/{name}"] for m in rounds])) for name in names] if rounds else None,
+        "mean_lambda": [float(np.nanmean([m[f"lambda/{name}"] for m in rounds])) for name in names] if rounds else None,
         "mean": mean,
         "standard_error": of("after", "standard_error"),
         "gain": of("gain", "mean"),

@@ -1,7 +1,7 @@
 """The evidence: one short function per claim; runs, a table, a picture. All on the embedded world. [ours]
 
     python -m evidence.experiments tuning baselines pareto …   some of them, in this order
-    python -m evidence.experiments all --quick                 all in miniature, within 10 minutes on two cores
+    python -m evidence.experiments all --quick                 all in miniature, a quarter of an hour
 
 Each leaves results/NAME.csv (a row a run), NAME.md (the table) and, but for `tuning`, NAME.png; results/README.md draws
 conclusions. A stopped experiment goes on where it was, and drawing a table or a picture again costs nothing. --quick

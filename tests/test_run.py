@@ -152,6 +152,7 @@ def test_the_best_round_is_chosen_on_one_half_and_reported_on_the_other(finished
 def test_the_best_round_is_that_of_what_can_move_and_of_no_fewer_than_four_prompts(tmp_path, constant, n, best):
     gains = {1: (0.0, 0.1), 2: (-0.1, 0.2), 9: (1.0, 1.0)}  # the last is of a longer run that was here before
     whole = {t: Evaluation(torch.tensor(own).expand(n, 1, 2), torch.zeros(n, 1), []) for t, own in gains.items()}
+    (tmp_path / "round0001-good").mkdir()  # a user's copy
     for t in (1, 9):
         (tmp_path / f"round{t:04d}").mkdir()
         safetensors.torch.save_file(
@@ -184,6 +185,8 @@ def test_an_adapter_of_another_base_model_is_warned_of(world, observed, tmp_path
     printed = capsys.readouterr().out
     assert "warning: the adapter is of elsewhere, and is put on" in printed
     assert "gains are over the base model without --adapter" in printed
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": ["odd"]}))
+    assert run.main(command(world, rounds=0, adapter=tmp_path / "adapter", out=tmp_path / "odd")) == 0
     (tmp_path / "same").symlink_to(world / "model")
     arguments = command(world, rounds=0, adapter=observed / "adapter", out=tmp_path / "other", model=tmp_path / "same")
     assert run.main(arguments) == 0
@@ -681,6 +684,13 @@ def test_files_are_named_from_the_root_so_that_a_run_goes_on_from_another_folder
     assert run.main(command(world, **changes)) == 0
     monkeypatch.chdir(tmp_path)
     assert run.main(["--resume", "r", "--rounds", "2"]) == 0
+
+
+def test_a_linked_prompt_file_keeps_the_name_that_says_what_it_holds(tmp_path):
+    (tmp_path / "blob").write_text("")
+    (tmp_path / "harmless.jsonl").symlink_to(tmp_path / "blob")
+    config, *_ = run.parse(["--prompts", str(tmp_path / "harmless.jsonl")])
+    assert config.data.prompts == [str(tmp_path / "harmless.jsonl")]
 
 
 def test_only_what_is_there_is_named_from_the_root(tmp_path, monkeypatch):

@@ -333,20 +333,42 @@ def test_a_sweep_goes_on_only_from_what_it_began_with(world, tmp_path, capsys):
     shutil.rmtree(tmp_path / "swept" / "linear" / "p0.40-0.60")
     shutil.move(adapter, tmp_path / "kept")
     shutil.copytree(tmp_path / "second" / "adapter", adapter)
-    assert "out: the adapter changed since the sweep in" in refused(capsys, asked)
+    assert f"out: the adapter changed since {tmp_path}/swept/sweep.json was made" in refused(capsys, asked)
     shutil.rmtree(adapter)
     shutil.move(tmp_path / "kept", adapter)
     rows = gzip.decompress((tmp_path / "own.jsonl.gz").read_bytes()).splitlines(keepends=True)
     (tmp_path / "own.jsonl.gz").write_bytes(gzip.compress(b"".join(rows[:-1])))
-    assert "out: the prompts changed since the sweep in" in refused(capsys, asked)
+    assert "out: the prompts changed since" in refused(capsys, asked)
+    file = tmp_path / "swept" / "sweep.json"
+    file.write_text(json.dumps({"settings": json.loads(file.read_text())["settings"]}))  # as older ones were
+    assert f"the prompts changed since {tmp_path}/swept/linear/p0.20-0.80 was" in refused(capsys, asked)
 
 
 def test_a_point_that_went_on_to_more_rounds_is_not_compared_with_the_others(swept, world, tmp_path, capsys):
     shutil.copytree(swept, tmp_path / "swept")
-    file = tmp_path / "swept" / "firm" / "p0.40-0.60" / "summary.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"rounds": 3}))
-    message = refused(capsys, arguments(world, tmp_path / "swept"))
-    assert "p0.40-0.60 went on to 3 rounds, the others have 1" in message
+    point = tmp_path / "swept" / "firm" / "p0.40-0.60"
+    assert run.main(["--resume", str(point), "--rounds", "2"]) == 0
+    shutil.rmtree(tmp_path / "swept" / "firm" / "p0.00-1.00")  # nothing is trained before the refusal
+    capsys.readouterr()
+    assert f"{point} went on to 2 rounds, of 1 here" in refused(capsys, arguments(world, tmp_path / "swept"))
+    assert not (tmp_path / "swept" / "firm" / "p0.00-1.00").exists()
+
+
+def test_what_no_preference_of_a_sweep_can_do_is_refused_before_the_first(world, tmp_path, capsys):
+    flags = {"sweep": [0.5, 1], "method": "linear", "rounds": 1, "client_objectives": "2=short"}
+    message = refused(capsys, command(world, out=tmp_path / "swept", **flags))
+    assert "preference: client 2 holds only objectives of weight 0" in message
+    assert not (tmp_path / "swept").exists()
+
+
+def test_the_mean_lambda_is_that_of_the_rounds_that_had_one(swept, tmp_path):
+    shutil.copytree(swept / "firm" / "p0.40-0.60", tmp_path / "point")
+    with open(tmp_path / "point" / "metrics.jsonl", "a") as file:
+        file.write('{"round": 1, "lambda/even": null, "lambda/short": 1.0}\n')
+    config = run.parse(["--clients", "3"])[0]
+    (first,) = metrics_without_times(swept / "firm" / "p0.40-0.60")
+    found = sweep.figures(config, "firm", [0.4, 0.6], ["even", "short"], tmp_path / "point")["mean_lambda"]
+    assert found == pytest.approx([first["lambda/even"], (first["lambda/short"] + 1) / 2])
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "no JSON"])
