@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -59,6 +60,12 @@ class Lab:
     quick: bool
     workers: int
 
+    @cached_property
+    def pool(self) -> ProcessPoolExecutor:
+        """The workers, of all experiments: a process takes seconds to start."""
+        spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
+        return ProcessPoolExecutor(self.workers, spawn)
+
     def some(self, values: Sequence) -> Sequence:
         """All values (seeds, say), or the two ends of them in miniature."""
         return (values[0], values[-1]) if self.quick and len(values) > 2 else values
@@ -80,17 +87,17 @@ class Lab:
 
     def run_jobs(self, name: str, jobs: list[dict], path: Path) -> None:
         """Run the jobs on the workers, and add the rows of each to the file as it finishes."""
-        spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
-        pool, failed, made_by = ProcessPoolExecutor(self.workers, spawn), [], commit()
+        failed, made_by = [], commit()
         try:
-            futures = {pool.submit(run_job, job): key(job) for job in jobs}
+            futures = {self.pool.submit(run_job, job): key(job) for job in jobs}
             for future in tqdm(as_completed(futures), name, total=len(jobs), unit="run"):
                 if error := future.exception():
                     failed.append((futures[future], error))
                 else:
                     append_rows(path, [{"settings": futures[future], "commit": made_by} | r for r in future.result()])
-        finally:
-            pool.shutdown(cancel_futures=True)  # a stop waits for the runs under way, not for those in the queue
+        except BaseException:
+            self.pool.shutdown(cancel_futures=True)  # a stop waits for the runs under way, not for those in the queue
+            raise
         if failed:
             settings, error = failed[0]
             raise RuntimeError(f"{name}: {len(failed)} runs failed, first {settings}: {error}") from error

@@ -77,7 +77,7 @@ def tuned(lab: Lab) -> dict[str, dict]:
 
 def fedmoa(lab: Lab) -> None:
     """Global accuracy against fixed weights, FIRM's λ and the parts alone, at two severities of poor data."""
-    best, seeds = tuned(lab), lab.some(rules.seeds_of(10))
+    best, seeds = tuned(lab), TUNING_SEEDS[:1] if lab.quick else rules.seeds_of(10)  # each makes a world first
     shared, jobs = {"preset": "fedmoa-tiny"}, {}
     for seed, severity, label in product(seeds, SEVERITIES, METHODS):  # whole seeds first, see `preference_sweeps`
         own = best.get(label.split()[0] if label.startswith("fedmoa") else label, {}) | METHODS[label]
@@ -137,7 +137,8 @@ def saturation(lab: Lab) -> None:
     responses h is mostly noise, and what it does cannot be seen within 10 seeds. Twice: as tuned, where the weights
     forget within some 10 rounds, and with a pull that lets them remember all of the run, chosen on the tuning's seeds.
     """
-    seeds, drawn, lines, x = lab.some(rules.seeds_of(10)), [{}, {}, {}], [], np.arange(EIGHTHS) + 1.0
+    seeds = TUNING_SEEDS[:1] if lab.quick else rules.seeds_of(10)
+    drawn, lines, x = [{}, {}, {}], [], np.arange(EIGHTHS) + 1.0
     jobs, own, notes = {}, tuned(lab)["fedmoa"], []
     variants = {"": own, ", slow pull": own | {"hyper_rate": 2.0, "hyper_pull": 0.02}}
     for (variant, changes), name in product(variants.items(), ("one_step", "six_steps")):
