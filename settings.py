@@ -158,7 +158,7 @@ class RunConfig(Checked):
     )
     client_objectives: list[str] = setting(
         [],
-        "WHO=NAME,NAME,...: the objectives of some clients, WHO a client's number or name, or a task; all if not given",
+        "WHO=NAME,NAME,...: the objectives that some clients hold, WHO a client's number or a task; all if not given",
     )
     world: Literal["toy", "reasoning", "survey"] = setting(
         "toy", "the embedded world that stands in where no --model is given"

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 
 import numpy as np
 import torch
@@ -98,7 +97,7 @@ class Session:
         )
         self.client_names = names_of([str(self.owner(share[0])) for share in self.shares if self.owner])
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.shares]  # each client's
-        self.held = held_objectives(config.run.client_objectives, self.names, self.tasks, self.client_names)
+        self.held = held_objectives(config.run.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config.lora, config.rollout, config.firm.seed)
         self.federation = self.federate(config)
 
@@ -240,18 +239,13 @@ def names_of(owners: list[str]) -> list[str]:
     return short if len(set(short)) == len(owners) else owners
 
 
-def held_objectives(
-    specs: Sequence[str], names: Sequence[str], tasks: Sequence[str], client_names: Sequence[str] = ()
-) -> list[list[int]]:
+def held_objectives(specs: Sequence[str], names: Sequence[str], tasks: Sequence[str]) -> list[list[int]]:
     """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
 
-    A client goes by its number, else by its name, else by its task, else it holds all; a name that is a number of some
-    client stands for that one. Raises ValueError for a WHO that is none of these or a client and another's task, for a
-    client that is named twice, and for a NAME that is no objective or comes twice.
+    A client goes by its number, else by its task, else it holds all. Raises ValueError for a WHO that is neither or
+    both or is named twice, and for a NAME that is no objective or comes twice.
     """
-    numbers = [str(c) for c in range(len(tasks))]
-    called = [None if name in numbers else name for name in client_names] or [None] * len(tasks)
-    found: dict[str, list[int]] = {}
+    numbers, found = [str(client) for client in range(len(tasks))], {}
     for spec in specs:
         who, equals, listed = spec.rpartition("=")
         own = listed.split(",")
@@ -259,25 +253,16 @@ def held_objectives(
             raise ValueError(
                 f"client_objectives: {spec!r}; write WHO=NAME,NAME,... with objectives from {', '.join(names)}"
             )
-        meant = [
-            clients for way in (numbers, called, tasks) if (clients := [c for c, name in enumerate(way) if name == who])
-        ]
-        if not meant:
+        if who not in tasks and who not in numbers:
             raise ValueError(
                 f"client_objectives: {who!r} is no client's task and no client; the tasks are "
                 f"{', '.join(sorted(set(tasks)))}, the clients 0 to {len(tasks) - 1}"
-                + f" ({shorten(', '.join(client_names), 300)})"
-                * bool(client_names)
             )
-        if who in found or any(clients != meant[0] for clients in meant):
-            raise ValueError(f"client_objectives: {who} is named twice, or is a client and another's task")
+        if who in found or (who in tasks and who in numbers):
+            raise ValueError(f"client_objectives: {who} is named twice, or is a client and a task; give one list")
         found[who] = [names.index(name) for name in own]
-    held = []
-    for number, name, task in zip(numbers, called, tasks, strict=True):
-        if number in found and name in found:
-            raise ValueError(f"client_objectives: {number} and {name} are the same client; give one list")
-        held.append(found.get(number) or found.get(name) or found.get(task) or list(range(len(names))))
-    return held
+    everything = list(range(len(names)))
+    return [found.get(client, found.get(task, everything)) for client, task in zip(numbers, tasks, strict=True)]
 
 
 def check(config: Config) -> None:
