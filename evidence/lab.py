@@ -205,11 +205,13 @@ def reasoning_figures(job: dict, out: Path) -> dict:
 
 def soups(job: dict, scratch: Path) -> list[dict]:
     """Rewarded Soups: a specialist per objective, then a row for every one of `preferences` (p₁)."""
-    quiet = lambda config, resume, title: run.train(config, resume, progress=False)  # noqa: E731
     config = Config.from_flat(BASE | {k: v for k, v in job.items() if k != "preferences"})
     ps = [[p, round(1.0 - p, 12)] for p in job["preferences"]]
-    sweep.soups(config, ps, NAMES, scratch, quiet)
-    homes = [scratch / f"specialist-{name}" for name in NAMES]
+    specialists = sweep.trainings(config, job["method"], ps, NAMES, scratch)
+    for specialist in specialists:
+        run.train(specialist, progress=False)
+    sweep.soups(specialists, ps, scratch)
+    homes = [Path(specialist.run.out) for specialist in specialists]
     sent = byte_figures([line for home in homes for line in read_lines(home / "metrics.jsonl")])
     rows = []
     for p in ps:

@@ -243,6 +243,13 @@ def test_cold_figures_at_the_training_temperature_are_the_runs_own_and_others_ar
     assert all(cold[f"cold_{name}"] != same[name] for name in lab.NAMES)
 
 
+def test_soups_give_a_row_for_every_preference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = {"method": "soups", "seed": 0, "rounds": 1, "held_out": 8, "eval_samples": 1, "batch_size": 4, "clients": 2}
+    rows = lab.run_job(job | {"preferences": [0.2, 0.8]})
+    assert [row["p"] for row in rows] == [0.2, 0.8] and rows[0]["kl"] != rows[1]["kl"]
+
+
 def test_what_is_logged_every_round_is_found_under_its_name(round_of_firm):
     names = {name.replace("helpful", "even").replace("harmless", "low") for name in lab.LOGGED.values()}
     assert names <= round_of_firm[0].keys()
