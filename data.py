@@ -195,11 +195,9 @@ def dialogue_of(row: dict, template: str, where: str) -> tuple[str, tuple[dict, 
         if isinstance(row.get(name), list):
             messages = messages_of(row[name], f"{where}: in {name!r}")
             text = "".join(SPEAKER[m["role"]] + m["content"] for m in messages) + REPLY
-            return (
-                text.removeprefix(SPEAKER["system"]) if messages[0]["role"] == "system" else text,
-                messages,
-                without(),
-            )
+            if messages[0]["role"] == "system":
+                text = text.removeprefix(SPEAKER["system"])
+            return text, messages, without()
     text = row["prompt"].strip() if isinstance(row.get("prompt"), str) else ""
     if text := f"\n\n{text}".removesuffix(REPLY).strip():
         if not text.startswith("Human:"):  # no dialogue, whatever it quotes

@@ -303,9 +303,7 @@ def absolute(config: Config) -> Config:
         return text if inside else f"{found[1]}{found[2]}:{here(found[3])}{found[4]}"
 
     values |= {name: here(values[name]) for name in ("model", "opinions", "encoder", "adapter")}
-    prompts = [
-        os.path.abspath(file) if Path(file).exists() else file for file in values["prompts"]
-    ]  # a link's own name
+    prompts = [os.path.abspath(f) if Path(f).exists() else f for f in values["prompts"]]  # a link has its own name
     values |= {"prompts": prompts, "objectives": [*map(spec, values["objectives"])]}
     return Config.from_flat(values)
 

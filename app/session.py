@@ -91,10 +91,8 @@ class Session:
         with named("model"):
             check_ids([prompt.token_ids for prompt in prompts], model)
         self.shares, self.held_out = data.share_out(prompts, config.firm.clients, config.data, config.firm.seed)
-        # what a prompt's client goes by; None where chance decides
-        self.owner = (
-            None if config.data.split in ("iid", "dirichlet") else lambda prompt: prompt.owner(config.data.split)
-        )
+        split = config.data.split
+        self.owner = None if split in ("iid", "dirichlet") else lambda prompt: prompt.owner(split)  # None: by chance
         self.client_names = names_of([str(self.owner(share[0])) for share in self.shares if self.owner])
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.shares]  # each client's
         self.held = held_objectives(config.run.client_objectives, self.names, self.tasks)
@@ -146,11 +144,10 @@ class Session:
         if not (found := self.config.run.adapter):
             return theta
         adapter.load(found)
-        named = json.loads(Path(found, "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-        if (
-            self.progress and isinstance(named, str) and Path(named).resolve() != Path(self.base_model).resolve()
-        ):  # hub names too
-            print(f"warning: the adapter is of {named}, and is put on {self.base_model}")
+        theirs = json.loads(Path(found, "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+        other = isinstance(theirs, str) and Path(theirs).resolve() != Path(self.base_model).resolve()  # or hub names
+        if other and self.progress:
+            print(f"warning: the adapter is of {theirs}, and is put on {self.base_model}")
         start = adapter.vector()
         adapter.assign(theta)
         return start

@@ -127,9 +127,8 @@ def sweep(config: Config, preferences: list[str] | None, methods: list[str] | No
     with owned(Path(config.run.out)) if begun else new_directory(config.run.out, name) as out:
         runs = {method: trainings(config, method, ps, names, out / method) for method, ps in points.items()}
         begin(config, points, runs, out)
-        print(
-            f"{out}: {sum(map(len, runs.values()))} training runs of {config.firm.rounds} rounds ({', '.join(points)})"
-        )
+        n = sum(map(len, runs.values()))
+        print(f"{out}: {n} training runs of {config.firm.rounds} rounds ({', '.join(points)})")
         try:
             for method, ps in points.items():
                 for one in runs[method]:
