@@ -165,9 +165,9 @@ def leaving_out(client: Client, faults: dict[int, str]) -> Iterator[None]:
         client.trainings, faults[client.index] = kept, str(error)
 
 
-def of_all(made: dict[int, T], faults: dict[int, str]) -> dict[int, T]:
-    """What the clients of all processes made, by their numbers; faults comes to hold those of all. Raises ValueError
-    where a round has no client any more.
+def gathered(made: dict[int, T], faults: dict[int, str]) -> dict[int, T]:
+    """What the clients of all processes made, by their numbers, without those that failed; faults gains everybody's.
+    Raises ValueError where nobody is left.
     """
     parts = merged(made | faults)
     faults |= {client: part for client, part in parts.items() if isinstance(part, str)}
@@ -235,8 +235,8 @@ def make_client(
 ) -> Client:  # fmt: skip
     """A client that holds m of the M objectives, among which p [M] is renormalised.
 
-    trainings(p [m]): the matrices [m, k] of its local trainings; learner(k): how one of them learns. The preference
-    among k rewards is what their columns have of p. Raises ValueError where p has nothing for these objectives. [ours]
+    trainings(p [m]): the matrices [m, k] of its local trainings, each with the preference columnsᵀ p, renormalised;
+    learner(k): how one of them learns. Raises ValueError where p has nothing for these objectives. [ours]
     """
     p = p[list(objectives)]
     if not p.sum() > 0:

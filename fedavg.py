@@ -160,7 +160,7 @@ class Ledger:
 
 @dataclass
 class Server:
-    """What the server has at hand in a round, for the parts of a method that are its own."""
+    """What the server has in a round; a method's own server parts read and change it."""
 
     lr: float  # η_s
     state: dict[str, Tensor]  # all that it remembers between rounds; a checkpoint keeps it

@@ -18,9 +18,9 @@
 A method is a few swappable parts on this engine (`Method`): who picks λ and from what, what is uploaded, what clients
 weigh. `baselines.py` has those that FIRM is compared with, `fedmoa.py` one that moves p before a client's first step.
 
-Cohort-wide, since its clients share θ_t, are two things: responses are sampled in one batch, and a reward model may
-score in one. Neither changes what a client would get alone, up to rounding (`rollout.py`). All else is client by client
-on its own rows, a user's reward function too. Clients that fail or vanish: `fedavg.py`.
+Two things are done for the whole cohort at once, since its clients share θ_t: responses are sampled in one batch, and a
+reward model may score in one. Neither changes what a client would get alone, up to rounding (`rollout.py`). All else is
+client by client on its own rows, a user's reward function too. Clients that fail or vanish: `fedavg.py`.
 
 [ours] fresh Adam on every client and round (its moments are never averaged), η_s, the critic that stays at home.
 Left out on purpose: secure aggregation, stragglers, differential privacy.
@@ -42,7 +42,7 @@ import mgda
 import ppo
 import rewards
 from app.fields import Checked, Count, Index, NonNegative, Positive, Seed, Share, setting
-from app.ranks import merged, share
+from app.ranks import merged, of_this_process
 from app.stopwatch import phase
 from clients import (
     Client,
@@ -53,8 +53,8 @@ from clients import (
     Round,
     Step,
     Update,
+    gathered,
     leaving_out,
-    of_all,
     stream,
 )
 from fedavg import Server, Upload
@@ -139,6 +139,11 @@ class Method:
     mixes: bool = False
 
     @property
+    def own_server(self) -> bool:
+        """Whether the server picks λ, or averages in a way of its own."""
+        return bool(self.server_weights or self.server_mixing or self.aggregate is not Method.aggregate)
+
+    @property
     def needs_primary(self) -> bool:
         """Whether every client must hold the primary objective."""
         return self.adapt is not None or self.client_weights is not Method.client_weights
@@ -170,8 +175,8 @@ def local_update(
             method.adapt(training, batch, gradients.J, method.settings)
         G = mgda.gram(gradients.J)  # [k, k]
         lam = method.weights(qp_matrix(G, gradients, config.firm), training.preference, config.firm)  # [k]
-        direction = lam.to(gradients.J) @ gradients.J  # [d]
-        moved = clients.optimizer_step(optimizer, adapter, direction, config.client.max_grad_norm)  # [d], Δθ as taken
+        gradient = lam.to(gradients.J) @ gradients.J  # [d], of Σ_j λ_j L_j: the step goes along its negative
+        moved = clients.optimizer_step(optimizer, adapter, gradient, config.client.max_grad_norm)  # [d], Δθ as taken
         update.steps.append(Step.of(gradients, G, lam, moved))
         if observe:
             update.halves = gradients.halves
@@ -192,7 +197,7 @@ def qp_matrix(G: Tensor, gradients: Gradients, config: FIRMConfig) -> Tensor:
 class Federation:
     """The server and its clients, simulated one after another. `round` is Algorithm 1's outer loop body.
 
-    Of several processes each has the same federation, and in a round trains its `share` of the clients (app/ranks.py).
+    Of several processes each has the same federation, and trains its own clients of a round (app/ranks.py).
 
     shares: each client's prompts; held: the numbers of each client's objectives, all of them where not given; tasks:
     each client's task, a number.
@@ -209,8 +214,7 @@ class Federation:
         p = mgda.preference_vector(config.firm.preference, len(self.names))
         held, tasks = held or [range(len(p)) for _ in shares], tasks or [0] * len(shares)
         primary = clients.primary_of(config.firm.primary, self.names)
-        by_server = method.server_weights or method.server_mixing or method.aggregate is not Method.aggregate
-        server = f"{method.name}'s server" if by_server else None
+        server = f"{method.name}'s server" if method.own_server else None
         clients.check_held(held, self.names, "diagnostics" if config.firm.diagnostics else server)
         if method.needs_primary:
             clients.check_primary(held, self.names, primary)
@@ -227,7 +231,7 @@ class Federation:
 
     def calibrate(self) -> None:
         """Fix every objective's mean and scale, once, from base-policy samples (`rewards.calibration_sums`)."""
-        mine, sums = share(self.clients), {}
+        mine, sums = of_this_process(self.clients), {}
         drawn = self.respond(mine, clients.CALIBRATION)
         for client, rows in zip(mine, drawn.rows, strict=True):
             self.method.numbers(client, drawn.raw[rows], 1)  # so that rewards it cannot use are found here
@@ -245,22 +249,22 @@ class Federation:
 
         self.policy.adapter.assign(self.theta)  # broadcast θ_t
         server.ledger.down({"theta": self.theta}, scalars=1)  # and κ
-        mine = share(cohort)
+        mine = of_this_process(cohort)
         responses = self.respond(mine, clients.TRAINING, self.group_size)
-        raw = [responses.raw[rows] for rows in responses.rows]
-        work = list(zip(mine, self.prepare(mine, responses), raw, strict=True))
+        rewarded = [responses.raw[rows] for rows in responses.rows]
+        work = list(zip(mine, self.prepare(mine, responses), rewarded, strict=True))
         if method.server_weights:
             work, lam = self.common_weights(work, server, faults)
             method = replace(method, weights=lambda *_: lam)
 
         arrived = {}
-        for client, batch, own in work:
+        for client, batch, raw in work:
             with leaving_out(client, faults):
-                arrived[client.index] = self.train(client, batch, own, method, server.state)
-        arrived = of_all(arrived, faults)
-        for c, contribution in arrived.items():
-            self.clients[c].trainings = contribution.trainings
-        uploads = [contribution.upload for contribution in arrived.values()]
+                arrived[client.index] = self.contribution(client, batch, raw, method)
+        arrived = gathered(arrived, faults)
+        for c, made in arrived.items():
+            self.clients[c].trainings = made.trainings
+        uploads = [made.upload for made in arrived.values()]
         server.ledger.upload(uploads[0])
 
         server.weights = method.client_weights(uploads, server)  # [C]
@@ -273,10 +277,10 @@ class Federation:
         self.theta = theta
         self.policy.adapter.assign(theta)
         record = Round(
-            t, [self.clients[c] for c in arrived], [contribution.raw for contribution in arrived.values()],
-            [contribution.updates for contribution in arrived.values()], uploads, server.mixing,
-            server.weights / server.weights.sum(), self.kl_coef, server.ledger, time.perf_counter() - started, faults,
-            len(chosen) - len(staying),
+            number=t, cohort=[self.clients[c] for c in arrived], raw=[made.raw for made in arrived.values()],
+            updates=[made.updates for made in arrived.values()], uploads=uploads, mixing=server.mixing,
+            shares=server.weights / server.weights.sum(), kl_coef=self.kl_coef, ledger=server.ledger,
+            seconds=time.perf_counter() - started, faults=faults, dropped=len(chosen) - len(staying),
         )  # fmt: skip
 
         kl = float(np.mean([upload.kl for upload in uploads]))
@@ -284,14 +288,12 @@ class Federation:
         self.rounds_done += 1
         return record
 
-    def train(
-        self, client: Client, batch: Batch, raw: Tensor, method: Method, state: dict[str, Tensor]
-    ) -> Contribution:
-        """A client's local trainings from θ_t, and its upload. raw [B, M]; state: the server's. Raises NotFinite."""
-        updates = [
-            local_update(training, self.policy, self.theta, method.combine(batch, training, state), method, self.config)
-            for training in client.trainings
-        ]
+    def contribution(self, client: Client, batch: Batch, raw: Tensor, method: Method) -> Contribution:
+        """A client's part in the round: its local trainings from θ_t, and its upload. raw [B, M]. Raises NotFinite."""
+        updates = []
+        for training in client.trainings:
+            rewarded = method.combine(batch, training, self.server_state)
+            updates.append(local_update(training, self.policy, self.theta, rewarded, method, self.config))
         upload = client.upload(updates, batch, method.numbers(client, raw, self.group_size))
         return Contribution(raw, updates, upload, client.trainings)
 
@@ -301,7 +303,7 @@ class Federation:
         for client, batch, _ in work:
             with leaving_out(client, faults):
                 J[client.index] = client.gradients(self.policy, batch, self.config.ppo)
-        J = of_all(J, faults)
+        J = gathered(J, faults)
         held = fedavg.prompts_held([self.clients[c] for c in J])
         lam = self.method.server_weights(torch.stack(list(J.values())), held, server)  # from J [C, M, d]
         return [each for each in work if each[0].index in J], lam

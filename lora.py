@@ -11,8 +11,8 @@ r"""LoRA by hand (Hu et al. 2021): train two thin matrices beside every frozen o
 Switching the adapter off *is* the reference policy π_ref: there is no reference model. All that a client uploads is the
 flat vector θ of every A and B, d numbers. [paper: LoRA rank 16. ours: alpha, targets, init]
 
-The base weights stay bit for bit what was loaded. Merging never subtracts: it holds a second copy of every adapted
-weight for as long as it lasts, which is while responses are sampled from float32 weights, and restores that copy.
+The base weights stay bit for bit what was loaded: merging, done only while responses are sampled from float32 weights,
+keeps a copy of every adapted weight and puts it back.
 
 Left out on purpose: dropout on x (it would make ratios differ from 1 at lr = 0), biases, other adapters (DoRA, IA³).
 """

@@ -16,13 +16,13 @@ that is the paper's cure for "client disagreement drift".
         ‖λ − 1/M‖² = ‖λ‖² − 1/M on the simplex), β = 0 as the limit β → 0⁺ (the minimiser nearest p), the solver.
 
 What the guarantee is not: it is Euclidean and first-order. Adam preconditions the step, so common descent is not
-assured; every step logs `first_order_gain`, what it promises as taken. And β = 0.01 is small: with
+assured; the log has `first_order_gain`, what steps as taken promise. And β = 0.01 is small: with
 D = ‖g₁ − g₂‖² / tr G, M = 2 and away from the clip, β moves λ by the share β/(D + β) of its way to p. That is half the
 way at D = 0.01, gradients that nearly coincide, and 1 % of it at D = 1, orthogonal ones.
 
 Everything is float64, and on the CPU but for the products in `gram`; M is small, so that a QP costs far less than one
-row of J. A Gram holds squares, so that an angle below 1e-7 is zero to it. Lengths may differ by 1e12, and λᵀĜλ is still
-at most 1e-10 of itself above the minimum; by 1e6, and of several minimisers λ is still the one nearest p.
+row of J. A Gram holds squares, so that an angle below 1e-7 is zero to it. Where lengths differ by up to 1e12, λᵀĜλ is
+within 1e-10 (relative) of its minimum; up to 1e6, of several minimisers λ is also the one nearest p.
 """
 
 import math
@@ -153,7 +153,7 @@ def _solve_two(Ghat: Tensor, beta: float, p: Tensor) -> Tensor:
 
 
 def _solve_any(Ghat: Tensor, beta: float, p: Tensor) -> Tensor:
-    """Any M: projected gradient, from where it stands the exact minimiser, and the limit β → 0⁺. [ours]"""
+    """Any M: some projected-gradient steps, from there the exact minimiser; at β = 0 the limit β → 0⁺. [ours]"""
     H = 2.0 * Ghat + beta * torch.eye(len(p), dtype=torch.float64)
     length = H.diagonal().clamp_min(0.0).sqrt()  # of the gradients, [M]
     length[length == 0.0] = length.where(length > 0.0, 1.0).min()  # any will do for a gradient of zero

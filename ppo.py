@@ -4,7 +4,7 @@ For every reward j, on the tokens t of one response (Schulman et al. 2017; Ziegl
 
     r_{j,t} = −κ (log π_old − log π_ref)_t + R_j [t is the last token]          token reward, k1 KL
     A_{j,t} = Σ_l μ^l δ_{j,t+l},   δ_{j,t} = r_{j,t} + V_j(t+1) − V_j(t)          GAE, μ is `gae_lambda`
-    Â_j     = (A_j − mean) / max(σ_j, 0.1 σ_j⁰)                                  whitening per reward
+    Â_j     = (A_j − mean) / max(σ_j, 0.1)                                       whitening per reward
     L_j(θ)  = −mean_t min(ρ_t Â_{j,t}, clip(ρ_t, 1 − ε, 1 + ε) Â_{j,t}),         ρ_t = π_θ / π_old
     g_j     = ∇_θ L_j                                                          row j of J [k, d]
 
@@ -14,10 +14,10 @@ FIRM's rewards are its M objectives; methods that combine objectives before they
 [code: RiC] adaptive κ: initial 0.2, target 3 per sequence.
 [VC-PPO, arXiv 2503.01491] the critic's targets have a λ of their own, 1: it fits the returns Σ_{u ≥ t} r_{j,u} as they
 were, so that the reward at the end reaches the first token undiminished.
-[ours] the KL in every objective's reward; whitening and its floor (σ_j⁰ = 1, the scale of a calibrated score on the
-base policy, stands for that of its advantages: a near-constant objective must not be blown up into noise); the critic,
-linear in detached hidden states, zero at the start, fitted once a round, after the advantages have been taken, by a few
-conjugate gradients: no rate to choose whatever the scale of the states, and stopping early is its regulariser.
+[ours] the KL in every objective's reward; whitening and its floor, a tenth of the deviation that calibrated scores have
+on the base policy, so that a near-constant objective is not blown up into noise; the critic, linear in detached hidden
+states, zero at the start, fitted once a round, after the advantages have been taken, by a few conjugate gradients: no
+rate to choose whatever the scale of the states, and stopping early is its regulariser.
 
 `grpo.py` learns without a critic. Means over tokens are over the tokens of the whole client batch, whatever the
 micro-batches. Left out on purpose: an entropy bonus, a discount per token, a clip of the value's movement (it kept the
@@ -33,7 +33,7 @@ from app.fields import Checked, Count, Index, NonNegative, Positive, Share, sett
 from app.stopwatch import phase
 from rollout import Policy, Rollout, assemble
 
-SCALE_FLOOR = 0.1  # of σ_j⁰, in calibrated units: an advantage is never divided by less
+SCALE_FLOOR = 0.1  # in calibrated units: an advantage is never divided by less
 TINY = torch.finfo(torch.float64).tiny  # 0 / 0 is 0: a critic that fits exactly stays
 
 
@@ -107,8 +107,8 @@ def masked_std(x: Tensor, mask: Tensor) -> Tensor:
 def token_rewards(batch: Batch) -> Tensor:
     """r [B, L, k]: the KL of every token, and the score on the last one."""
     mask, scores = batch.rollout.mask, batch.scores
-    kl = -batch.kl_coef * (batch.logp_old - batch.logp_ref) * mask  # [B, L]
-    rewards = kl[..., None].repeat(1, 1, scores.shape[1])  # [B, L, k]
+    penalty = -batch.kl_coef * (batch.logp_old - batch.logp_ref) * mask  # [B, L]
+    rewards = penalty[..., None].repeat(1, 1, scores.shape[1])  # [B, L, k]
     rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores.to(rewards.dtype)
     return rewards
 
@@ -137,10 +137,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Ten
     return advantages
 
 
-def whiten(advantages: Tensor, mask: Tensor, floor: float) -> Tensor:
-    """Â [B, L, k]: mean 0 and deviation 1 per column over the real tokens; divides by max(σ, floor)."""
+def whiten(advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Â [B, L, k], of mean 0 and deviation 1 per column over the real tokens, and σ [k]; divides by max(σ, 0.1)."""
+    scale = masked_std(advantages, mask)
     centred = (advantages - masked_mean(advantages, mask)) * mask[..., None]
-    return centred / masked_std(advantages, mask).clamp_min(floor)
+    return centred / scale.clamp_min(SCALE_FLOOR), scale
 
 
 @dataclass
@@ -209,11 +210,11 @@ class PPO:
         self.critic = Critic(hidden_size, k, device)
 
     def advantages(self, batch: Batch) -> Advantages:
-        """Token rewards with KL, GAE on the critic as it stands, whitening; σ⁰ = 1, so the floor is 0.1."""
+        """Token rewards with KL, GAE on the critic as it stands, whitening."""
         mask, rewards = batch.rollout.mask, token_rewards(batch)
         values = self.critic(batch.hidden)  # [B, L, k]
         advantages = gae(rewards, values, mask, self.config.gae_lambda)
-        return Advantages(whiten(advantages, mask, SCALE_FLOOR), masked_std(advantages, mask), to_go(rewards), values)
+        return Advantages(*whiten(advantages, mask), to_go(rewards), values)
 
     def fit(self, batch: Batch, advantages: Advantages) -> None:
         """Once a round, after its advantages: the critic towards the returns of all real tokens."""

@@ -47,7 +47,7 @@ LOGIT_SETTINGS = (  # what caps and scales are called; off where None or 1
 class RolloutConfig(Checked):
     """The policy and how it answers."""
 
-    model: str = setting("", "policy: a checkpoint directory or a hub name; empty is the embedded toy world")
+    model: str = setting("", "policy: a checkpoint directory or a hub name; empty is the tiny model of --world")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "type of the frozen weights")
     max_new_tokens: Count = setting(128, "response length L, in tokens")
     temperature: Positive = setting(1.0, "sampling temperature, also that of every log-prob")

@@ -1,6 +1,6 @@
 """The command line: settings in, a trained adapter, tables and pictures out.
 
-    python run.py                                            FIRM on the embedded world
+    python run.py                                            FIRM on the toy world
     python run.py --preset tinyllama                         the paper's setup on one GPU
     python run.py --model DIR --prompts FILE --objectives hf:DIR hf:DIR --out runs/mine
     python run.py --resume runs/firm-tiny                    go on after a crash, same result
@@ -16,7 +16,7 @@ run the rounds, measure again, write the run directory:
     config.json      every setting                       samples.jsonl   held-out prompts, answered before and after
     metrics.jsonl    a line a round                      adapter/        PEFT's format
     summary.json     what came of it                     checkpoint/     for --resume
-    rewards.png, weights.png (and front.png on the embedded world, whose exact Pareto front is known)
+    rewards.png, weights.png (and front.png on the toy world, whose exact Pareto front is known)
     tasks.png        for methods with a primary objective: its rewards by task, its weights, the clients' shares
     adapters/        with --eval_every: the adapter after every k-th round, and its held-out scores
     personal/        with --personal_rounds: every client's own adapter, in PEFT's format
@@ -168,7 +168,7 @@ def do_rounds(
                 kept = {"scores": held_out.scores, "kl": held_out.kl}
                 write_tensors(out / "adapters" / f"round{t:04d}" / "held_out.safetensors", kept)
             if session.config.firm.diagnostics:
-                from evidence import diagnostics  # here, so that nothing that trains knows of it
+                from evidence import diagnostics  # here: only --diagnostics needs it
 
                 figures, grams = diagnostics.observe(record)
                 lines[-1] |= figures
@@ -190,7 +190,7 @@ def draw(session: Session, summary: dict[str, Any], lines: list[dict[str, Any]],
 
     if lines:
         plots.by_round(lines, session.names, out)
-    if lines and session.primary is not None:
+    if lines and session.federation.method.needs_primary:
         plots.by_task(lines, session.names[session.primary], session.tasks, out)
     if session.config.front_is_known:
         points = {}

@@ -40,7 +40,7 @@ LEARNERS = {"ppo": PPO, "group": grpo.Groups, "grpo": grpo.GRPO}
 WEIGHTS = {"min-norm": firm.FIRM, "fixed": firm.LINEAR, "hypergradient": fedmoa.FEDMOA}  # whose λ
 AGGREGATIONS = {"fedavg": firm.FIRM, "accuracy": fedmoa.FEDMOA}  # whose average
 PRESETS = {
-    "tiny": {  # the embedded world: a laptop CPU, about a minute
+    "tiny": {  # the toy world: a laptop CPU, about a minute
         "objectives": ["py:worlds/toy.py:helpful", "py:worlds/toy.py:harmless"],
         "max_new_tokens": 12,
         "lora_rank": 8,
@@ -199,7 +199,7 @@ TITLES = {  # of the flags' groups in the help
 }  # fmt: skip
 EXAMPLES = """Train one adapter for several objectives, by many clients.
 
-  python run.py                                          firm on the embedded world, about a minute on a laptop CPU
+  python run.py                                          firm on the toy world, about a minute on a laptop CPU
   python run.py --method linear --preference 0.8 0.2     another method, another preference; every setting is a flag
   python run.py --model DIR --prompts FILE --objectives hf:DIR py:mine.py:polite    your own
   python run.py --preset tinyllama                       a preset; its values are the defaults shown below
@@ -241,8 +241,7 @@ class Config(TrainingConfig):
         method, run = METHODS[self.run.method], self.run
         parts = {"learner": LEARNERS[run.advantages]} if run.advantages else {}
         for field in ("weights", "aggregation"):
-            own_server = method.server_weights or method.server_mixing or method.aggregate is not Method.aggregate
-            if getattr(run, field) and own_server:
+            if getattr(run, field) and method.own_server:
                 raise ValueError(f"{field}: {method.name} has a server of its own for that; leave --{field} out")
         if run.weights:
             if method.trainings is not Method.trainings:
@@ -257,7 +256,7 @@ class Config(TrainingConfig):
 
     @property
     def front_is_known(self) -> bool:
-        """Whether this is the embedded world with its own two objectives, whose exact Pareto front is known."""
+        """Whether this is the toy world with its own two objectives, whose exact Pareto front is known."""
         toy = not self.rollout.model and self.run.world == "toy"
         return toy and self.run.objectives == PRESETS["tiny"]["objectives"]
 

@@ -77,8 +77,8 @@ def first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """What of the items is this process's: every N-th."""
+def of_this_process(items: Sequence[T]) -> Sequence[T]:
+    """Those of the items that this process works on: every N-th; all in a single process."""
     return items[dist.get_rank() :: size()] if dist.is_initialized() else items
 
 

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import clients
 from app import ranks
 from app.session import Evaluation, Session
 from settings import Config
@@ -179,7 +178,7 @@ def by_client(
     """Of every client: its task, what it holds, and the primary objective on held-out prompts of its kind, under the
     base model, the global adapter and its own.
     """
-    found, primary = [], clients.primary_of(session.config.firm.primary, session.names)
+    found, primary = [], session.primary
     for client, task in zip(session.federation.clients, session.tasks, strict=True):
         chosen = session.of_kind(client.index)
         line = {"client": client.index, "task": task, "prompts": client.prompts_held, "held_out": len(chosen)}
@@ -198,7 +197,7 @@ def by_client(
 def client_table(session: Session, found: Sequence[dict[str, Any]]) -> str:
     """The primary objective by task, a plain mean over its clients, then by client."""
     stages = list(found[0]["primary"])
-    name = session.names[clients.primary_of(session.config.firm.primary, session.names)]
+    name = session.names[session.primary]
     rows = [["", "trains on", "holds", "asked", *stages]]
     for task in sorted(set(session.tasks)):
         own = [line for line in found if line["task"] == task]

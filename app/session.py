@@ -74,6 +74,7 @@ class Session:
             specs, self.device, config.run.reward_dtype, config.run.reward_batch_size
         )
         self.names = [objective.name for objective in self.objectives]
+        self.primary = clients.primary_of(config.firm.primary, self.names)
         if not self.base_model:
             if config.run.world == "reasoning":
                 made = reasoning.prepare(config.run.severity, config.firm.seed, progress=progress)
@@ -121,7 +122,7 @@ class Session:
         streams = [clients.stream(self.config.firm.seed, clients.EVALUATION, i) for i in chosen]
         u = np.concatenate([rng.random((S, L)) for rng in streams])  # [n·S, L]
         made, size = {}, self.config.run.eval_batch_size
-        starts = ranks.share(range(0, len(rows), size))
+        starts = ranks.of_this_process(range(0, len(rows), size))
         for start in tqdm(starts, label, disable=not self.progress, leave=False):
             prompts = rows[start : start + size]
             rollout = self.policy.sample([p.token_ids for p in prompts], u[start : start + size])
@@ -170,12 +171,6 @@ class Session:
         gap = ((rollout.sampled_logp - logp).abs() * rollout.mask).max()
         return self.policy.expected_kl(hidden, hidden_ref, rollout.mask), float(gap)
 
-    @property
-    def primary(self) -> int | None:
-        """The number of the primary objective, where the method has one."""
-        has_one = self.federation.method.needs_primary
-        return clients.primary_of(self.config.firm.primary, self.names) if has_one else None
-
     def of_kind(self, client: int) -> list[int]:
         """The held-out prompts that --split would give a client, else those of its subsets, else all."""
         for kind in filter(None, (self.owner, lambda prompt: prompt.subset)):
@@ -186,7 +181,7 @@ class Session:
 
     def personalised(self, directory: Path) -> list[Evaluation]:
         """Each client's adapter after local rounds on its own: saved, and measured on held-out prompts of its kind."""
-        found, theta, mine = [], self.federation.theta, ranks.share(self.federation.clients)
+        found, theta, mine = [], self.federation.theta, ranks.of_this_process(self.federation.clients)
         bar = tqdm(mine, "personalisation", disable=not self.progress, leave=False)
         own = {c.index: fedmoa.personalise(self.federation, c, self.config.own["fedmoa"]) for c in bar}
         for c, adapter in ranks.merged(own).items():

@@ -4,7 +4,7 @@
     python run.py --compare firm linear morlhf soups    these methods at one preference
     python run.py --sweep 0.1 0.5 0.9 --compare firm mgda linear soups
 
-A method that takes no preference (mgda, fsmgda, fedcmoo) is run once, at uniform p. Rewarded Soups train a specialist
+A method that takes no preference (mgda, say) is run once, at uniform p. Rewarded Soups train a specialist
 per objective once (`baselines.py`), and every p only mixes their adapters. What comes of it:
 
     sweep.json                        the settings; at the end the figures of the table too
@@ -147,13 +147,13 @@ def begin(config: Config, points: Points, runs: dict[str, list[Config]], out: Pa
     A setting that did not exist when the sweep began counts as its default there. Raises ValueError where they differ,
     or where something is wrong.
     """
-    plan = {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
-    settings, file, found = shared_settings(config) | plan, out / "sweep.json", {}
+    asked = {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
+    settings, file, found = shared_settings(config) | asked, out / "sweep.json", {}
     if file.is_file():
         try:
             found = json.loads(file.read_text("utf-8"))
             saved = found["settings"]
-            written = {name: saved.pop(name) for name in plan}
+            written = {name: saved.pop(name) for name in asked}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"out: {file} is damaged, or of something else; name another directory") from error
         saved = shared_settings(absolute(Config.from_flat(saved))) | written

@@ -1,4 +1,4 @@
-"""The evidence: one short function per claim; runs, a table, a picture. All on the embedded world. [ours]
+"""The evidence: one short function per claim; runs, a table, a picture. All on the embedded worlds. [ours]
 
     python -m evidence.experiments tuning baselines pareto …   some of them, in this order
     python -m evidence.experiments all --quick                 all in miniature, a quarter of an hour

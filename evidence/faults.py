@@ -88,12 +88,12 @@ def survivors(lab: Lab) -> None:
         federation.calibrate()
         alone.calibration = federation.calibration
 
-        def train(client: Client, batch: Batch, *others, federation: Federation = federation) -> Contribution:
+        def contribution(client: Client, batch: Batch, *others, federation: Federation = federation) -> Contribution:
             if client.index == 0:
                 batch = replace(batch, scores=batch.scores * math.nan)
-            return Federation.train(federation, client, batch, *others)
+            return Federation.contribution(federation, client, batch, *others)
 
-        federation.train = train
+        federation.contribution = contribution
         equal, vanished, rejected = 0, 0, 0
         for _ in range(rounds):
             record = federation.round()

@@ -52,7 +52,8 @@ def train(case: str) -> dict:
     found["server"] = built.server_state
     if case == "fedmoa":
         own = {
-            c.index: fedmoa.personalise(built, c, FedMOAConfig(personal_rounds=1)) for c in ranks.share(built.clients)
+            c.index: fedmoa.personalise(built, c, FedMOAConfig(personal_rounds=1))
+            for c in ranks.of_this_process(built.clients)
         }
         found["own"] = ranks.merged(own)
     return found

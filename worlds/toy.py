@@ -1,4 +1,4 @@
-"""The embedded world: a tiny language, a tiny Llama pre-trained on it, two conflicting objectives, their exact front.
+"""The toy world: a tiny language, a tiny Llama pre-trained on it, two conflicting objectives, their exact front.
 
 All of it is [ours]; no paper describes it. It stands in for HH-RLHF, TinyLlama and two reward models where a run has
 to end in a minute, and it enters the project as anyone's model would: `prepare` writes an ordinary checkpoint directory
@@ -118,7 +118,7 @@ def topic_of(prompt: str) -> str:
     for topic in TOPICS:
         if topic in question:
             return topic
-    raise ValueError(f"prompt outside the embedded world (it names none of its topics): {prompt!r}")
+    raise ValueError(f"prompt outside the toy world (it names none of its topics): {prompt!r}")
 
 
 def count(topic: str, completion: str) -> Counts:
