@@ -101,8 +101,7 @@ class Session:
         self.federation = self.federate(config)
 
     def federate(self, config: Config) -> Federation:
-        """The federation of these clients under the method and the settings given. Raises ValueError as it does."""
-        check(config)
+        """The federation of these clients under the method and the settings given, see `check`. Raises ValueError."""
         numbers = [sorted(set(self.tasks)).index(task) for task in self.tasks]
         return Federation(self.policy, self.shares, self.names, self.score, config.method, config, self.held, numbers)
 
@@ -278,7 +277,7 @@ def check(config: Config) -> None:
         raise ValueError(f"preference: {method.name} takes none; leave it out, or use firm, linear or morlhf")
     if config.run.severity and (config.rollout.model or config.run.world != "reasoning" or config.data.prompts):
         raise ValueError("severity: only the reasoning world has poor clients; add --world reasoning")
-    if config.run.severity and config.data.split != "natural":
+    if config.run.severity and config.data.split not in ("natural", "client"):  # two names for one
         raise ValueError("severity: wrong references would be held out too; add --split natural")
     if config.rollout.model and not config.data.prompts:
         raise ValueError("prompts: name the files that go with --model, as --prompts FILE...")

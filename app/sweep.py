@@ -39,7 +39,7 @@ from app import report
 from app.checkpoint import has_state, read_state
 from app.files import new_directory, owned, read_json, read_lines, to_json, write_text
 from app.loading import fingerprint_of
-from app.session import Session
+from app.session import Session, check
 from settings import METHODS, Config, absolute
 from worlds import toy
 
@@ -172,6 +172,7 @@ def begin(config: Config, points: Points, runs: dict[str, list[Config]], out: Pa
     if not all((out / method / label(p) / "summary.json").exists() for method, ps in points.items() for p in ps):
         session = Session(first)  # finds what is wrong
         for other in others:
+            check(other)
             session.federate(other)
         start = {"the adapter": fingerprint_of([("", session.start)])} if config.run.adapter else {}
         made = session.fingerprint | start
