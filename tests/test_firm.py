@@ -367,8 +367,11 @@ def test_with_one_plain_step_fsmgda_is_fedcmoo_without_compression(M):
 # Going on after an interruption
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adam-keep"])
-@pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [(method, "adam-keep") for method in TRAINED] + [(METHODS[name], "adam") for name in ("firm", "fedmoa")],
+    ids=lambda part: getattr(part, "name", part),
+)
 def test_from_a_checkpoint_every_method_goes_on_bit_for_bit_in_state_and_metrics(method, optimizer):
     whole, resumed = (federation(method=method, optimizer=optimizer, clients=2) for _ in range(2))
     whole.round(), whole.round()
