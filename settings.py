@@ -6,7 +6,6 @@ and its name is unique. A preset is a set of plain overrides of the defaults. Ba
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -302,8 +301,8 @@ def absolute(config: Config) -> Config:
         return text if inside else f"{found[1]}{found[2]}:{here(found[3])}{found[4]}"
 
     values |= {name: here(values[name]) for name in ("model", "opinions", "encoder", "adapter")}
-    prompts = [os.path.abspath(f) if Path(f).exists() else f for f in values["prompts"]]  # a link has its own name
-    values |= {"prompts": prompts, "objectives": [*map(spec, values["objectives"])]}
+    linked = lambda name: str(Path(name).parent.resolve() / Path(name).name) if Path(name).exists() else name  # noqa: E731
+    values |= {"prompts": [*map(linked, values["prompts"])], "objectives": [*map(spec, values["objectives"])]}
     return Config.from_flat(values)
 
 

@@ -163,13 +163,21 @@ def begin(config: Config, points: Points, runs: dict[str, list[Config]], out: Pa
                 raise ValueError(f"out: {theirs}; name another directory")
     first, *others = [one for ones in runs.values() for one in ones]
     made, fingerprints = {}, {file: found.get("fingerprint", {})}  # older sweeps have none
-    for home in (Path(one.run.out) for one in (first, *others)):
+    homes = [Path(one.run.out) for one in (first, *others)]
+    finished = [home for home in homes if (home / "summary.json").exists()]
+    for home in homes:
         if has_state(home / "checkpoint"):
-            _, values = read_state(home / "checkpoint")
+            try:
+                _, values = read_state(home / "checkpoint")
+            except ValueError:
+                if home in finished:  # nobody needs it
+                    continue
+                raise
             if (done := values["rounds_done"]) > config.firm.rounds:
                 raise ValueError(f"out: {home} went on to {done} rounds, of {config.firm.rounds} here; move it away")
             fingerprints[home] = its if isinstance(its := values["fingerprint"], dict) else {}  # older ones hashed less
-    if not all((out / method / label(p) / "summary.json").exists() for method, ps in points.items() for p in ps):
+    mixed = [out / method / label(p) / "summary.json" for method, ps in points.items() for p in ps]
+    if finished != homes or not all(file.exists() for file in mixed):
         session = Session(first)  # finds what is wrong
         for other in others:
             check(other)

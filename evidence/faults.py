@@ -154,7 +154,7 @@ def soak(lab: Lab) -> None:
         before = run.begin(session, out)
         for end in range(fifth, 5 * fifth + 1, fifth):
             session.config.firm.rounds = end
-            seconds = [line["seconds"] for line in run.do_rounds(session, before, out, "")[-fifth:]]
+            seconds = [line["seconds"] for line in run.do_rounds(session, before, out, "")[0][-fifth:]]
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
             size = (out / "checkpoint" / "state.safetensors").stat().st_size

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import multiprocessing
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class Lab:
     def pool(self) -> ProcessPoolExecutor:
         """The workers, of all experiments: a process takes seconds to start."""
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
-        return ProcessPoolExecutor(self.workers, spawn)
+        return ProcessPoolExecutor(self.workers, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
     def some(self, values: Sequence) -> Sequence:
         """All values (seeds, say), or the two ends of them in miniature."""

@@ -33,7 +33,7 @@ def bench(tmp_path, monkeypatch):
         return [{"method": job["method"], "seed": job["seed"], "figure": float(len(calls))}]
 
     monkeypatch.setattr(lab, "run_job", fake)
-    monkeypatch.setattr(lab, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", lambda workers, context, *_: ThreadPoolExecutor(1))
     return lab.Lab(tmp_path, quick=False, workers=1), calls
 
 

@@ -689,8 +689,11 @@ def test_files_are_named_from_the_root_so_that_a_run_goes_on_from_another_folder
 def test_a_linked_prompt_file_keeps_the_name_that_says_what_it_holds(tmp_path):
     (tmp_path / "blob").write_text("")
     (tmp_path / "harmless.jsonl").symlink_to(tmp_path / "blob")
-    config, *_ = run.parse(["--prompts", str(tmp_path / "harmless.jsonl")])
-    assert config.data.prompts == [str(tmp_path / "harmless.jsonl")]
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "own.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "sub")
+    config, *_ = run.parse(["--prompts", f"{tmp_path}/harmless.jsonl", f"{tmp_path}/link/../own.jsonl", "none"])
+    assert config.data.prompts == [f"{tmp_path}/harmless.jsonl", f"{tmp_path}/data/own.jsonl", "none"]
 
 
 def test_only_what_is_there_is_named_from_the_root(tmp_path, monkeypatch):

@@ -354,6 +354,22 @@ def test_a_point_that_went_on_to_more_rounds_is_not_compared_with_the_others(swe
     assert not (tmp_path / "swept" / "firm" / "p0.00-1.00").exists()
 
 
+def test_a_finished_sweep_needs_no_checkpoint_of_its_points(swept, world, tmp_path):
+    shutil.copytree(swept, tmp_path / "swept")
+    for file in (tmp_path / "swept" / "firm" / "p0.40-0.60" / "checkpoint").iterdir():
+        file.write_text("damaged")
+    assert run.main(arguments(world, tmp_path / "swept")) == 0
+
+
+def test_a_specialist_is_not_trained_anew_from_other_inputs(swept, world, tmp_path, capsys):
+    shutil.copytree(swept, tmp_path / "swept")
+    shutil.rmtree(tmp_path / "swept" / "soups" / "specialist-even")
+    file = tmp_path / "swept" / "sweep.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"fingerprint": saved["fingerprint"] | {"the base model": "another"}}))
+    assert "out: the base model changed since" in refused(capsys, arguments(world, tmp_path / "swept"))
+
+
 def test_what_no_preference_of_a_sweep_can_do_is_refused_before_the_first(world, tmp_path, capsys):
     flags = {"sweep": [0.5, 1], "method": "linear", "rounds": 1, "client_objectives": "2=short"}
     message = refused(capsys, command(world, out=tmp_path / "swept", **flags))
