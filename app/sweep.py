@@ -4,10 +4,10 @@
     python run.py --compare firm linear morlhf soups    these methods at one preference
     python run.py --sweep 0.1 0.5 0.9 --compare firm mgda linear soups
 
-A method that takes no preference (mgda, say) is run once, at uniform p. Rewarded Soups train a specialist
-per objective once (`baselines.py`), and every p only mixes their adapters. What comes of it:
+A method that takes no preference (mgda, say) is run once, at uniform p. Rewarded Soups train a specialist per objective
+once (`baselines.py`), and every p only mixes their adapters. What comes of it:
 
-    sweep.json                        the settings; at the end the figures of the table too
+    sweep.json                        the settings, and hashes of what they name; at the end the table's figures too
     firm/p0.30-0.70/                  an ordinary run directory, see run.py
     soups/specialist-helpful/         likewise: morlhf on this objective alone
     soups/p0.30-0.70/summary.json     the mixed adapter, measured
@@ -142,10 +142,11 @@ def sweep(config: Config, preferences: list[str] | None, methods: list[str] | No
 
 
 def begin(config: Config, points: Points, runs: dict[str, list[Config]], out: Path) -> None:
-    """Write down what a new sweep is made of in its directory, or compare it with what the same sweep began with.
+    """Write down what a new sweep is made of in its directory: the settings, and hashes of what they name. Or compare
+    that with what the same sweep began with, and with the checkpoints of its training runs.
 
     A setting that did not exist when the sweep began counts as its default there. Raises ValueError where they differ,
-    or where something is wrong.
+    where a run went on to more rounds, or where something is wrong with any of the runs.
     """
     asked = {"methods": list(points), "preferences": sorted({label(p) for ps in points.values() for p in ps})}
     settings, file, found = shared_settings(config) | asked, out / "sweep.json", {}
@@ -162,22 +163,10 @@ def begin(config: Config, points: Points, runs: dict[str, list[Config]], out: Pa
                 theirs = f"{out} holds a sweep with {name} {saved[name]}, not {value}"
                 raise ValueError(f"out: {theirs}; name another directory")
     first, *others = [one for ones in runs.values() for one in ones]
-    made, fingerprints = {}, {file: found.get("fingerprint", {})}  # older sweeps have none
     homes = [Path(one.run.out) for one in (first, *others)]
-    finished = [home for home in homes if (home / "summary.json").exists()]
-    for home in homes:
-        if has_state(home / "checkpoint"):
-            try:
-                _, values = read_state(home / "checkpoint")
-            except ValueError:
-                if home in finished:  # nobody needs it
-                    continue
-                raise
-            if (done := values["rounds_done"]) > config.firm.rounds:
-                raise ValueError(f"out: {home} went on to {done} rounds, of {config.firm.rounds} here; move it away")
-            fingerprints[home] = its if isinstance(its := values["fingerprint"], dict) else {}  # older ones hashed less
-    mixed = [out / method / label(p) / "summary.json" for method, ps in points.items() for p in ps]
-    if finished != homes or not all(file.exists() for file in mixed):
+    fingerprints = {file: found.get("fingerprint", {})} | fingerprints_of(homes, config.firm.rounds)  # old ones: none
+    ends, made = homes + [out / method / label(p) for method, ps in points.items() for p in ps], {}
+    if not all((home / "summary.json").exists() for home in ends):
         session = Session(first)  # finds what is wrong
         for other in others:
             check(other)
@@ -190,6 +179,24 @@ def begin(config: Config, points: Points, runs: dict[str, list[Config]], out: Pa
                 raise ValueError(f"out: {what} changed since {where} was made; name another directory")
     if not found:
         write_text(file, json.dumps({"settings": settings, "fingerprint": made}, indent=2) + "\n")
+
+
+def fingerprints_of(homes: Sequence[Path], rounds: int) -> dict[Path, dict[str, str]]:
+    """What the checkpoints in these run directories say that they were made from. Raises ValueError for one of more
+    rounds, and for a damaged one of a run that is not finished.
+    """
+    found = {}
+    for home in (home for home in homes if has_state(home / "checkpoint")):
+        try:
+            _, values = read_state(home / "checkpoint")
+        except ValueError:
+            if (home / "summary.json").exists():  # nobody needs it
+                continue
+            raise
+        if (done := values["rounds_done"]) > rounds:
+            raise ValueError(f"out: {home} went on to {done} rounds, of {rounds} here; move it away")
+        found[home] = its if isinstance(its := values["fingerprint"], dict) else {}  # older ones hashed less
+    return found
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
