@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora import LoRAConfig
-from rollout import Policy, RolloutConfig
+from settings import ModelSettings
 
 torch.set_num_threads(1)
 WORDS = [f"w{i}" for i in range(46)]
@@ -51,11 +50,12 @@ def make_model(kind: str, seed: int = 0):
 def make_policy(
     kind: str = "llama", noise: float = 0.1, temperature: float = 1.0, rank: int = 4, device: str = "cpu",
     dtype: torch.dtype = torch.float32, max_new_tokens: int = 128,
-) -> Policy:  # fmt: skip
+):  # fmt: skip
     """A policy whose adapter has been moved away from zero, so that it does something; the same on every device."""
-    model = make_model(kind).to(device, dtype)
-    config = RolloutConfig(temperature=temperature, max_new_tokens=max_new_tokens)
-    policy = Policy(model, make_tokenizer(), LoRAConfig(lora_rank=rank), config)
+    from rollout import Policy  # here, so that tests of what lies below need no policy
+
+    config = ModelSettings(temperature=temperature, max_new_tokens=max_new_tokens, lora_rank=rank)
+    policy = Policy(make_model(kind).to(device, dtype), make_tokenizer(), config)
     theta = policy.adapter.vector()
     step = noise * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
     policy.adapter.assign(theta + step.to(device))
@@ -77,5 +77,5 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def policy(kind) -> Policy:
+def policy(kind):
     return make_policy(kind)
