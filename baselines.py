@@ -1,7 +1,7 @@
 """The methods FIRM is compared with: what changes in `firm.Method`, and nothing else.
 
-To add one: `replace` a method with its own parts, and append it to `settings.METHODS`; flags, help, sweeps, pictures
-and tests find it there. What a server remembers goes into `server.state`, and a checkpoint keeps it.
+To add one: `replace` a method with its own parts, and append it to `METHODS` in `app/options.py`; flags, help, sweeps,
+pictures and tests find it there. What a server remembers goes into its `state`, and a checkpoint keeps it.
 
     method    a client uploads per round     who picks λ, and from what                              takes p
     morlhf    d                              nobody: Σ_j p_j R_j is one reward, with one critic      yes
@@ -24,36 +24,39 @@ A client's M runs share its responses [ours]. FSMGDA takes M times FIRM's local 
 near-orthogonal updates of one length is √M times shorter than each of them: tune η_s.
 
 FedCMOO (arXiv 2410.16398). The server estimates the Gram of the mean gradient at θ_t from compressed gradients and
-picks one λ, which all clients use in all their local steps of the round. With one row per objective:      [paper, code]
-    1. up    C_c, the low-rank part of the gradients A_c [M, d] at θ_t; D_c = A_c − C_c stays at home
-    2. down  S, the low-rank part of Σ_c C_c, and the client's weight
-    3. up    Γ_c = A_c A_cᵀ + K_c + K_cᵀ with K_c = (½ C_c + D_c)(S − C_c)ᵀ, and D_c D_cᵀ: symmetric, M(M+1) scalars
-    4. down  λ, after K_w steps of λ ← Π(λ − η_w G̃ λ) from the last round's λ, G̃ = G / (mean_i √(G_ii + 1e-4))²
-where C² G = Σ_c Γ_c, plus (C − 1) Σ_c D_c D_cᵀ if Σ_c ‖C_c‖² ≤ 1.5² Σ_c ‖D_c‖².
-Lossless (e = 2M), this is exactly Σ_c Σ_b A_c A_bᵀ. Else Σ_c Γ_c misses D_c D_bᵀ for b ≠ c, and what S lost. The extra
-term puts D_b = D_c: right for clients that agree, several times too large on the diagonal for independent noise.
-η_w K_w = 1 [code]: one round goes 1 − 1/e (e = 2.718…) of the way for orthogonal gradients of equal norm, and less
-where they are alike, or shorter than 0.01 (there the 1e-4 rules). λ is an average over rounds, not this round's QP.
-[ours]  K_c is added with its transpose (the code: twice D_c (S − C_c)ᵀ, which is not symmetric); C² (the code: C, which
-        matters only beside 1e-4); A_c is scaled by C w_c first, so that G is the Gram of Σ_c w_c A_c; a diagonal that
+picks one λ, which all clients use in all their local steps of the round. N clients, G_c [M, d] the gradients of client
+c at θ_t, L_c their low-rank part, R_c = G_c − L_c the rest, which stays at home:                          [paper, code]
+    1. up    L_c
+    2. down  T, the low-rank part of Σ_c L_c, and the client's weight
+    3. up    Γ_c = G_c G_cᵀ + K_c + K_cᵀ with K_c = (½ L_c + R_c)(T − L_c)ᵀ, and R_c R_cᵀ: symmetric, M(M+1) scalars
+    4. down  λ, after 1000 steps of λ ← Π(λ − 0.001 Ĝ λ) from the last round's λ, Ĝ = Γ / (mean_i √(Γ_ii + 1e-4))²
+where N² Γ = Σ_c Γ_c, plus (N − 1) Σ_c R_c R_cᵀ if Σ_c ‖L_c‖² ≤ 1.5² Σ_c ‖R_c‖².
+If nothing is lost (e = 2M), N² Γ is exactly Σ_c Σ_b G_c G_bᵀ. Else Σ_c Γ_c misses R_c R_bᵀ for b ≠ c, and what T lost.
+The extra term puts R_b = R_c: right for clients that agree, several times too large on the diagonal for independent
+noise. 1000 steps of 0.001 [code] go 1 − exp(−1) of the way for orthogonal gradients of equal norm, and less if they are
+alike, or shorter than 0.01 (there the 1e-4 rules). λ is an average over rounds, not this round's QP.
+[ours]  K_c is added with its transpose (the code: twice R_c (T − L_c)ᵀ, which is not symmetric); N² (the code: N, which
+        matters only beside 1e-4); G_c is scaled by N w_c first, which makes Γ the Gram of Σ_c w_c G_c; a diagonal that
         the estimate made negative counts as 0 in the scale; λ is uniform before the first round.
-A client would keep A_c and take its first local step with it; the simulation computes the same gradient again.
+A client would keep G_c and take its first local step with it; the simulation computes the same gradient again.
 
 Rewarded Soups (Ramé et al. 2023): train one specialist per objective, then serve Σ_m p_m θ_m for any p.         [paper]
 It averages A and B apart, so the served update is not the average of the specialists' products BA.
 
-Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261): groups' rewards become one on the reward side, as Σ_j R_j / M
-does in MORLHF. The extremes compare raw rewards, which must be in one unit; for the KL penalty's sake all M are then
-calibrated by one mean and scale [ours]. α = softmax(−h / T), h_j the running mean of objective j's raw reward, all in
-one unit, that of T: who is served worst so far counts most. R_j is calibrated, as in MORLHF. [paper: the three,
-abstracts only. ours: h decays by `adaptive_rate` a round; the first round has equal α]
+Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261): groups' rewards become one on the reward side, as
+Σ_j R_j / M does in MORLHF. The extremes compare raw rewards, which must be in one unit; because of the KL penalty one
+mean and scale then calibrates all M [ours]. α = softmax(−h / T), h_j the running mean of objective j's raw reward: the
+objective that was served worst so far counts most. R_j is calibrated, as in MORLHF. [paper: the three, abstracts only.
+ours: h moves by 0.3 a round, T = 0.1 in the rewards' unit, the first round has equal α. The published rule is
+softmax((1 − h) / T) behind a gate: the plain mean while the fairness index is at least 0.9]
 
 Left out on purpose: FedCMOO-Pref, its top-k compression and momentum (0 in the code), FSMGDA's compressed uploads.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,43 +64,23 @@ from torch import Tensor
 
 import fedavg
 import mgda
-from app.fields import Checked, Count, Positive, Share, setting
-from clients import Client, LocalTraining
-from fedavg import Ledger, Server, Upload
-from firm import LINEAR
-from ppo import Batch
+import ppo
+from clients import Client, Purpose, stream
+from fedavg import Server, Upload, n_bytes
+from firm import LINEAR, Federation, Trainings, Weights, contexts
 
+COMPRESSION = 1.0  # e: FedCMOO's message is about as large as this many adapters [code]
 POWER_ITERATIONS = 2  # of the randomised SVD [code]
-RESIDUAL_RATIO = 1.5  # ‖C‖ / ‖D‖ up to which the residuals' cross terms are guessed [code]
+RESIDUAL_RATIO = 1.5  # ‖L‖ / ‖R‖ up to which the rests' cross terms are guessed [code]
+STEP, STEPS = 0.001, 1000  # of the projected gradient that picks FedCMOO's λ [code]
+TEMPERATURE, RATE = 0.1, 0.3  # of adaptive's α, and how far a round moves the running mean [ours]
 
-
-def scalarised(p: Tensor) -> list[Tensor]:
-    """One training on the one reward Σ_j p_j R_j: a list of one [M, 1]. [code: RiC]"""
-    return [p[:, None]]
-
-
-def one_per_objective(p: Tensor) -> list[Tensor]:
-    """M trainings, each on one objective: the columns [M, 1] of the identity. [paper: FSMGDA]"""
-    return list(torch.eye(len(p)).split(1, dim=1))
-
-
-def min_norm_of_updates(updates: Tensor, weights: Tensor, server: Server) -> Tensor:
-    """FSMGDA's λ [M]: the min-norm weights of the averaged updates Δ_m. [paper]
-
-    updates [C, M, d], weights [C]. Where several λ are min-norm, or every update is zero, λ is the one nearest
-    uniform. [ours]
-    """
-    mean = torch.stack([fedavg.average(of_all_clients, weights) for of_all_clients in updates.unbind(1)])  # [M, d]
-    return mgda.solve(mgda.normalise(mgda.gram(mean)), beta=0.0)
-
-
-MORLHF = replace(LINEAR, name="morlhf", help="the one reward Σ p_j R_j", trainings=scalarised)
-FSMGDA = replace(
-    LINEAR, name="fsmgda", help="a training per objective, server-side min-norm of the updates", takes_preference=False,
-    trainings=one_per_objective, server_mixing=min_norm_of_updates,
-)  # fmt: skip
+ONE_LOSS = Weights("one loss", "", lambda context: torch.ones(1, dtype=torch.float64))
+SCALARISED = Trainings("one, on Σ p_j R_j", lambda p, message: [p[:, None]], settings=("preference",))
+UNIFORM = replace(SCALARISED, settings=())
+MORLHF = replace(LINEAR, name="morlhf", help="the one reward Σ p_j R_j", trainings=SCALARISED, weights=ONE_LOSS)
 SOUPS = replace(
-    MORLHF, name="soups", help="a specialist per objective, mixed by p (with --sweep or --compare)", mixes=True
+    MORLHF, name="soups", help="a specialist per objective, mixed by p (with --sweep or --compare)", mixes_runs=True
 )
 
 
@@ -106,17 +89,31 @@ def interpolate(specialists: Tensor, preference: Sequence[float] | Tensor | None
     return fedavg.average(specialists, mgda.preference_vector(preference, len(specialists)))
 
 
-@dataclass
-class FedCMOOConfig(Checked):
-    """FedCMOO's own settings."""
+# ---- FSMGDA ----------------------------------------------------------------------------------------------------
 
-    fedcmoo_compression: Positive = setting(
-        1.0, "fedcmoo: e, size of a compressed message in adapters [code: 1]; 2M is lossless"
-    )
-    fedcmoo_step: Positive = setting(
-        0.001, "fedcmoo: step of the projected gradient that picks the weights [code: 0.001]"
-    )
-    fedcmoo_iterations: Count = setting(1000, "fedcmoo: steps of that projected gradient per round [code: 1000]")
+
+class FSMGDAServer(Server):
+    """Mixes M averaged updates by their min-norm weights."""
+
+    equal_objectives = True
+
+    def mixing(self, updates: Tensor, weights: Tensor) -> Tensor:
+        """FSMGDA's λ [M]: the min-norm weights of the averaged updates Δ_m; updates [C, M, d], weights [C]. [paper]
+
+        If several λ are min-norm, or every update is zero, λ is the one nearest uniform. [ours]
+        """
+        mean = torch.stack([fedavg.average(of_all_clients, weights) for of_all_clients in updates.unbind(1)])  # [M, d]
+        return mgda.solve(mgda.normalise(mgda.gram(mean)), beta=0.0)
+
+
+EACH_ALONE = Trainings("one per objective", lambda p, message: list(torch.eye(len(p)).split(1, dim=1)))
+FSMGDA = replace(
+    MORLHF, name="fsmgda", help="a training per objective, server-side min-norm of the updates", trainings=EACH_ALONE,
+    server=FSMGDAServer,
+)  # fmt: skip
+
+
+# ---- FedCMOO ---------------------------------------------------------------------------------------------------
 
 
 def fold(A: Tensor) -> Tensor:
@@ -157,127 +154,121 @@ def expand(factors: dict[str, Tensor], M: int, d: int) -> Tensor:
     return (factors["left"].double() @ factors["right"].double()).reshape(M, -1)[:, :d]  # [M, q·n] cut to [M, d]
 
 
-def gram_terms(A: Tensor, low_rank: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """What one client computes once it holds S: Γ and D Dᵀ [M, M], see above. A, low_rank (C), S [M, d] in float64."""
-    D = A - low_rank
-    K = (0.5 * low_rank + D) @ (S - low_rank).T
-    return A @ A.T + K + K.T, D @ D.T
+def gram_terms(G: Tensor, low_rank: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
+    """What one client computes once it holds T: Γ_c and R Rᵀ [M, M], see above. G, low_rank (L), T [M, d], float64."""
+    R = G - low_rank
+    K = (0.5 * low_rank + R) @ (T - low_rank).T
+    return G @ G.T + K + K.T, R @ R.T
 
 
-def mean_gram(known: Tensor, residual: Tensor, captured: float) -> Tensor:
-    """Server: the clients' Γ and D Dᵀ [C, M, M], and Σ_c ‖C_c‖², to G [M, M], the estimated Gram of the mean."""
-    C = len(known)
-    G = known.sum(0)
-    if captured <= RESIDUAL_RATIO**2 * float(residual.sum(0).trace()):
-        G = G + (C - 1) * residual.sum(0)
-    return G / C**2
+def mean_gram(known: Tensor, rest: Tensor, captured: float) -> Tensor:
+    """Server: the clients' Γ_c and R Rᵀ [N, M, M], and Σ_c ‖L_c‖², to the estimated Gram [M, M] of the mean."""
+    N = len(known)
+    total = known.sum(0)
+    if captured <= RESIDUAL_RATIO**2 * float(rest.sum(0).trace()):
+        total = total + (N - 1) * rest.sum(0)
+    return total / N**2
 
 
-def estimate_gram(A: Tensor, e: float, ledger: Ledger, rng: np.random.Generator) -> Tensor:
-    """Exchanges 1 to 3: the Gram [M, M], in float64 on the CPU, of mean_c A_c; A [C, M, d]. [paper]"""
-    C, M, d = A.shape
-    messages = [compress(A_c, e, rng) for A_c in A]
-    ledger.up(messages[0])
-    total, captured = torch.zeros(M, d, dtype=torch.float64, device=A.device), 0.0
+def estimate_gram(G: Tensor, e: float, rng: np.random.Generator) -> tuple[Tensor, tuple[int, int]]:
+    """Exchanges 1 to 3: the Gram [M, M], in float64 on the CPU, of mean_c G_c, G [N, M, d]; a client's bytes up and
+    down. [paper]
+    """
+    N, M, d = G.shape
+    messages = [compress(G_c, e, rng) for G_c in G]
+    total, captured = torch.zeros(M, d, dtype=torch.float64, device=G.device), 0.0
     for message in messages:
         low_rank = expand(message, M, d)
         total += low_rank
         captured += float(low_rank.square().sum())
-    answer = compress(total.to(A), e, rng)
-    ledger.down(answer, scalars=1)
-    S = expand(answer, M, d)
-    terms = [gram_terms(A_c.double(), expand(message, M, d), S) for A_c, message in zip(A, messages, strict=True)]
-    ledger.up({}, scalars=M * (M + 1))
-    known, residual = (torch.stack(parts).cpu() for parts in zip(*terms, strict=True))  # [C, M, M]
-    return mean_gram(known, residual, captured)
+    answer = compress(total.to(G), e, rng)
+    T = expand(answer, M, d)
+    terms = [gram_terms(G_c.double(), expand(message, M, d), T) for G_c, message in zip(G, messages, strict=True)]
+    known, rest = (torch.stack(parts).cpu() for parts in zip(*terms, strict=True))  # [N, M, M]
+    return mean_gram(known, rest, captured), (n_bytes(messages[0], M * (M + 1)), n_bytes(answer, 1))
 
 
-def descend(lam: Tensor, G: Tensor, settings: FedCMOOConfig) -> Tensor:
-    """Exchange 4: K_w projected-gradient steps on ½ λᵀG̃λ from lam [M]; G [M, M] is scaled to G̃ first. [code]
+def descend(lam: Tensor, gram: Tensor) -> Tensor:
+    """Exchange 4: projected-gradient steps on ½ λᵀĜλ from lam [M]; gram [M, M] is scaled to Ĝ first. [code]
 
-    G = 0 leaves lam as it is. Raises ValueError where G is not finite.
+    A gram of zeros leaves lam as it is.
     """
-    if not torch.isfinite(G).all():
-        raise ValueError("fedcmoo: the estimated Gram matrix is not finite; a gradient has overflowed or is NaN")
-    G = G / (G.diagonal().clamp_min(0.0) + 1e-4).sqrt().mean().square()
-    for _ in range(settings.fedcmoo_iterations):
-        lam = mgda.project_simplex(lam - settings.fedcmoo_step * (G @ lam))
+    gram = gram / (gram.diagonal().clamp_min(0.0) + 1e-4).sqrt().mean().square()
+    for _ in range(STEPS):
+        lam = mgda.project_simplex(lam - STEP * (gram @ lam))
     return lam
 
 
-def fedcmoo_weights(J: Tensor, prompts_held: Tensor, server: Server) -> Tensor:
-    """The λ [M] of a round, from J [C, M, d] at θ_t and prompts_held [C]; the server remembers it as the next start."""
-    C, M, _ = J.shape
-    shares = C * prompts_held / prompts_held.sum()  # C w_c [C], of mean 1
-    A = J * shares.to(J)[:, None, None]
-    if not torch.isfinite(A).all():
-        raise ValueError("fedcmoo: a client's gradient is not finite; it has overflowed or is NaN")
-    G = estimate_gram(A, server.settings.fedcmoo_compression, server.ledger, server.rng)
-    start = server.state.get("lambda", mgda.preference_vector(None, M))
-    server.state["lambda"] = descend(start, G, server.settings)
-    server.ledger.down({}, scalars=M)
-    return server.state["lambda"]
+def gradients_at_start(federation: Federation, work: Sequence[tuple], faults: dict[int, str]) -> dict[int, Tensor]:
+    """Each client's gradients J [M, d] at θ_t, by its number; `faults` gains the clients that have none."""
+    method, config, J = federation.method, federation.config, {}
+    for client, batch, _ in work:
+        (context,) = contexts(client, batch, {"theta": federation.theta}, method, config, federation.rounds_done)
+        advantages = method.estimator.advantages(context.batch, context.kept, config).normalised
+        try:
+            J[client.index] = ppo.policy_gradients(federation.policy, context.batch, advantages, config).J
+        except ppo.NotFinite as error:
+            faults[client.index] = str(error)
+    return federation.gathered(J, faults)
+
+
+class FedCMOOServer(Server):
+    """Picks λ before the local runs, and remembers it as the next round's start."""
+
+    equal_objectives = True
+
+    def broadcast(self, federation: Federation, work: Sequence[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
+        """The λ [M] of a round."""
+        J = gradients_at_start(federation, work, faults)
+        n = torch.tensor([len(federation.clients[c].prompts) for c in J], dtype=torch.float64)  # [N]
+        G = torch.stack(list(J.values()))  # [N, M, d]
+        G = G * (len(n) * n / n.sum()).to(G)[:, None, None]
+        rng = stream(self.config.seed, Purpose.SERVER, federation.rounds_done)
+        gram, self.exchanged = estimate_gram(G, COMPRESSION, rng)
+        start = self.state.get("lambda", mgda.preference_vector(None, G.shape[1]))
+        self.state["lambda"] = descend(start, gram)
+        return {"lambda": self.state["lambda"]}
 
 
 FEDCMOO = replace(
-    LINEAR, name="fedcmoo", help="one lambda a round, by the server, from compressed gradients", takes_preference=False,
-    server_weights=fedcmoo_weights, settings=FedCMOOConfig(),
+    LINEAR, name="fedcmoo", help="one lambda a round, by the server, from compressed gradients", server=FedCMOOServer,
+    weights=Weights("server's", "", lambda context: context.message["lambda"]),
 )  # fmt: skip
 
 
 # ---- one reward of several, on the reward side -----------------------------------------------------------------
 
 
-@dataclass
-class AdaptiveConfig(Checked):
-    """The adaptive aggregation's own settings."""
+class AdaptiveServer(Server):
+    """Weighs objectives by how badly they were served so far; state: the running mean reward h [M]."""
 
-    adaptive_temperature: Positive = setting(
-        0.1, "adaptive: T; 0.1 gives an objective whose mean reward is 0.1 lower e times the weight [ours]"
-    )
-    adaptive_rate: Share = setting(0.3, "adaptive: weight of the newest round in the running mean of rewards [ours]")
+    equal_objectives = True
 
+    @staticmethod
+    def numbers(client: Client, raw: Tensor) -> dict[str, float]:
+        """The mean raw reward of each objective, in the unit of T; raw [B, M]."""
+        return {f"reward{j}": value for j, value in enumerate(raw.mean(0).tolist())}
 
-def smallest(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
-    """Each response has the least of its rewards, on one scale, [B, M] -> [B, 1]. [paper]"""
-    return replace(batch, scores=batch.scores.amin(1, keepdim=True))
+    def broadcast(self, federation: Any, work: Sequence[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
+        """α [M]; before the first round equal weights."""
+        h = self.state.get("mean_reward", torch.zeros(len(federation.names), dtype=torch.float64))
+        return {"alpha": torch.softmax(-h / TEMPERATURE, 0)}
 
-
-def largest(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
-    """Each response has the greatest of its rewards, on one scale, [B, M] -> [B, 1]. [paper]"""
-    return replace(batch, scores=batch.scores.amax(1, keepdim=True))
-
-
-def weighed(batch: Batch, training: LocalTraining, state: dict[str, Tensor]) -> Batch:
-    """Each response has Σ_j α_j R_j, with the server's α [M], which becomes the training's column. [paper]"""
-    if "alpha" in state:
-        training.columns = state["alpha"][:, None]
-    return batch.combined(training.columns)
+    def step(self, theta: Tensor, uploads: Sequence[Upload]) -> tuple[Tensor, Tensor, Tensor]:
+        """FedAvg; h moves towards this round's mean rewards."""
+        M = sum(name.startswith("reward") for name in uploads[0].numbers)
+        means = torch.tensor([[u.numbers[f"reward{j}"] for j in range(M)] for u in uploads], dtype=torch.float64)
+        now = fedavg.average(means, fedavg.prompts_held(uploads))  # [M]
+        self.state["mean_reward"] = (1 - RATE) * self.state["mean_reward"] + RATE * now if self.state else now
+        return super().step(theta, uploads)
 
 
-def mean_rewards(client: Client, raw: Tensor, S: int) -> dict[str, float]:
-    """What a client's upload says beside the adapter: its mean raw reward of each of its objectives, in their order.
-
-    raw [B, M], in the unit of T.
-    """
-    own = raw[:, client.objectives]
-    return {f"reward{j}": value for j, value in enumerate(own.mean(0).tolist())}
-
-
-def adapt_alpha(theta: Tensor, uploads: Sequence[Upload], server: Server) -> Tensor:
-    """The next θ [d], by FedAvg; the running means h [M] and the next round's α [M] go into the server's state."""
-    means = torch.tensor([list(upload.numbers.values()) for upload in uploads]).double()  # [C, M]
-    now, rate = fedavg.average(means, fedavg.prompts_held(uploads)), server.settings.adaptive_rate
-    h = server.state["mean_reward"] = (1 - rate) * server.state["mean_reward"] + rate * now if server.state else now
-    server.state["alpha"] = torch.softmax(-h / server.settings.adaptive_temperature, 0)
-    server.ledger.down({}, scalars=len(h))
-    return fedavg.federated_average(theta, uploads, server)
-
-
-UNIFORM = replace(MORLHF, takes_preference=False)
-MINIMUM = replace(UNIFORM, name="minimum", help="the least of a response's rewards", combine=smallest, compares=True)
-MAXIMUM = replace(UNIFORM, name="maximum", help="the greatest of a response's rewards", combine=largest, compares=True)
+LEAST = replace(UNIFORM, combine=lambda scores, mix: scores.amin(1, keepdim=True), one_scale=True)
+GREATEST = replace(UNIFORM, combine=lambda scores, mix: scores.amax(1, keepdim=True), one_scale=True)
+BY_ALPHA = replace(UNIFORM, mixes=lambda p, message: [message["alpha"][:, None]])
+MINIMUM = replace(MORLHF, name="minimum", help="the least of a response's rewards", trainings=LEAST)
+MAXIMUM = replace(MORLHF, name="maximum", help="the greatest of a response's rewards", trainings=GREATEST)
 ADAPTIVE = replace(
-    UNIFORM, name="adaptive", help="the one reward Σ α_j R_j, α by how badly an objective is served", combine=weighed,
-    numbers=mean_rewards, aggregate=adapt_alpha, settings=AdaptiveConfig(),
+    MORLHF, name="adaptive", help="the one reward Σ α_j R_j, α by how badly an objective is served", trainings=BY_ALPHA,
+    server=AdaptiveServer,
 )  # fmt: skip

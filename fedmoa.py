@@ -1,29 +1,29 @@
 """FedMOA: federated GRPO whose objective weights move, and a server that looks at accuracy (arXiv 2602.00453).
 
-Only the abstract is public: a critic-free client whose weights follow hypergradients, "which prioritizes primary
-reasoning as auxiliary objectives saturate", and a "task- and accuracy-aware aggregation" [paper]. All formulas are
-[ours]. On the engine of `firm.py`, with the advantages of `grpo.py`, one objective being the primary:
+We had the abstract only: a critic-free client whose weights follow hypergradients, "which prioritizes primary reasoning
+as auxiliary objectives saturate", and a "task- and accuracy-aware aggregation" [paper]. All formulas are [ours]. On the
+engine of `firm.py`, with the advantages of `grpo.py`; the first objective is the primary one, P:
 
-**Weights** (`adapt`). A client's step goes along −Σ_i w_i g_i. Had w_i been larger, the primary's loss after a plain
-step θ′ = θ − η Σ_i w_i g_i would have changed by (Baydin et al. 2018, for each objective)
+**Weights** (`moving_weights`). A client's step goes along −Σ_i w_i g_i. A larger w_i would change the primary's loss
+after a plain step θ′ = θ − η Σ_i w_i g_i by (Baydin et al. 2018, for each objective)
 
     ∂L_P(θ′) / ∂w_i = −η ⟨∇L_P(θ′), g_i⟩
 
-(P the primary): where the product is positive, more of g_i would have helped. So w descends on L_P, by exponentiated
-gradients, in units of the primary's own: with g_i, g_P the gradients of the last step that this client took, in
-whichever round that was, and g̃_P the primary's gradient now, before the first step of this round,
+If the product is positive, more of g_i would have helped. So w descends on L_P by exponentiated gradients, in units of
+the primary's own gradients: g_i, g_P are those of the last step that this client took, in whatever round, and g̃_P is
+the primary's gradient now, before the first step of this round,
 
     h_i = ⟨g̃_P, g_i⟩ / (‖g̃_P‖ max(‖g_i‖, ‖g_P‖))             their cosine, less where g_i is shorter than g_P; or 0
     w   ← softmax((1 − pull) log w + pull log w⁰ + rate h)     w⁰: the preference p; the first round has w⁰
 
-After an average over clients and several steps of Adam between the two gradients h is no derivative any more. g̃_P is
-on fresh responses: on those that were stepped on, the product would measure how far the step overshot. It costs
-nothing, it is a row of the first step's J; what is kept for it is the last step's J, at home and in the checkpoint.
+Between the two gradients lie an average over clients and several steps of Adam, so h only resembles a derivative. g̃_P
+is on fresh responses, because on those that were stepped on the product would measure how far the step overshot. It is
+a row of the first step's J and costs nothing; the client keeps the last step's J, k·d numbers, for it.
 
-Where h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from where the preference has it. An auxiliary
+If h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from where the preference has it. An auxiliary
 that is saturated has groups of equal rewards and no advantage but the KL's (κ), which is short: h ≈ 0, and its share
-falls to those that still help. (Its cosine would be that of the KL, at full length.) Where the primary itself has
-nothing but equal groups, g̃_P says nothing, and the weights stay.
+falls to those that still help. (Its cosine would be that of the KL, at full length.) If the primary itself has only
+equal groups, g̃_P says nothing, and the weights stay.
 
 **Aggregation** (`accuracy_weights`). Within a task q_c ∝ n_c a_c^γ, the tasks of a round's clients share the total
 equally (so that γ = 0 is FedAvg for one task only), and θ is the average under q. a_c is the mean of the primary over
@@ -33,10 +33,10 @@ clients,
 
     a_c ← ā + B (a_c − ā),     B = max(0, v − s²) / v
 
-so that few responses (large s²), or clients no further apart than chance would have them, give equal weights. Where no
-client of a task was right, n_c alone counts, with a warning. A client's task is that of most of its prompts (`task` in
-the data; without that column there is one task). Accuracy is low where prompts are hard as well as where data are bad:
-the server cannot tell.
+so few responses (large s²), or clients no further apart than chance would have them, give equal weights. If no client
+of a task was right, n_c alone counts, with a warning. A client's task is that of most of its prompts (`task` in
+the data; without that column there is one task). Hard prompts make accuracy low, and so do bad data: the
+server cannot tell them apart.
 
 **Personalisation** (`personalise`). After the last round, local steps from the global adapter, by each client for
 itself; nothing is uploaded.
@@ -44,32 +44,21 @@ itself; nothing is uploaded.
 Left out on purpose: accuracies remembered from earlier rounds, weights on the server.
 """
 
-import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-import clients
-import grpo
-from app.fields import Checked, Index, NonNegative, Positive, Share, setting
-from clients import Client, LocalTraining
-from fedavg import Server, Upload, prompts_held
-from firm import LINEAR, Federation, local_update
-from ppo import Batch
+from clients import Client, Context, Purpose
+from fedavg import Aggregation, Upload, prompts_held
+from firm import LINEAR, Federation, Weights, contexts, local_update
+from grpo import GRPO
+from settings import Config
 
-
-@dataclass
-class FedMOAConfig(Checked):
-    """FedMOA's own settings, for its parts wherever they are used."""
-
-    hyper_rate: NonNegative = setting(2.0, "hypergradient weights: how far a cosine of 1 moves log w in a round [ours]")
-    hyper_pull: Share = setting(0.1, "hypergradient weights: how far log w returns to the preference's a round [ours]")
-    accuracy_power: NonNegative = setting(1.0, "accuracy-aware server: gamma, the power of a client's accuracy [ours]")
-    personal_rounds: Index = setting(0, "local rounds of every client on its own after the last one, any method [ours]")
-    personal_lr: Positive | None = setting(None, "learning rate in those; the client's if not given [ours]")
+HYPER_PULL = 0.1  # how far log w returns to the preference's in a round [ours]
+PERSONAL_LR = 0.2  # of the client's learning rate: no average takes the noise out of personal steps [ours]
 
 
 # ---- the weights -----------------------------------------------------------------------------------------------
@@ -90,10 +79,10 @@ def relative(primary: Tensor, taken: Tensor, row: int) -> Tensor:
     return hypergradient(primary, taken) / torch.where(unit > 0, unit, 1.0)
 
 
-def next_weights(w: Tensor, prior: Tensor, h: Tensor, settings: FedMOAConfig) -> Tensor:
+def next_weights(w: Tensor, prior: Tensor, h: Tensor, rate: float) -> Tensor:
     """w [k] on the simplex, moved by h [k] and drawn back to prior [k]; what the prior leaves out stays out."""
     log = lambda x: x.clamp_min(torch.finfo(x.dtype).tiny).log()  # noqa: E731
-    logits = (1 - settings.hyper_pull) * log(w) + settings.hyper_pull * log(prior) + settings.hyper_rate * h
+    logits = (1 - HYPER_PULL) * log(w) + HYPER_PULL * log(prior) + rate * h
     return torch.softmax(torch.where(prior > 0, logits, -torch.inf), 0)
 
 
@@ -103,12 +92,14 @@ def varies(scores: Tensor, S: int) -> bool:
     return bool((groups != groups[:, :1]).any())
 
 
-def adapt(training: LocalTraining, batch: Batch, J: Tensor, settings: FedMOAConfig) -> None:
-    """Move a training's weights before the first step of a round, by that step's gradients J [k, d] on its batch."""
-    row = training.primary
-    if training.taken is not None and varies(batch.scores[:, row], batch.rollout.group_size):
-        h = relative(J[row], training.taken.to(J), row).cpu()
-        training.preference = next_weights(training.preference, training.prior, h, settings)
+def moving_weights(context: Context) -> Tensor:
+    """w [k], which moves before the first step of a round, by that step's gradients and the last ones taken before."""
+    w, row, kept, batch = context.kept.get("weights", context.preference), context.primary, context.kept, context.batch
+    if context.epoch == 0 and "taken" in kept and varies(batch.scores[:, row], batch.rollout.group_size):
+        h = relative(context.J[row], kept["taken"].to(context.J), row).cpu()
+        w = next_weights(w, context.preference, h, context.config.hyper_rate)
+    kept["weights"], kept["taken"] = w, context.J
+    return w
 
 
 # ---- the server ------------------------------------------------------------------------------------------------
@@ -120,7 +111,7 @@ def accuracy_numbers(client: Client, raw: Tensor, S: int) -> dict[str, float]:
     raw [B, M], S consecutive rows to a prompt. The variance is that of the prompts' means, over their number; of one
     prompt it is a(1 − a), all that is known. Raises ValueError for a primary reward outside 0 to 1.
     """
-    rewards = raw[:, client.objectives[client.primary]]  # [B]
+    rewards = raw[:, 0]  # [B]
     for extreme in (float(rewards.min()), float(rewards.max())):
         if not 0 <= extreme <= 1:
             raise ValueError(
@@ -139,7 +130,7 @@ def shrunk(accuracies: Tensor, variances: Tensor) -> Tensor:
     return mean + beyond_chance / torch.where(between > 0, between, 1.0) * (accuracies - mean)
 
 
-def accuracy_weights(uploads: Sequence[Upload], server: Server) -> Tensor:
+def accuracy_weights(uploads: Sequence[Upload], config: Config) -> Tensor:
     """What each upload counts in the average [C], float64, of any sum: tasks alike, within a task n_c a_c^γ."""
     held = prompts_held(uploads)
     task, accuracies, variances = (
@@ -148,7 +139,7 @@ def accuracy_weights(uploads: Sequence[Upload], server: Server) -> Tensor:
     )
     weights = torch.zeros_like(held)
     for number in task.unique():
-        own, power = task == number, server.settings.accuracy_power
+        own, power = task == number, config.accuracy_power
         a = shrunk(accuracies[own], variances[own])
         if power and not a.max() > 0:
             what = f"no client of task {int(number)} was right: its clients are weighed by their prompts alone"
@@ -161,28 +152,33 @@ def accuracy_weights(uploads: Sequence[Upload], server: Server) -> Tensor:
 
 # ---- the method ------------------------------------------------------------------------------------------------
 
+HYPERGRADIENT = Weights(
+    "hypergradient", "as fedmoa, by what helped the primary", moving_weights, settings=("preference", "hyper_rate"),
+    primary=True,
+)  # fmt: skip
+ACCURACY = Aggregation(
+    "accuracy", "as fedmoa, by the primary's mean, tasks alike", accuracy_weights, accuracy_numbers,
+    settings=("accuracy_power",), primary=True,
+)  # fmt: skip
 FEDMOA = replace(
     LINEAR, name="fedmoa", help="GRPO, weights that follow the primary's hypergradients, accuracy-aware average",
-    learner=grpo.GRPO, adapt=adapt, numbers=accuracy_numbers, client_weights=accuracy_weights, settings=FedMOAConfig(),
+    estimator=GRPO, weights=HYPERGRADIENT, aggregation=ACCURACY,
 )  # fmt: skip
 
 
-def personalise(federation: Federation, client: Client, settings: FedMOAConfig) -> Tensor:
-    """The adapter [d] of a client after local rounds on its own from θ, each on fresh responses.
+def personalise(federation: Federation, client: Client) -> Tensor:
+    """The adapter [d] of a client after `personal_rounds` local rounds on its own from θ, each on fresh responses.
 
-    Its weights go on moving, a critic goes on being fitted, on copies: neither the federation nor what the client keeps
-    changes, and the adapter is left at θ. No average takes the noise out of the steps here: a lower rate has to.
-    Raises ValueError for a method with several trainings per client.
+    Its weights go on moving and its critic goes on being fitted, on copies: neither the federation nor what the client
+    keeps changes, and the adapter is left at θ.
     """
-    policy, method, config, theta = federation.policy, federation.method, federation.config, federation.theta
-    if settings.personal_lr:
-        config = replace(config, client=replace(config.client, lr=settings.personal_lr))
-    (training,) = copy.deepcopy(client.trainings)
-    for i in range(settings.personal_rounds):
+    policy, method, theta, kept = federation.policy, federation.method, federation.theta, client.kept
+    config = replace(federation.config, lr=PERSONAL_LR * federation.config.lr)
+    for i in range(config.personal_rounds):
         policy.adapter.assign(theta)
-        responses = federation.respond([client], clients.PERSONAL, federation.group_size, i)
-        (batch,) = federation.prepare([client], responses)
-        rewarded = method.combine(batch, training, federation.server_state)
-        theta = local_update(training, policy, theta, rewarded, method, config).theta
+        ((_, batch, _),) = federation.batches([client], Purpose.PERSONAL, i)
+        (context,) = contexts(replace(client, kept=kept), batch, {"theta": theta}, method, config, i)
+        local_update(policy, context, method)
+        theta, kept = context.theta, [context.kept]
     policy.adapter.assign(federation.theta)
     return theta

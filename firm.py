@@ -5,7 +5,7 @@
         broadcast θ_t to the round's clients
         each client c, on its own prompts:
             sample responses y ~ π_θt(· | x), score R_j(x, y), j = 1 … M
-            log π_old, log π_ref, and per objective advantages Â_j, by its learner: its own critic, or `grpo.py`
+            log π_old, log π_ref, and per objective advantages Â_j, from its own critic or from groups (`grpo.py`)
             repeat K times, `local_update`                                  [paper: K = 3]
                 J  ← rows g_j = ∇_θ L_j(θ), PPO's clipped loss of objective j
                 λ* ← argmin over the simplex of λᵀĜλ + (β/2)‖λ − p‖²,  Ĝ = JJᵀ / tr(JJᵀ)
@@ -15,322 +15,300 @@
         θ_{t+1} ← θ_t + η_s Σ_c w_c (θ_c − θ_t),  w_c ∝ prompts held by c
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]
 
-A method is a few swappable parts on this engine (`Method`): who picks λ and from what, what is uploaded, what clients
-weigh. `baselines.py` has those that FIRM is compared with, `fedmoa.py` one that moves p before a client's first step.
+Symbols everywhere: N clients, of which C take part in a round; M objectives, of which a client holds m and a local
+training has k rewards; d adapter parameters; B responses of at most L tokens, S to a prompt; G = JJᵀ; p preference.
 
-Two things are done for the whole cohort at once, since its clients share θ_t: responses are sampled in one batch, and a
-reward model may score in one. Neither changes what a client would get alone, up to rounding (`rollout.py`). All else is
-client by client on its own rows, a user's reward function too. Clients that fail or vanish: `fedavg.py`.
+A method is a few swappable parts on this engine (`Method`); `baselines.py` and `fedmoa.py` have the others.
+
+Responses are sampled in one batch for the whole cohort, since its clients share θ_t, and a reward model may score in
+one batch. Neither changes what a client would get alone, up to rounding (`rollout.py`). All else is client by client.
+
+Faults [ours]. A client may vanish from a round (`client_dropout`), or a number of its update may not be finite. The
+average, κ's mean KL and the log are then those of the other clients, and its own state stays as it was. If the server
+picks λ before the local runs, a client that fails in its local run has had its say in λ.
 
 [ours] fresh Adam on every client and round (its moments are never averaged), η_s, the critic that stays at home.
 Left out on purpose: secure aggregation, stragglers, differential privacy.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import clients
 import fedavg
 import mgda
 import ppo
 import rewards
-from app.fields import Checked, Count, Index, NonNegative, Positive, Seed, Share, setting
-from app.ranks import merged, of_this_process
-from app.stopwatch import phase
-from clients import (
-    Client,
-    ClientConfig,
-    Contribution,
-    LocalTraining,
-    Responses,
-    Round,
-    Step,
-    Update,
-    gathered,
-    leaving_out,
-    stream,
-)
-from fedavg import Server, Upload
-from ppo import PPO, Batch, Gradients, PPOConfig
-from rollout import Policy
+from clients import Client, Context, Contribution, Purpose, Round, Step, Update, optimizer_step, stream
+from fedavg import FEDAVG, Aggregation, Server, Upload
+from ppo import CRITIC, Batch, Estimator, NotFinite
+from rollout import Policy, Rollout
+from settings import Config
 
 
-@dataclass
-class FIRMConfig(Checked):
-    """The federation, and FIRM's own settings."""
+@dataclass(frozen=True)
+class Trainings:
+    """Which rewards the local trainings of a client have (stage 1)."""
 
-    rounds: Index = setting(16, "T, communication rounds [paper: 16]; 0 evaluates only")
-    clients: Count = setting(8, "C, clients that hold prompts [paper: 8]")
-    clients_per_round: Count | None = setting(None, "clients sampled per round; all if not given")
-    client_dropout: Share = setting(0.0, "probability that a sampled client vanishes before its upload")
-    batch_size: Count = setting(16, "responses per client and round [paper: 16]")
-    group_size: Count | None = setting(
-        None, "S, how many of them answer one prompt; if not given 4 with groups, 1 with a critic [paper: 1]"
-    )
-    beta: NonNegative = setting(0.01, "weight of the regulariser [paper: 0.01]; 0 is MGDA")
-    preference: list[float] | None = setting(None, "p, a weight per objective; uniform if not given")
-    primary: str | None = setting(None, "the objective that fedmoa's parts go by; the first if not given")
-    gram: Literal["normalised", "raw", "cross"] = setting(
-        "normalised", "the QP's Gram: normalised by its trace [paper], raw, or cross (of two half-batches)"
-    )
-    server_lr: Positive = setting(1.0, "server rate; 1 is plain FedAvg")
-    seed: Seed = setting(0, "equal seeds give equal runs, bit for bit on a CPU")
-    diagnostics: bool = setting(False, "also log drift and stationarity, and keep the Gram matrices in grams/")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.preference is not None:
-            mgda.preference_vector(self.preference, len(self.preference))  # normalised where it is used
+    help: str
+    mixes: Callable[[Tensor, dict[str, Tensor]], list[Tensor]]  # p [m], the server's message -> [m, k] per training
+    combine: Callable[[Tensor, Tensor], Tensor] = torch.matmul  # scores [B, m], mix [m, k] -> rewards [B, k]
+    one_scale: bool = False  # whether rewards are compared with each other: then one scale calibrates all
+    settings: tuple[str, ...] = ()
 
 
-@dataclass
-class TrainingConfig:
-    """All settings that training reads."""
+@dataclass(frozen=True)
+class Weights:
+    """Who picks λ (stage 2)."""
 
-    firm: FIRMConfig
-    client: ClientConfig
-    ppo: PPOConfig
+    name: str
+    help: str
+    function: Callable[[Context], Tensor]  # a client's λ [k] on the simplex, once per optimizer step
+    settings: tuple[str, ...] = ()  # that only this part reads; "preference" among them if λ follows p
+    primary: bool = False  # whether every client must hold the primary objective
 
 
 @dataclass(frozen=True)
 class Method:
-    """A federated multi-objective method: swappable parts on one engine. The defaults are FIRM's.
-
-    weights(Ĝ [k, k], p [k], config): a client's λ [k] on the simplex, once per optimizer step; Ĝ from `qp_matrix`.
-    trainings(p [M]): a matrix [M, k] per local training of a client, whose rewards are scores @ it; one k for all.
-    combine(batch, training, state): that training's batch with its k rewards; state: the server's.
-    learner: how a client learns (advantages, and what lasts of a round), `ppo.PPO` or one of `grpo.py`.
-    server_weights(J [C, M, d], prompts_held [C], server): before the local updates, the server's λ [M] on the simplex
-        from all gradients at θ_t, in the place of `weights`.
-    server_mixing(updates [C, M, d], weights [C], server): after them, its λ [M] on the simplex from θ_{c,i} − θ_t
-        of M local trainings: how much each counts.
-    adapt(training, batch, J [k, d], settings): before the first step, what moves the training's preference.
-    numbers(client, raw rewards [B, M], S to a prompt): named numbers that travel with the upload.
-    client_weights(uploads, server): what each counts [C] in the server's average.
-    aggregate(θ [d], uploads, server): the next θ.
-    compares: whether objectives' rewards are compared with each other, so that one scale must serve them all.
-    settings: the method's own, as a dataclass; its fields become flags. mixes: several runs, mixed afterwards (soups).
-    """
+    """A federated multi-objective method, in the order of a round."""
 
     name: str
     help: str
-    weights: Callable[[Tensor, Tensor, FIRMConfig], Tensor]
-    takes_preference: bool = True
-    trainings: Callable[[Tensor], list[Tensor]] = lambda p: [torch.eye(len(p))]  # one, on every objective
-    combine: Callable[[Batch, LocalTraining, dict[str, Tensor]], Batch] = lambda batch, training, state: batch.combined(
-        training.columns
-    )
-    learner: Callable[..., PPO] = PPO
-    server_weights: Callable[[Tensor, Tensor, Server], Tensor] | None = None
-    server_mixing: Callable[[Tensor, Tensor, Server], Tensor] | None = None
-    adapt: Callable[[LocalTraining, Batch, Tensor, Any], None] | None = None
-    numbers: Callable[[Client, Tensor, int], dict[str, float]] = lambda client, raw, S: {}
-    client_weights: Callable[[Sequence[Upload], Server], Tensor] = lambda uploads, server: fedavg.prompts_held(uploads)
-    aggregate: Callable[[Tensor, Sequence[Upload], Server], Tensor] = fedavg.federated_average
-    compares: bool = False
-    settings: Any = None
-    mixes: bool = False
+    trainings: Trainings  # 1. objectives -> rewards
+    estimator: Estimator  # 1. rewards -> advantages
+    weights: Weights  # 2. gradients -> λ
+    correct: Callable[[Tensor, Context], Tensor] = lambda gradient, context: gradient  # 2. λᵀJ [d] -> the step's [d]
+    finish: Callable[[Context], dict[str, Tensor]] = lambda context: {}  # 3. what goes up beside the adapter
+    aggregation: Aggregation = FEDAVG  # 3. the numbers that go up; 4. what clients weigh
+    server: type[Server] = Server  # 4. uploads -> θ
+    mixes_runs: bool = False  # whether it is several runs, mixed afterwards (soups)
 
     @property
-    def own_server(self) -> bool:
-        """Whether the server picks λ, or averages in a way of its own."""
-        return bool(self.server_weights or self.server_mixing or self.aggregate is not Method.aggregate)
-
-    @property
-    def needs_primary(self) -> bool:
-        """Whether every client must hold the primary objective."""
-        return self.adapt is not None or self.client_weights is not Method.client_weights
+    def primary(self) -> bool:
+        """Whether every client must hold the primary objective, the first one."""
+        return self.weights.primary or self.aggregation.primary
 
 
-FIRM = Method("firm", "regularised min-norm weights", weights=lambda Ghat, p, config: mgda.solve(Ghat, config.beta, p))
-MGDA = Method("mgda", "firm with beta 0", lambda Ghat, p, config: mgda.solve(Ghat, 0.0, p), takes_preference=False)
-LINEAR = Method("linear", "fixed weights p", lambda Ghat, p, config: p)
+def min_norm(context: Context, beta: float) -> Tensor:
+    """FIRM's λ [k]: the regularised QP on the normalised Gram. [paper]"""
+    return mgda.solve(mgda.normalise(context.gram), beta, context.preference)
 
 
-@phase("update")
-def local_update(
-    training: LocalTraining, policy: Policy, theta: Tensor, batch: Batch, method: Method, config: TrainingConfig
-) -> Update:
-    """One local training in one round, from θ_t [d] to the adapter that its client uploads.
+TOGETHER = Trainings("one, on every objective", lambda p, message: [torch.eye(len(p))])
+MIN_NORM = Weights("min-norm", "as firm", lambda c: min_norm(c, c.config.beta), settings=("beta", "preference"))
+FIXED = Weights("fixed", "as linear", lambda c: c.preference, settings=("preference",))
+FIRM = Method("firm", "regularised min-norm weights", TOGETHER, CRITIC, MIN_NORM)
+MGDA = replace(FIRM, name="mgda", help="firm with beta 0", weights=Weights("beta 0", "", lambda c: min_norm(c, 0.0)))
+LINEAR = replace(FIRM, name="linear", help="fixed weights p", weights=FIXED)
 
-    batch: the client's responses with the k rewards of this training. Raises NotFinite where a gradient is not finite.
+
+# ---- the client ------------------------------------------------------------------------------------------------
+
+
+def local_update(policy: Policy, context: Context, method: Method) -> tuple[dict[str, Tensor], Update]:
+    """One local training in one round, from θ_t to the tensors that its client uploads, "theta" [d] among them.
+
+    Raises NotFinite if a gradient is not finite.
     """
-    adapter, learner = policy.adapter, training.learner
-    adapter.assign(theta)
-    optimizer = training.optimizer(adapter.parameters, config.client)
-    advantages = learner.advantages(batch)
-    update = Update(theta, batch, advantages, steps=[])
-    for epoch in range(config.ppo.epochs):
-        observe = config.firm.diagnostics and epoch == 0
-        halves = observe or config.firm.gram == "cross"
-        gradients = ppo.policy_gradients(policy, batch, advantages.normalised, config.ppo, halves)  # with J [k, d]
-        if method.adapt and epoch == 0:
-            method.adapt(training, batch, gradients.J, method.settings)
-        G = mgda.gram(gradients.J)  # [k, k]
-        lam = method.weights(qp_matrix(G, gradients, config.firm), training.preference, config.firm)  # [k]
-        gradient = lam.to(gradients.J) @ gradients.J  # [d], of Σ_j λ_j L_j: the step goes along its negative
-        moved = clients.optimizer_step(optimizer, adapter, gradient, config.client.max_grad_norm)  # [d], Δθ as taken
-        update.steps.append(Step.of(gradients, G, lam, moved))
-        if observe:
-            update.halves = gradients.halves
-    learner.fit(batch, advantages)
-    training.keep(optimizer, config.client, gradients.J if method.adapt else None)
-    update.theta = adapter.vector()
-    update.batch = replace(batch, hidden=None)  # most of its bytes, and nobody reads them any more
-    return update
+    config, adapter, batch = context.config, policy.adapter, context.batch
+    adapter.assign(context.message["theta"])
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
+    optimizer = kind(adapter.parameters, lr=config.lr)
+    advantages = method.estimator.advantages(batch, context.kept, config)
+    steps = []
+    for epoch in range(config.epochs):
+        gradients = ppo.policy_gradients(policy, batch, advantages.normalised, config)
+        context.epoch, context.theta = epoch, adapter.vector()
+        context.J, context.gram = gradients.J, mgda.gram(gradients.J)  # [k, d], [k, k]
+        lam = method.weights.function(context)  # [k]
+        gradient = lam.to(context.J) @ context.J  # [d], of Σ_j λ_j L_j: the step goes along its negative
+        optimizer_step(optimizer, adapter, method.correct(gradient, context), config.max_grad_norm)
+        gain = float((context.J @ (context.theta - adapter.vector())).min())
+        steps.append(Step(lam, context.gram, gain, gradients.entropy, gradients.clip_fraction, gradients.approx_kl))
+    context.theta = adapter.vector()
+    context.kept |= method.estimator.fit(batch, advantages, context.kept)
+    update = Update(context.mix, replace(batch, hidden=None), advantages, steps)
+    return {"theta": context.theta} | method.finish(context), update
 
 
-def qp_matrix(G: Tensor, gradients: Gradients, config: FIRMConfig) -> Tensor:
-    """Ĝ [k, k], what the QP is solved on: G = JJᵀ over its trace [paper], or a variant for the ablations [ours]."""
-    if config.gram == "raw":
-        return G
-    return mgda.normalise(mgda.cross_gram(gradients.halves) if config.gram == "cross" else G)
+def contexts(
+    client: Client, batch: Batch, message: dict[str, Tensor], method: Method, config: Config, t: int
+) -> list[Context]:
+    """A Context for each local training of a client in round t; `kept` is a copy, which a training may write into."""
+    mixes = method.trainings.mixes(client.preference, message)  # [m, k] each
+    primary = client.objectives.index(0) if 0 in client.objectives else None
+    trainings = []
+    for mix, kept in zip(mixes, client.kept or [{} for _ in mixes], strict=True):
+        rewarded = replace(batch, scores=method.trainings.combine(batch.scores, mix.to(batch.scores)))  # [B, k]
+        p = mgda.preference_vector(mix.to(client.preference).T @ client.preference, mix.shape[1])  # [k]
+        trainings.append(Context(config, t, message, mix, rewarded, p, primary, dict(kept)))
+    return trainings
+
+
+def contribution(
+    client: Client, policy: Policy, batch: Batch, raw: Tensor, message: dict[str, Tensor], method: Method,
+    config: Config, t: int,
+) -> Contribution:  # fmt: skip
+    """A client's part in round t: from what the server sent, its own state and its own responses, with their raw
+    rewards [B, M], to its upload and its new state. `client` stays as it is.
+
+    Raises NotFinite if a number of the update is NaN or infinite.
+    """
+    trainings = contexts(client, batch, message, method, config, t)
+    tensors, updates = zip(*(local_update(policy, context, method) for context in trainings), strict=True)
+    numbers = {"prompts": float(len(client.prompts)), "kl": float(ppo.sequence_kl(batch).mean())}
+    numbers |= method.aggregation.numbers(client, raw, batch.rollout.group_size) | method.server.numbers(client, raw)
+    upload = Upload({name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}, numbers)
+    if upload.fault:
+        raise NotFinite(f"{upload.fault} in its upload is not finite; lower lr")
+    return Contribution(upload, [context.kept for context in trainings], raw, list(updates))
+
+
+# ---- the federation --------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """How processes share a round's clients and exchange results: here there is one process. See `app/ranks.py`."""
+
+    def mine(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Those of the items that this process works on."""
+        return items
+
+    def merged(self, results: dict[int, Any]) -> dict[int, Any]:
+        """The results of all processes, in ascending order."""
+        return results
 
 
 class Federation:
     """The server and its clients, simulated one after another. `round` is Algorithm 1's outer loop body.
 
-    Of several processes each has the same federation, and trains its own clients of a round (app/ranks.py).
-
-    shares: each client's prompts; held: the numbers of each client's objectives, all of them where not given; tasks:
-    each client's task, a number.
-    score(prompts, rollout, holdings) gives raw rewards [N, M], see `rewards.score`; nothing here knows of texts.
-    State: theta [d], kl_coef, calibration, rounds_done, server_state, the clients' trainings (app/checkpoint.py).
+    prompts_of: each client's prompts; objectives_of: the numbers of each client's objectives, all if not given;
+    tasks_of: each client's task, a number. score(prompts, rollout, holdings) gives raw rewards [n, M], see
+    `rewards.score`; nothing here knows of texts.
+    State: theta [d], kl_coef, calibration, rounds_done, server.state, and `kept` of every client.
     """
 
     def __init__(
-        self, policy: Policy, shares: Sequence[Sequence[Any]], names: Sequence[str], score: Callable[..., Tensor],
-        method: Method, config: TrainingConfig, held: Sequence[Sequence[int]] | None = None,
-        tasks: Sequence[int] | None = None,
+        self, policy: Policy, prompts_of: Sequence[Sequence[Any]], names: Sequence[str], score: Callable[..., Tensor],
+        method: Method, config: Config, objectives_of: Sequence[Sequence[int]] | None = None,
+        tasks_of: Sequence[int] | None = None, exchange: Any = None,
     ) -> None:  # fmt: skip
         self.policy, self.names, self.score, self.method, self.config = policy, list(names), score, method, config
-        p = mgda.preference_vector(config.firm.preference, len(self.names))
-        held, tasks = held or [range(len(p)) for _ in shares], tasks or [0] * len(shares)
-        primary = clients.primary_of(config.firm.primary, self.names)
-        server = f"{method.name}'s server" if method.own_server else None
-        clients.check_held(held, self.names, "diagnostics" if config.firm.diagnostics else server)
-        if method.needs_primary:
-            clients.check_primary(held, self.names, primary)
-        learner = partial(method.learner, policy.hidden_size, config.ppo, policy.device)
-        self.group_size = clients.responses_per_prompt(config.firm, method.learner)
-        self.clients = [
-            clients.make_client(c, prompts, objectives, p, method.trainings, learner, primary, task)
-            for c, (prompts, objectives, task) in enumerate(zip(shares, held, tasks, strict=True))
-        ]
+        self.group_size = responses_per_prompt(config, method.estimator)
+        self.exchange = exchange or Alone()
+        p = mgda.preference_vector(config.preference, len(names))
+        self.clients = []
+        for c, prompts in enumerate(prompts_of):
+            own = list(objectives_of[c] if objectives_of else range(len(names)))
+            if len(own) < len(names) and method.server.equal_objectives:
+                raise ValueError(f"client_objectives: {method.name} compares clients on all objectives; leave it out")
+            if method.primary and 0 not in own:
+                raise ValueError(f"client_objectives: client {c} lacks {names[0]}, which {method.name} goes by; add it")
+            if not p[own].sum() > 0:
+                raise ValueError(f"preference: client {c} holds only objectives of weight 0; give it another one")
+            self.clients.append(Client(c, prompts, own, p[own] / p[own].sum(), tasks_of[c] if tasks_of else 0))
+        self.server = method.server(config, method.aggregation)
         self.theta = policy.adapter.vector()  # θ_0
-        self.kl_coef, self.rounds_done = config.ppo.kl_coef, 0
-        self.server_state: dict[str, Tensor] = {}
+        self.kl_coef, self.rounds_done = config.kl_coef, 0
         self.calibration: rewards.Calibration | None = None
 
     def calibrate(self) -> None:
-        """Fix every objective's mean and scale, once, from base-policy samples (`rewards.calibration_sums`)."""
-        mine, sums = of_this_process(self.clients), {}
-        drawn = self.respond(mine, clients.CALIBRATION)
-        for client, rows in zip(mine, drawn.rows, strict=True):
-            self.method.numbers(client, drawn.raw[rows], 1)  # so that rewards it cannot use are found here
-            sums[client.index] = rewards.calibration_sums(drawn.raw[rows])
-        self.calibration = rewards.combine(list(merged(sums).values()))
+        """Fix every objective's mean and scale, once, from base-policy samples. Raises ValueError for rewards that the
+        method cannot use.
+        """
+        clients, sums = self.exchange.mine(self.clients), {}
+        with self.policy.adapter.disabled():
+            responses = self.respond(clients, Purpose.CALIBRATION)
+        for client, (_, raw) in zip(clients, responses, strict=True):
+            self.method.aggregation.numbers(client, raw, 1)  # raises here, before any training
+            sums[client.index] = rewards.calibration_sums(raw)
+        self.calibration = rewards.combine_sums(list(self.exchange.merged(sums).values()))
 
     def round(self) -> Round:
-        """One communication round. Raises ValueError where no client's update can be used."""
-        started, t, method, config = time.perf_counter(), self.rounds_done, self.method, self.config
-        seed, C, faults = config.firm.seed, len(self.clients), {}
-        server = Server(config.firm.server_lr, self.server_state, stream(seed, clients.SERVER, t), method.settings)
-        chosen = fedavg.sample_clients(C, config.firm.clients_per_round or C, stream(seed, clients.CLIENT_SAMPLING, t))
-        staying = fedavg.staying(chosen, config.firm.client_dropout, stream(seed, clients.DROPOUT, t))
-        cohort = [self.clients[c] for c in staying]
-
-        self.policy.adapter.assign(self.theta)  # broadcast θ_t
-        server.ledger.down({"theta": self.theta}, scalars=1)  # and κ
-        mine = of_this_process(cohort)
-        responses = self.respond(mine, clients.TRAINING, self.group_size)
-        rewarded = [responses.raw[rows] for rows in responses.rows]
-        work = list(zip(mine, self.prepare(mine, responses), rewarded, strict=True))
-        if method.server_weights:
-            work, lam = self.common_weights(work, server, faults)
-            method = replace(method, weights=lambda *_: lam)
-
-        arrived = {}
+        """One communication round. Raises ValueError if no client's update can be used."""
+        if self.calibration is None:
+            self.calibrate()
+        t, config, method = self.rounds_done, self.config, self.method
+        cohort, dropped = self.cohort()
+        self.policy.adapter.assign(self.theta)
+        work = self.batches(self.exchange.mine(cohort))
+        arrived, faults = {}, {}
+        message = {"theta": self.theta} | self.server.broadcast(self, work, faults)
         for client, batch, raw in work:
-            with leaving_out(client, faults):
-                arrived[client.index] = self.contribution(client, batch, raw, method)
-        arrived = gathered(arrived, faults)
-        for c, made in arrived.items():
-            self.clients[c].trainings = made.trainings
-        uploads = [made.upload for made in arrived.values()]
-        server.ledger.upload(uploads[0])
+            try:
+                arrived[client.index] = contribution(client, self.policy, batch, raw, message, method, config, t)
+            except NotFinite as error:
+                faults[client.index] = str(error)
+        arrived = self.gathered(arrived, faults)
+        for c, part in arrived.items():
+            self.clients[c].kept = part.kept
 
-        server.weights = method.client_weights(uploads, server)  # [C]
-        if method.server_mixing:
-            moved = torch.stack([upload.thetas - self.theta for upload in uploads])  # [C, M, d]
-            server.mixing = method.server_mixing(moved, server.weights, server)
-        theta = method.aggregate(self.theta, uploads, server)
-        if not torch.isfinite(theta).all():
-            raise ValueError("server_lr: the server's new adapter is not finite; lower server_lr or lr")
-        self.theta = theta
-        self.policy.adapter.assign(theta)
-        record = Round(
-            number=t, cohort=[self.clients[c] for c in arrived], raw=[made.raw for made in arrived.values()],
-            updates=[made.updates for made in arrived.values()], uploads=uploads, mixing=server.mixing,
-            shares=server.weights / server.weights.sum(), kl_coef=self.kl_coef, ledger=server.ledger,
-            seconds=time.perf_counter() - started, faults=faults, dropped=len(chosen) - len(staying),
-        )  # fmt: skip
-
-        kl = float(np.mean([upload.kl for upload in uploads]))
-        self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(uploads) * config.firm.batch_size, config.ppo)
+        uploads = [part.upload for part in arrived.values()]
+        self.theta, shares, mixing = self.server.step(self.theta, uploads)
+        self.policy.adapter.assign(self.theta)
+        record = Round(t, message, arrived, faults, dropped, shares, mixing, self.kl_coef, self.server.exchanged)
+        kl = float(np.mean([upload.numbers["kl"] for upload in uploads]))
+        self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(uploads) * config.batch_size, config.kl_target)
         self.rounds_done += 1
         return record
 
-    def contribution(self, client: Client, batch: Batch, raw: Tensor, method: Method) -> Contribution:
-        """A client's part in the round: its local trainings from θ_t, and its upload. raw [B, M]. Raises NotFinite."""
-        updates = []
-        for training in client.trainings:
-            rewarded = method.combine(batch, training, self.server_state)
-            updates.append(local_update(training, self.policy, self.theta, rewarded, method, self.config))
-        upload = client.upload(updates, batch, method.numbers(client, raw, self.group_size))
-        return Contribution(raw, updates, upload, client.trainings)
-
-    def common_weights(self, work: list[tuple], server: Server, faults: dict[int, str]) -> tuple[list[tuple], Tensor]:
-        """The server's λ [M] from all clients' gradients at θ_t; work: (client, batch, raw) of those still in."""
-        J = {}
-        for client, batch, _ in work:
-            with leaving_out(client, faults):
-                J[client.index] = client.gradients(self.policy, batch, self.config.ppo)
-        J = gathered(J, faults)
-        held = fedavg.prompts_held([self.clients[c] for c in J])
-        lam = self.method.server_weights(torch.stack(list(J.values())), held, server)  # from J [C, M, d]
-        return [each for each in work if each[0].index in J], lam
+    def cohort(self) -> tuple[list[Client], int]:
+        """The clients of this round, and how many sampled ones vanish from it."""
+        config, n, t = self.config, len(self.clients), self.rounds_done
+        chosen = fedavg.sample_clients(n, config.clients_per_round or n, stream(config.seed, Purpose.COHORT, t))
+        staying = fedavg.staying(chosen, config.client_dropout, stream(config.seed, Purpose.DROPOUT, t))
+        return [self.clients[c] for c in staying], len(chosen) - len(staying)
 
     def respond(
-        self, cohort: Sequence[Client], purpose: int, group_size: int = 1, number: int | None = None
-    ) -> Responses:
-        """Each client's batch of responses, so many to a prompt, from the adapter as it stands; their raw rewards.
+        self, cohort: Sequence[Client], purpose: Purpose, group_size: int = 1, t: int | None = None
+    ) -> list[tuple[Rollout, Tensor]]:
+        """Each client's responses from the adapter as it stands, and their raw rewards [B, M].
 
-        number: the round that the draws hang on, where it is not the federation's.
+        t: what the draws depend on, the round if not given.
         """
-        size, seed, t = self.config.firm.batch_size, self.config.firm.seed, self.rounds_done
+        size, seed, t = self.config.batch_size, self.config.seed, self.rounds_done if t is None else t
         if not cohort:  # there are more processes than clients
-            return Responses([], None, [], torch.empty(0, len(self.names)))
-        streams = [stream(seed, purpose, t if number is None else number, client.index) for client in cohort]
+            return []
+        streams = [stream(seed, purpose, t, client.index) for client in cohort]
         drawn = [p for client, rng in zip(cohort, streams, strict=True) for p in client.draw(size // group_size, rng)]
         prompts = [p for p in drawn for _ in range(group_size)]
-        uniforms = np.concatenate([rng.random((size, self.policy.max_new_tokens)) for rng in streams])  # [N, L]
+        uniforms = np.concatenate([rng.random((size, self.policy.max_new_tokens)) for rng in streams])  # [n, L]
         rollout = replace(self.policy.sample([p.token_ids for p in prompts], uniforms), group_size=group_size)
         rows = [slice(i * size, (i + 1) * size) for i in range(len(cohort))]
         holdings = [(part, client.objectives, client.index) for part, client in zip(rows, cohort, strict=True)]
-        return Responses(prompts, rollout, rows, self.score(prompts, rollout, holdings))
+        raw = self.score(prompts, rollout, holdings)  # [n, M]
+        return [(rollout.rows(part), raw[part]) for part in rows]
 
-    def prepare(self, cohort: Sequence[Client], responses: Responses) -> list[Batch]:
-        """Each client's batch at θ_t: calibrated scores of the objectives that it holds, log π_old, log π_ref."""
-        calibration = self.calibration.pooled() if self.method.compares else self.calibration
-        rollout, scores = responses.rollout, calibration.apply(responses.raw)  # [N, M]
-        own = [(rollout.rows(r), scores[r][:, c.objectives]) for c, r in zip(cohort, responses.rows, strict=True)]
-        keep_hidden = self.method.learner.reads_hidden
-        return [ppo.prepare(self.policy, *rows, self.kl_coef, self.config.ppo, keep_hidden) for rows in own]
+    def batches(
+        self, cohort: Sequence[Client], purpose: Purpose = Purpose.TRAINING, t: int | None = None
+    ) -> list[tuple[Client, Batch, Tensor]]:
+        """Each client, its batch at θ_t with the calibrated scores of its objectives, and its raw rewards [B, M]."""
+        calibration = self.calibration.pooled() if self.method.trainings.one_scale else self.calibration
+        micro, hidden, work = self.config.micro_batch_size, self.method.estimator.reads_hidden, []
+        for client, (rollout, raw) in zip(cohort, self.respond(cohort, purpose, self.group_size, t), strict=True):
+            scores = calibration.apply(raw)[:, client.objectives]  # [B, m]
+            work.append((client, ppo.prepare(self.policy, rollout, scores, self.kl_coef, micro, hidden), raw))
+        return work
+
+    def gathered(self, results: dict[int, Any], faults: dict[int, str]) -> dict[int, Any]:
+        """The results of all processes, by client; `faults` gains everybody's. Raises ValueError if none is left."""
+        faults |= self.exchange.merged(faults)
+        results = {c: result for c, result in self.exchange.merged(results).items() if c not in faults}
+        if not results:
+            client, fault = next(iter(faults.items()))
+            raise ValueError(f"no client's update can be used; client {client}: {fault}")
+        return results
+
+
+def responses_per_prompt(config: Config, estimator: Estimator) -> int:
+    """S, or the estimator's own if the settings leave it open. Raises ValueError if groups cannot be made."""
+    S = config.group_size or estimator.group_size
+    if S == 1 < estimator.group_size:
+        raise ValueError("group_size: a group of 1 has nothing to compare with; use at least 2, or --advantages critic")
+    if config.batch_size % S:
+        raise ValueError(f"group_size: {S} does not divide batch_size, {config.batch_size}, which counts responses")
+    return S

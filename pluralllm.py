@@ -2,7 +2,8 @@
 
 A group (a country, say) holds answers to survey questions: the share of its people who chose each option. One model,
 the predictor, learns in context: given some questions as a group answered them, it says how that group answers others.
-Every client holds one group or several; they train it by FedAvg; groups that took no part are asked in the end.
+Every client holds one group or several. The clients train the predictor by FedAvg. Groups that took no part are asked
+in the end.
 
     predictor: a point is x ⊕ y, x the embedding of "question option", y the option's share; targets have y = 0 [code]
     for t = 0 … T − 1                                                    [code: T = 100]
@@ -12,72 +13,43 @@ Every client holds one group or several; they train it by FedAvg; groups that to
             one step of Adam, whose moments stay with the client; its rate decays with t        [code]
         θ_{t+1} = Σ_c (n_c / n) θ_c,  n_c the points that c holds (`fedavg.average`)
 
-The architecture is [code]'s, which is that of Group Preference Optimization (arXiv 2310.11523): four linear layers
-embed a point, six transformer layers without positions let every point attend to the context points only, and a head
-gives mean m and log-deviation s. Keys and values are taken from the context rows, so no mask is needed: a target
-can reach neither another target nor its own answer.
+The architecture is [code]'s, which is that of Group Preference Optimization (arXiv 2310.11523). Four linear layers
+embed a point. In six transformer layers without positions every point attends to the context points only. A head gives
+mean m and log-deviation s. Keys and values come from the context rows, so the model needs no mask: a target can reach
+neither another target nor its own answer.
 
 Centralised training is the same thing with one client that holds all groups: the average of one is that one.
 
-[code] context and target sizes, 9 to 90 questions each, drawn for every step. [ours] a group with fewer than 180
-questions draws from what it has, and keeps at least 9 as targets; the mean over points for the sum, which would weigh a
-step by its draw; n_c of all points held, for those of the last draw; one decay over the whole training, for one of 100
-steps that comes round again; `max_grad_norm`, off by default: without it the loss jumps up on some seeds, since the
-deviation s makes its gradients heavy-tailed. Draws hang on (seed, step, group), so that a group draws alike whichever
-side trains, as long as the list of groups is the same.
+Context and targets have 9 to 90 questions each, drawn for every step [code]. Where we differ [ours]:
+- A group with fewer than 180 questions draws from what it has, and keeps at least 9 as targets.
+- n_c counts all points that a client holds; in [code] it counts the points of the round's first draw.
+- Clients train on all their questions, as the central side does; [code]'s clients train on the first 90 %.
+- x embeds the question and one option; [code] also embeds an instruction, all options and the option's letter.
+- The rate decays once, over the whole training; [code]'s cosine has 100 steps and then rises again.
+- `max_grad_norm` clips the gradient, off by default. The deviation s gives gradients heavy tails, and without clipping
+  the loss jumps up on some seeds.
+A draw depends on (seed, step, group) only, so both sides draw alike if they list the groups alike.
 
 Left out on purpose: batches of several draws, dropout (0 in [code] too).
 """
 
-import copy
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import clip_grads_with_norm_, parameters_to_vector, vector_to_parameters
 
-from app.fields import Checked, Count, setting
-from clients import CLIENT_SAMPLING, check_anybody_left, stream
-from fedavg import Ledger, Upload, average, prompts_held, sample_clients
+from clients import stream
+from fedavg import average
+from settings import Config
 
 NAME, HELP = "pluralllm", "no policy, but a predictor of what groups prefer"
-PREDICTOR_TRAINING, PREDICTOR_EVALUATION = 11, 12  # what a stream is for, beside those of `clients.py`
+COHORT, TRAINING, EVALUATION = 1, 11, 12  # what a stream is for
 WIDTH, LAYERS, HEADS, EMBEDDERS = 128, 6, 4, 4  # of the predictor [code]
-
-
-@dataclass
-class PluralConfig(Checked):
-    """The predictor's training, beside what it shares with FIRM: rounds, clients_per_round, lr, seed."""
-
-    opinions: str | None = setting(
-        None, "pluralllm: file of survey answers, .jsonl, .jsonl.gz or .csv; the survey world's if not given"
-    )
-    encoder: str | None = setting(
-        None, "pluralllm: checkpoint (directory or hub name) whose mean hidden states embed texts"
-    )
-    train_groups: list[str] = setting(
-        [], "pluralllm: groups that train, a client each; the public code's eight, or the world's, if not given"
-    )
-    unseen_groups: list[str] = setting(
-        [], "pluralllm: groups that are only evaluated; the public code's six, or the world's, if not given"
-    )
-    central: bool = setting(True, "pluralllm: beside it the same training with all groups in one place")
-    local_steps: Count = setting(6, "pluralllm: Adam steps of a client in a round [code: 6]")
-    min_questions: Count = setting(9, "pluralllm: least questions of a context, and of its targets [code: 9]")
-    max_questions: Count = setting(90, "pluralllm: most questions of a context, and of its targets [code: 90]")
-    context_questions: Count = setting(20, "pluralllm: questions of a context in the evaluation [code: 20]")
-    context_draws: Count = setting(20, "pluralllm: contexts that every group's score is a mean over [ours]")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_questions < self.min_questions:
-            raise ValueError(
-                f"max_questions: {self.max_questions} must be at least min_questions, {self.min_questions}"
-            )
+CONTEXT_QUESTIONS, CONTEXT_DRAWS = 20, 20  # of the evaluation [code; ours]
 
 
 # ---- what groups answered --------------------------------------------------------------------------------------
@@ -91,31 +63,24 @@ class Question:
     options: tuple[str, ...]
 
 
+Answers = dict[str, dict[int, Tensor]]  # group -> number of a question -> shares [k]
+
+
 class Survey:
     """Questions with embedded options, and what groups answered.
 
-    embeddings [P, E]: a row per option of every question, in order; answers: group -> question's number -> shares [k].
-    All of it lies on one device.
+    embeddings [P, E]: a row per option of every question, in order. All tensors lie on the embeddings' device.
     """
 
-    def __init__(
-        self, questions: Sequence[Question], embeddings: Tensor, answers: dict[str, dict[int, Tensor]]
-    ) -> None:
+    def __init__(self, questions: Sequence[Question], embeddings: Tensor, answers: Answers) -> None:
         device = embeddings.device
         self.questions, self.embeddings = list(questions), embeddings
-        self.answers = {group: {q: shares.to(device) for q, shares in own.items()} for group, own in answers.items()}
-        ends = np.cumsum([len(question.options) for question in questions])
-        self.rows = [
-            torch.arange(end - len(q.options), end, device=device) for q, end in zip(questions, ends, strict=True)
-        ]
+        self.answers = {group: {q: y.to(device) for q, y in asked.items()} for group, asked in answers.items()}
+        self.rows = torch.arange(len(embeddings), device=device).split([len(q.options) for q in questions])
 
     def position(self, group: str) -> int:
-        """The number of a group, which its draws hang on."""
+        """The number of a group, which its draws depend on."""
         return list(self.answers).index(group)
-
-    def questions_of(self, group: str) -> list[int]:
-        """The numbers of the questions that a group answered."""
-        return list(self.answers[group])
 
     def points(self, group: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """(x [n, E], y [n], which [n]) of some of a group's questions; which: the position of each point's question."""
@@ -163,9 +128,10 @@ class Predictor(nn.Module):
 
     def forward(self, context_x: Tensor, context_y: Tensor, target_x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean m [T], log-deviation s [T]) of the target points x [T, E], given context points x [C, E], y [C]."""
-        x = torch.cat([context_x, target_x])
-        y, C = torch.cat([context_y, context_y.new_zeros(len(target_x))]), len(context_x)
-        rows = self.embed(torch.cat([x, y[:, None]], 1))
+        C = len(context_x)
+        x = torch.cat([context_x, target_x])  # [C + T, E]
+        y = torch.cat([context_y, context_y.new_zeros(len(target_x))])  # [C + T]
+        rows = self.embed(torch.cat([x, y[:, None]], 1))  # [C + T, WIDTH]
         for layer in self.layers[:-1]:
             rows = layer(rows, rows[:C])
         return self.head(self.layers[-1](rows[C:], rows[:C])).unbind(1)  # of the last layer only targets are read
@@ -185,7 +151,7 @@ def softmax_within(m: Tensor, which: Tensor) -> Tensor:
 
 
 def loss(m: Tensor, s: Tensor, y: Tensor, which: Tensor) -> Tensor:
-    """Mean over points of −log N(y; softmax of m within its question, exp(s)) [code, there a sum]; all [T]."""
+    """Mean over points of −log N(y; softmax of m within its question, exp(s)) [code]; all [T]."""
     deviation = (y - softmax_within(m, which)) * (-s).exp()
     return (0.5 * deviation.square() + s + 0.5 * math.log(2 * math.pi)).mean()
 
@@ -193,147 +159,96 @@ def loss(m: Tensor, s: Tensor, y: Tensor, which: Tensor) -> Tensor:
 # ---- FedAvg ----------------------------------------------------------------------------------------------------
 
 
-def draw(available: Sequence[int], settings: PluralConfig, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """(context, targets), of the questions available to a group; at least `min_questions` of each."""
-    low, high, n = settings.min_questions, settings.max_questions, len(available)
-    context = int(rng.integers(low, min(high, n - low) + 1))
-    targets = int(rng.integers(low, min(high, n - context) + 1))
+def draw(available: Sequence[int], least: int, most: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """(context, targets), of the questions available to a group; `least` to `most` of each."""
+    n = len(available)
+    context = int(rng.integers(least, min(most, n - least) + 1))
+    targets = int(rng.integers(least, min(most, n - context) + 1))
     order = [available[i] for i in rng.permutation(n)]
     return order[:context], order[context : context + targets]
-
-
-def check_contexts(answers: dict[str, dict[int, Tensor]], groups: Sequence[str], settings: PluralConfig) -> None:
-    """Raise ValueError for a group with too few questions to train on or to be evaluated by."""
-    for field, needed in (
-        ("min_questions", 2 * settings.min_questions),
-        ("context_questions", settings.context_questions + 1),
-    ):
-        for group in groups:
-            if (n := len(answers[group])) < needed:
-                raise ValueError(
-                    f"{field}: {group} has {n} questions and needs {needed}; lower {field}, or drop the group"
-                )
-
-
-class PredictorClient:
-    """A client: its groups, its copy of the predictor, its Adam."""
-
-    def __init__(self, groups: Sequence[str], survey: Survey, width: int, device: torch.device | str) -> None:
-        self.groups, self.survey, self.model = list(groups), survey, Predictor(width).to(device)
-        self.prompts_held = sum(survey.points_held(group) for group in groups)  # n_c, of points
-        self.theta = flat(self.model)
-        self.optimizer = torch.optim.Adam([self.theta], fused=True)
-
-    def step(
-        self, number: int, lr: float, settings: PluralConfig, seed: int, max_grad_norm: float | None = None
-    ) -> float:
-        """One step of Adam over all groups of this client; number: the step's, from 0. Returns the loss."""
-        total = 0.0
-        for group in self.groups:
-            rng = stream(seed, PREDICTOR_TRAINING, number, self.survey.position(group))
-            context, targets = draw(self.survey.questions_of(group), settings, rng)
-            x, y, _ = self.survey.points(group, context)
-            target_x, target_y, which = self.survey.points(group, targets)
-            own = loss(*self.model(x, y, target_x), target_y, which)
-            own = own * (self.survey.points_held(group) / self.prompts_held)
-            own.backward()
-            total += own.item()
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.theta, max_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.theta.grad.zero_()  # in place: the parameters' gradients are views of it
-        return total
-
-
-class PredictorFederation:
-    """The server and its clients. State: theta [d], rounds_done, and the clients' moments."""
-
-    def __init__(
-        self, survey: Survey, clients: Sequence[Sequence[str]], rounds: int, lr: float, seed: int,
-        settings: PluralConfig, clients_per_round: int | None = None, max_grad_norm: float | None = None,
-        threads: int = 1,
-    ) -> None:  # fmt: skip
-        """clients: the groups that each holds; the decay of lr ends with the rounds; threads: clients at once."""
-        self.rounds, self.lr, self.seed, self.settings = rounds, lr, seed, settings
-        self.max_grad_norm, self.threads = max_grad_norm, threads
-        self.per_round = clients_per_round or len(clients)
-        width, device = survey.embeddings.shape[1], survey.embeddings.device
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.model = Predictor(width).to(device)  # the server's
-        self.theta = flat(self.model)
-        self.clients = [PredictorClient(own, survey, width, device) for own in clients]
-        self.rounds_done = 0
-
-    def round(self) -> dict[str, float]:
-        """One communication round. Returns its figures. Raises ValueError where every client's upload is broken."""
-        t, ledger = self.rounds_done, Ledger()
-        ledger.down({"theta": self.theta})
-        cohort = sample_clients(len(self.clients), self.per_round, stream(self.seed, CLIENT_SAMPLING, t))
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            trained = list(pool.map(self.local_training, cohort))  # alike on any number of threads
-        faults = {c: upload.fault for c, (upload, _) in zip(cohort, trained, strict=True) if upload.fault}
-        uploads = [upload for upload, _ in trained if not upload.fault]
-        check_anybody_left(uploads, faults)
-        ledger.upload(uploads[0])
-        self.theta.copy_(average(torch.cat([upload.thetas for upload in uploads]), prompts_held(uploads)))
-        self.rounds_done += 1
-        loss = float(np.mean([losses for _, losses in trained]))
-        return {"round": t, "loss": loss, "broken": len(faults)} | ledger.metrics()
-
-    def local_training(self, c: int) -> tuple[Upload, list[float]]:
-        """What client c does in this round, and the loss of each of its steps. A broken one keeps its old moments."""
-        client, K = self.clients[c], self.settings.local_steps
-        kept, losses = copy.deepcopy(client.optimizer.state_dict()), []
-        client.theta.copy_(self.theta)
-        for step in range(self.rounds_done * K, (self.rounds_done + 1) * K):
-            lr = cosine(self.lr, step, self.rounds * K)
-            losses.append(client.step(step, lr, self.settings, self.seed, self.max_grad_norm))
-        upload = Upload(client.theta.clone()[None], client.prompts_held)
-        if upload.fault:
-            client.optimizer.load_state_dict(kept)
-        return upload, losses
-
-    def state(self) -> dict[str, Tensor]:
-        """All that changes, but for the number of rounds done, by dotted names."""
-        moments = {
-            f"client{c}.{name}": tensor
-            for c, client in enumerate(self.clients)
-            for name, tensor in client.optimizer.state.get(client.theta, {}).items()
-        }
-        return {"theta": self.theta} | moments
-
-    def restore(self, tensors: dict[str, Tensor], rounds_done: int) -> None:
-        """Take back what `state` gave. Raises ValueError where it is of another federation."""
-        names = {name.partition(".")[2] for name in tensors} - {"", "step", "exp_avg", "exp_avg_sq"}
-        if tensors["theta"].shape != self.theta.shape or names:
-            raise ValueError("resume: the checkpoint is of another predictor; resume with its own settings")
-        self.rounds_done = rounds_done
-        self.theta.copy_(tensors["theta"])
-        for c, client in enumerate(self.clients):
-            own = {n.partition(".")[2]: moment for n, moment in tensors.items() if n.startswith(f"client{c}.")}
-            client.optimizer.load_state_dict(client.optimizer.state_dict() | {"state": {0: own} if own else {}})
-
-
-def flat(model: nn.Module) -> Tensor:
-    """A model's parameters as one vector [d], whose views they become, and their gradients those of its gradient.
-
-    So a step's arithmetic is that of one tensor, and what one client holds is copied at once.
-    """
-    theta = parameters_to_vector(model.parameters()).detach()
-    theta.grad = torch.zeros_like(theta)
-    sizes, named = [p.numel() for p in model.parameters()], model.named_parameters()
-    own = {name: part.view_as(p) for (name, p), part in zip(named, theta.split(sizes), strict=True)}
-    model.load_state_dict(own, assign=True)
-    for parameter, grad in zip(model.parameters(), theta.grad.split(sizes), strict=True):
-        parameter.grad = grad.view_as(parameter)
-    return theta
 
 
 def cosine(lr: float, step: int, steps: int) -> float:
     """The learning rate of a step, from lr down to 0 after `steps` of them [code]."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class PredictorFederation:
+    """The server and its clients. State: theta [d], rounds_done, and the moments of every client's Adam."""
+
+    def __init__(self, survey: Survey, clients: Sequence[Sequence[str]], config: Config) -> None:
+        """clients: the groups that each holds."""
+        self.survey, self.clients, self.config = survey, clients, config
+        self.points_held = torch.tensor([sum(map(survey.points_held, groups)) for groups in clients])  # n_c [C]
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.model = Predictor(survey.embeddings.shape[1]).to(survey.embeddings.device)
+        self.parameters = list(self.model.parameters())
+        self.adams = [torch.optim.Adam(self.parameters, fused=True) for _ in clients]  # the clients share one model
+        self.theta = parameters_to_vector(self.parameters).detach()
+        self.rounds_done = 0
+
+    def load(self) -> None:
+        """Copy θ into the model."""
+        vector_to_parameters(self.theta.clone(), self.parameters)  # a clone: the parameters become views of it
+
+    def round(self) -> dict[str, float]:
+        """One communication round. Returns its figures. Raises ValueError if a client's predictor is not finite."""
+        t, per_round = self.rounds_done, self.config.clients_per_round or len(self.clients)
+        rng = stream(self.config.seed, COHORT, t)
+        cohort = sorted(rng.choice(len(self.clients), per_round, replace=False).tolist())
+        thetas, losses = [], []
+        for c in cohort:
+            self.load()
+            losses += self.local_steps(c)
+            thetas.append(parameters_to_vector(self.parameters).detach())
+            if not thetas[-1].isfinite().all():
+                raise ValueError(f"lr: client {c}'s predictor is not finite after round {t}; lower lr or max_grad_norm")
+        self.theta = average(torch.stack(thetas), self.points_held[cohort])
+        self.load()
+        self.rounds_done += 1
+        size = self.theta.numel() * self.theta.element_size()
+        return {"round": t, "loss": float(np.mean(losses)), "upload_bytes": size, "download_bytes": size}
+
+    def local_steps(self, c: int) -> list[float]:
+        """Client c's steps of this round, on the model as it stands. Returns L_c before each."""
+        K, adam, losses = self.config.local_steps, self.adams[c], []
+        for step in range(self.rounds_done * K, (self.rounds_done + 1) * K):
+            adam.zero_grad()
+            losses.append(0.0)
+            for group in self.clients[c]:
+                rng = stream(self.config.seed, TRAINING, step, self.survey.position(group))
+                context, targets = draw(list(self.survey.answers[group]), *self.config.questions, rng)
+                x, y, _ = self.survey.points(group, context)
+                target_x, target_y, which = self.survey.points(group, targets)
+                share = self.survey.points_held(group) / int(self.points_held[c])  # n_g / n_c
+                part = share * loss(*self.model(x, y, target_x), target_y, which)
+                part.backward()  # adds to the gradient of the groups before
+                losses[-1] += part.item()
+            if self.config.max_grad_norm is not None:
+                norm = parameters_to_vector([p.grad for p in self.parameters]).norm()
+                clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+            adam.param_groups[0]["lr"] = cosine(self.config.lr, step, self.config.rounds * K)
+            adam.step()
+        return losses
+
+    def state(self) -> dict[str, Tensor]:
+        """All that changes, by name: θ, the rounds done, and client c's moments of parameter i."""
+        tensors = {"theta": self.theta, "rounds_done": torch.tensor(self.rounds_done)}
+        for c, adam in enumerate(self.adams):
+            for i, moments in adam.state_dict()["state"].items():
+                tensors |= {f"client{c}.{i}.{name}": tensor for name, tensor in moments.items()}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        self.rounds_done, self.theta = int(tensors["rounds_done"]), tensors["theta"].to(self.theta.device)
+        self.load()
+        for c, adam in enumerate(self.adams):
+            moments: dict[int, dict[str, Tensor]] = {}
+            for client, i, name in (key.split(".") for key in tensors if key.startswith(f"client{c}.")):
+                moments.setdefault(int(i), {})[name] = tensors[f"{client}.{i}.{name}"].clone()  # Adam changes them
+            adam.load_state_dict(adam.state_dict() | {"state": moments})
 
 
 # ---- how well it knows a group ---------------------------------------------------------------------------------
@@ -350,75 +265,92 @@ def distances(p: Tensor, q: Tensor, which: Tensor) -> Tensor:
     return p.new_zeros(int(which.max()) + 1).index_add(0, which, terms).clamp_min(0).sqrt()
 
 
-def alignment(
-    survey: Survey, model: Predictor, groups: Sequence[str], settings: PluralConfig, seed: int,
-    partners: dict[str, str] | None = None, swapped: bool = False,
-) -> Tensor:  # fmt: skip
-    """1 − the distance of predicted and true answers, [G, Q]: by group and question, NaN for what was no target.
+def context_of(
+    survey: Survey, group: str, number: int, seed: int, size: int = CONTEXT_QUESTIONS, partner: str | None = None
+) -> list[int]:
+    """Context `number` of a group's evaluation: `size` of its questions, of those that its partner answered too."""
+    pool = [q for q in survey.answers[group] if q in survey.answers[partner or group]]
+    order = stream(seed, EVALUATION, number, survey.position(group)).permutation(len(pool))
+    return [pool[j] for j in order[:size]]
 
-    In each of `context_draws` draws, `context_questions` of a group's questions are the context and all others targets;
-    a mean over the draws. partners: a group's context is of questions that its partner answered too; swapped: as the
-    partner answered them. Raises ValueError for a group with too few questions.
+
+def alignment(
+    survey: Survey, model: Predictor, groups: Sequence[str], seed: int, size: int = CONTEXT_QUESTIONS,
+    draws: int = CONTEXT_DRAWS, partners: dict[str, str] | None = None, swapped: bool = False,
+) -> Tensor:  # fmt: skip
+    """1 − the distance of predicted and true answers, [G, Q]: by group and question, NaN if it was never a target.
+
+    A mean over the draws of a context; a group's other questions are targets. With partners a context is of questions
+    that a group and its partner answered; swapped: as the partner answered them.
     """
-    totals = torch.zeros(len(groups), len(survey.questions), dtype=torch.float64)
-    counts, size = torch.zeros_like(totals), settings.context_questions
+    scores = torch.full((len(groups), len(survey.questions), draws), torch.nan, dtype=torch.float64)
     for i, group in enumerate(groups):
-        own, partner = survey.questions_of(group), (partners or {}).get(group, group)
-        shared = [q for q in own if q in survey.answers[partner]]
-        if len(shared) < size or len(own) <= size:
-            raise ValueError(f"context_questions: {group} and {partner} share {len(shared)}, too few for {size}")
-        for number in range(settings.context_draws):
-            rng = stream(seed, PREDICTOR_EVALUATION, number, survey.position(group))
-            context = [shared[j] for j in rng.permutation(len(shared))[:size]]
-            targets = [q for q in own if q not in context]
+        partner = partners[group] if partners else group
+        for number in range(draws):
+            context = context_of(survey, group, number, seed, size, partner)
+            targets = [q for q in survey.answers[group] if q not in context]
             x, y, _ = survey.points(partner if swapped else group, context)
             target_x, target_y, which = survey.points(group, targets)
-            apart = distances(model.shares(x, y, target_x, which), target_y, which).cpu()
-            totals[i, targets] += 1 - apart
-            counts[i, targets] += 1
-    return torch.where(counts > 0, totals / counts, torch.nan)
+            shares = model.shares(x, y, target_x, which)
+            scores[i, targets, number] = 1 - distances(shares, target_y, which).cpu()
+    return scores.nanmean(2)
+
+
+def worth_of_context(
+    survey: Survey, model: Predictor, groups: Sequence[str], seed: int, size: int = 15
+) -> tuple[float, float]:
+    """Mean alignment given `size` of a group's own answers, and given its partner's to the same questions. [ours]
+
+    A group's partner is the next in the list, round its end, that shares as many questions; one without is left out.
+    """
+    partners: dict[str, str] = {}
+    for i, group in enumerate(groups):
+        for other in (*groups[i + 1 :], *groups[:i]):
+            if len(survey.answers[group].keys() & survey.answers[other].keys()) >= size:
+                partners.setdefault(group, other)
+    own, other = (
+        alignment(survey, model, list(partners), seed, size, partners=partners, swapped=swapped).nanmean(1).mean()
+        for swapped in (False, True)
+    )
+    return float(own), float(other)
 
 
 def guessed(survey: Survey, groups: Sequence[str], givers: Sequence[str] = ()) -> Tensor:
-    """The same scores [G, Q] for guesses without a predictor: the mean answer of the givers, NaN on questions that none
-    of them answered; without givers every option alike.
+    """The same scores [G, Q] of guesses: the mean answer of other givers, NaN if none of them answered a question.
+
+    Without givers every option alike.
     """
     scores = torch.full((len(groups), len(survey.questions)), torch.nan, dtype=torch.float64)
     for i, group in enumerate(groups):
         for q, shares in survey.answers[group].items():
             known = [survey.answers[giver][q] for giver in givers if giver != group and q in survey.answers[giver]]
-            if known or not givers:
-                guess = torch.stack(known).mean(0) if givers else torch.full_like(shares, 1 / len(shares))
-                scores[i, q] = 1 - distances(guess, shares, torch.zeros_like(shares, dtype=torch.long))[0]
+            if not givers:
+                known = [torch.full_like(shares, 1 / len(shares))]
+            if known:
+                which = torch.zeros_like(shares, dtype=torch.long)
+                scores[i, q] = 1 - distances(torch.stack(known).mean(0), shares, which)[0]
     return scores
 
 
-def by_group(scores: Tensor) -> Tensor:
-    """Each group's alignment score AS [G]: its mean over questions. scores [G, Q] as of `alignment`."""
-    return scores.nanmean(1)
-
-
 def jain(values: Tensor) -> float:
-    """Jain's index (Σ v)² / (n Σ v²) of n values, which is 1 / (1 + CoV²): 1 where all are equal, low or high."""
+    """Jain's index (Σ v)² / (n Σ v²) of n values, which is 1 / (1 + CoV²): 1 if all are equal, low or high."""
     return float(values.sum().square() / (len(values) * values.square().sum()))
 
 
-def fairness(scores: Tensor, groups: int = 3) -> float:
-    """The fairness index: the mean of Jain's index over groups, of the questions that at least so many were asked.
+def fairness(scores: Tensor, least: int = 3) -> float:
+    """The fairness index: Jain's over groups of each question, mean over questions. scores [G, Q] as of `alignment`.
 
-    scores [G, Q] as of `alignment`. With fewer groups it is near 1 by construction. NaN where no question has as many.
+    Only questions that at least so many groups were asked count: with fewer it is near 1 by construction.
     """
-    asked = [column[~column.isnan()] for column in scores.T]
-    found = [jain(column) for column in asked if len(column) >= groups]
-    return float(np.mean(found)) if found else math.nan
+    columns = [column[~column.isnan()] for column in scores.T]
+    indices = [jain(column) for column in columns if len(column) >= least]
+    return float(np.mean(indices)) if indices else math.nan
 
 
 def convergence(curve: Sequence[float], level: float, window: int = 3) -> int | None:
-    """The position of the first score of a curve at which the mean of the last `window` scores has reached level.
+    """The first position of a curve at which the mean of the last `window` scores has reached level; None if none has.
 
-    None where it never does. [ours] level: AS₀ + 0.95 (the better final AS − AS₀).
+    [ours] level: AS₀ + 0.95 (the better final AS − AS₀).
     """
-    for i in range(window - 1, len(curve)):
-        if np.mean(curve[i - window + 1 : i + 1]) >= level:
-            return i
-    return None
+    means = [np.mean(curve[i - window : i]) for i in range(window, len(curve) + 1)]
+    return next((i + window - 1 for i, mean in enumerate(means) if mean >= level), None)

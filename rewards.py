@@ -1,203 +1,143 @@
-"""What is good: an objective is a function (prompts, completions, **columns) -> list[float].
+r"""Objectives: what a reward function is, how responses are scored, how rewards in unlike units become comparable.
 
-That is TRL's convention, so that people's reward functions work unchanged: everything is passed by keyword, plain
-strings in, one finite number a completion out. `columns` are the data's own columns (None where a row has none), and
-completion_ids, messages and subset. An objective is written `[NAME=]SPEC`, where SPEC is one of
+An objective is a function (prompts, completions, **columns) -> list[float]. That is TRL's convention, so functions
+written for TRL work unchanged: all arguments are lists passed by keyword, prompts and completions are plain texts, and
+the function returns one finite number per completion. `columns` are the data's own columns (None if a row has no
+value), completion_ids (token ids), messages (the prompt as a chat) and subset. `app/objectives.py` loads objectives.
 
-    rule:NAME               one of RULES, below
-    hf:DIR_OR_HUB           a reward model, below
-    py:FILE.py:FUNCTION     your own function; FILE as seen from the current folder, the project's, or its worlds/
-    group:PREDICTOR:GROUP   how many of a group choose what the response chose, as a saved predictor (app/predictor.py)
-                            has it; prompts need the columns question and options
+**A reward model** is a sequence classifier with one label; the reward is logits[0]. It reads prompt and response as one
+text. If its tokenizer has a chat template, the text is the rendered conversation, which holds its special tokens
+already. If not, the text is
 
-**A reward model** reads prompt and response and gives logits[0]. It reads its own chat template, where its tokenizer
-has one, else the pair of texts ("\\n\\nHuman: ... \\n\\nAssistant:", response), with a space before the last marker
-[code: RiC, and the model cards of Ray2333/gpt2-large-*-reward_model]. What is too long for the model loses its
-beginning: special tokens survive, and the response's end [ours]. A missing pad token becomes EOS, in the config too:
-GPT-2's and Llama's heads score the last token that is not config.pad_token_id, so a final EOS is skipped and the
-score sits on the token before it, alone or in a batch.
+    \n\nHuman: ... \n\nAssistant: response
 
-**Clients.** A function sees one client's rows at a time, a reward model those of all. A client may hold only some of
-the objectives (`--client_objectives`).
+with a space before the last marker [code: RiC], and the tokenizer adds its special tokens. A text that is too long
+loses its beginning, but not a leading BOS or [CLS] [ours]. GPT-2's and Llama's heads score the last token that is not
+config.pad_token_id. A checkpoint that names this token is read as it says. If it names none, the tokenizer's pad token
+becomes it, or else EOS; a final EOS then counts as padding, and the head scores the token before it.
 
-**Calibration** [ours]. Objectives come in unlike units, so each is shifted and scaled to mean 0 and deviation 1 on
-samples of the base policy, once. Each client c sends, of each objective, n_c, m_c = mean r and s_c = sum (r - m_c)^2,
-and then all use, with sums over all clients that hold it,
+**Clients.** A function is called with one client's rows at a time; a reward model once for all clients, since it scores
+each text by itself. A client may hold only some of the objectives.
+
+**Calibration** [ours]. Each objective is shifted and scaled to mean 0 and deviation 1 on samples of the base policy,
+once. For each objective that it holds, client c sends n_c, m_c = mean r and s_c = sum (r - m_c)^2. All clients then use
 
     mean = sum n_c m_c / n      scale^2 = sum [s_c + n_c (m_c - mean)^2] / n      z = (r - mean) / scale
 
-An objective that does not vary at all gets scale 1, and the run says so.
+with n = sum n_c. An objective that does not vary gets scale 1.
 
 `python rewards.py --backbone DIR --pairs FILE... --out DIR` trains a reward model (app/reward_training.py; --help).
-Left out on purpose: asynchronous functions, and TRL's None for "does not apply": a missing reward is an error here.
+Left out on purpose: asynchronous functions, and TRL's None for "does not apply": here a missing reward is an error.
 """
 
 import copy
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
-from app.loading import check_ids, fingerprint_of, named, pretrained
-from app.predictor import group_objective
-from app.user_code import load_function, user_errors
-from data import REPLY, Prompt, to_messages
-from worlds.opinions import slug
+REPLY = "\n\nAssistant:"  # ends every plain prompt
 
-# ---- rules ---------------------------------------------------------------------------------------------------
-
-RULES: dict[str, Callable[..., list[float]]] = {}
+# ---- rules -----------------------------------------------------------------------------------------------------------
 
 
-def rule(score: Callable[[str, str], float]) -> Callable[..., list[float]]:
-    """Makes an objective of a function of one prompt and one completion, and puts it into RULES."""
-
-    def objective(prompts: list[str], completions: list[str], **columns) -> list[float]:
-        return [float(score(p, c)) for p, c in zip(prompts, completions, strict=True)]
-
-    objective.__doc__ = score.__doc__
-    RULES[score.__name__] = objective
-    return objective
-
-
-@rule
-def length(prompt: str, completion: str) -> float:
+def length(completions: list[str], **columns) -> list[float]:
     """Number of words."""
-    return len(completion.split())
+    return [len(text.split()) for text in completions]
 
 
-@rule
-def brevity(prompt: str, completion: str) -> float:
-    """1 for silence, 1/2 at 20 words, towards 0 beyond: pulls against length."""
-    return 1 / (1 + len(completion.split()) / 20)
+def brevity(completions: list[str], **columns) -> list[float]:
+    """1 for no words, 1/2 for 20, towards 0 beyond: conflicts with length."""
+    return [1 / (1 + len(text.split()) / 20) for text in completions]
 
 
-@rule
-def distinct(prompt: str, completion: str) -> float:
-    """Share of neighbouring word pairs that were not said before: 1 without repetition."""
-    words = completion.lower().split()
-    pairs = list(zip(words, words[1:], strict=False))
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
+def distinct(completions: list[str], **columns) -> list[float]:
+    """Share of different ones among the pairs of neighbouring words: 1 without repetition."""
+    pairs = [list(pairwise(text.lower().split())) for text in completions]
+    return [len(set(each)) / len(each) if each else 1.0 for each in pairs]
 
 
-@rule
-def sentence(prompt: str, completion: str) -> float:
-    """1 if it ends as a sentence does (. ! ? and perhaps a closing quote or bracket), else 0."""
-    return bool(re.search(r"[.!?][\"'”’)\]]*\s*$", completion))
+def sentence(completions: list[str], **columns) -> list[float]:
+    """1 if the text ends as a sentence does (. ! ? and perhaps a closing quote or bracket), else 0."""
+    return [float(bool(re.search(r"[.!?][\"'”’)\]]*\s*$", text))) for text in completions]
 
 
-@rule
-def on_topic(prompt: str, completion: str) -> float:
-    """Share of the last question's words of four letters and more that the completion takes up."""
-    asked = set(re.findall(r"\w{4,}", to_messages(prompt)[-1]["content"].lower()))
-    return len(asked & set(re.findall(r"\w{4,}", completion.lower()))) / max(len(asked), 1)
-
-
-@rule
-def refusal(prompt: str, completion: str) -> float:
-    """1 if it declines or apologises, else 0: pulls against on_topic."""
+def refusal(completions: list[str], **columns) -> list[float]:
+    """1 if the text declines or apologises, else 0."""
     declines = r"\b(sorry|(ca|wo|could|would|should)n['’]t|(can|will|could|would|should) ?not|unable to|refuse)\b"
-    return bool(re.search(declines, completion.lower()))
+    return [float(bool(re.search(declines, text.lower()))) for text in completions]
 
 
-# ---- reward models -------------------------------------------------------------------------------------------
+RULES = {rule.__name__: rule for rule in (length, brevity, distinct, sentence, refusal)}
+
+# ---- reward models ---------------------------------------------------------------------------------------------------
 
 
 class RewardModel:
-    """A model and its tokenizer, called like any objective: (prompts, completions, **columns) -> list[float]."""
+    """A sequence classifier with one label, called as any objective; max_length: tokens that it reads of a text."""
 
-    def __init__(self, model, tokenizer, batch_size: int = 32, max_length: int | None = None):
+    def __init__(self, model, tokenizer, batch_size: int = 32, max_length: int | None = None) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size  # eval: no dropout
-        tokenizer.truncation_side = "left"
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        model.config.use_cache = False  # every text is read once: keys and values would only take memory
-        model.config.pad_token_id = tokenizer.pad_token_id  # heads look for the last token that is none of these
-        positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-        table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-        if getattr(table, "padding_idx", None) is not None:  # RoBERTa's positions start behind the padding's
-            positions -= table.padding_idx + 1
-        self.max_length = min(positions, tokenizer.model_max_length, max_length or positions)
+        limits = (max_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+        self.max_length = min(limit for limit in limits if limit)
+        model.config.use_cache = False  # each text is read once: keys and values would only take memory
+        pads = (model.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        model.config.pad_token_id = next(pad for pad in pads if pad is not None)  # 0 is one too
 
-    def encode(self, prompts: list[str], completions: list[str], messages: list | None = None) -> list[dict]:
-        """What the model reads of each prompt and response: input_ids (at most max_length), perhaps token types."""
-        completions = [completion.strip() for completion in completions]
-        if not self.tokenizer.chat_template:
-            return [self._encode_pair(p, c) for p, c in zip(prompts, completions, strict=True)]
-        messages = messages or [to_messages(prompt) for prompt in prompts]
-        return [self._encode_chat(m, c) for m, c in zip(messages, completions, strict=True)]
+    def encode(self, prompts: list[str], completions: list[str], messages: list) -> list[list[int]]:
+        """The token ids that the model reads of each prompt and its response, at most max_length."""
+        replies = [completion.strip() for completion in completions]
+        if chat := bool(self.tokenizer.chat_template):
+            pairs = zip(messages, replies, strict=True)
+            dialogues = [[*dialogue, {"role": "assistant", "content": reply}] for dialogue, reply in pairs]
+            texts = self.tokenizer.apply_chat_template(dialogues, tokenize=False)
+        else:
+            pairs = zip(prompts, replies, strict=True)
+            texts = [f"{prompt.removesuffix(REPLY).rstrip()} {REPLY} {reply}" for prompt, reply in pairs]
+        rows = self.tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
+        return [self._shortened(ids) for ids in rows]
 
-    def _encode_pair(self, prompt: str, completion: str) -> dict:
-        first = f"{prompt.removesuffix(REPLY).rstrip()} {REPLY}"
-        encoding = self.tokenizer(first, completion, verbose=False)
-        if len(encoding["input_ids"]) > self.max_length:  # the prompt pays first
-            encoding = self.tokenizer("", completion, truncation="only_second", max_length=self.max_length)
-            if len(encoding["input_ids"]) < self.max_length:
-                encoding = self.tokenizer(first, completion, truncation="only_first", max_length=self.max_length)
-        return dict(encoding)
+    def _shortened(self, ids: list[int]) -> list[int]:
+        """The end of a text that is too long, behind its BOS or [CLS]."""
+        if len(ids) <= self.max_length:
+            return ids
+        first = ids[:1] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
+        return first + ids[len(ids) - self.max_length + len(first) :]
 
-    def _encode_chat(self, messages: Sequence[dict], completion: str) -> dict:
-        chat = [*messages, {"role": "assistant", "content": completion}]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) > self.max_length:
-            bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
-            ids = bos + ids[len(ids) - self.max_length + len(bos) :]
-        return {"input_ids": ids}
+    def batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
+        """The row numbers of each batch, longest texts first: texts too long for the memory fail at once."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
 
-    def batches(self, encodings: list[dict]) -> list[list[int]]:
-        """The rows of each batch, longest texts first: what is too much for the memory fails at once."""
-        order = sorted(range(len(encodings)), key=lambda i: -len(encodings[i]["input_ids"]))
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-
-    def forward(self, encodings: list[dict]) -> Tensor:
-        """Scores [B], float32, of one right-padded batch."""
-        batch = self.tokenizer.pad(encodings, padding_side="right", return_tensors="pt")
-        return self.model(**batch.to(self.model.device)).logits[:, 0].float()
+    def forward(self, rows: list[list[int]]) -> Tensor:
+        """Scores [B], float32, of one batch of token ids, which is padded on the right."""
+        texts = [torch.tensor(ids, device=self.model.device) for ids in rows]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.model.config.pad_token_id)  # [B, T]
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)  # [B, T]
+        return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
 
     @torch.no_grad()
-    def scores(self, encodings: list[dict], progress: str = "") -> Tensor:
-        """Scores [N] on the CPU, in the order given; `progress` names a progress bar."""
-        scores = torch.empty(len(encodings))
-        for batch in tqdm(self.batches(encodings), progress, disable=not progress):
-            scores[batch] = self.forward([encodings[i] for i in batch]).cpu()
+    def scores(self, rows: list[list[int]]) -> Tensor:
+        """Scores [N] on the CPU, in the order of the rows."""
+        scores = torch.empty(len(rows))
+        for batch in self.batches(rows):
+            scores[batch] = self.forward([rows[i] for i in batch]).cpu()
         return scores
 
-    def __call__(self, /, prompts: list[str], completions: list[str], messages=None, **columns) -> list[float]:
-        encodings = self.encode(prompts, completions, messages)
-        check_ids((encoding["input_ids"] for encoding in encodings), self.model)
-        return self.scores(encodings).tolist()
+    def __call__(self, /, prompts: list[str], completions: list[str], messages: list, **columns) -> list[float]:
+        return self.scores(self.encode(prompts, completions, messages)).tolist()
 
 
-def load_reward_model(where: str, device="cpu", dtype="float32", new_head: bool = False, **settings) -> RewardModel:
-    """The RewardModel of a directory or hub name; with new_head any backbone gets a random head (for training).
-
-    Raises ValueError if it cannot be loaded, or is no reward model: an untrained head, or not one label.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)  # see rollout.avoid_cudnn_attention
-    head = {"num_labels": 1} if new_head else {}
-    remedy = f"pass a local checkpoint directory, or train one: python rewards.py --backbone {where}"
-    model, tokenizer = pretrained(
-        "AutoModelForSequenceClassification", where, "trained reward model", remedy, dtype, new_head=new_head, **head
-    )
-    labels = model.config.num_labels
-    if labels != 1:
-        raise ValueError(f"{where} has {labels} labels where a reward model has one; wrap it in a py: function")
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ValueError(f"{where}: the tokenizer has neither pad nor EOS token; set one in tokenizer_config.json")
-    return RewardModel(model.to(device), tokenizer, **settings)
-
-
-# ---- objectives ----------------------------------------------------------------------------------------------
-
-RESERVED_NAMES = {"disagreement"}  # metrics are called lambda/NAME, and lambda/disagreement is the clients' spread
+# ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -207,82 +147,23 @@ class Objective:
     name: str
     spec: str
     function: Callable[..., list[float]]
-    cohort: bool = False  # scored in one call for all clients (reward models), else in one for each
-    fingerprint: str = ""  # of what it is made of; another one gives other rewards
-
-
-def parse_spec(text: str) -> tuple[str, str, str]:
-    """(name, kind, rest) of `[NAME=]KIND:REST`. Raises ValueError saying what is wrong with it."""
-    match = re.fullmatch(r"(?:([^=:]*)=)?([^:=]*):(.+)", text)
-    if not match or match[2] not in ("rule", "hf", "py", "group"):
-        raise ValueError(
-            f"objective {text!r}: write [NAME=]rule:NAME, hf:DIR_OR_HUB, py:FILE.py:FUNCTION or group:PREDICTOR:GROUP"
-        )
-    name, kind, rest = match.groups()
-    if kind == "group" and not re.fullmatch(r".+:.+", rest):
-        raise ValueError(f"objective {text!r}: name the group too, as in group:PREDICTOR:GROUP")
-    if kind == "py" and not re.fullmatch(r".+:\w+", rest):
-        raise ValueError(f"objective {text!r}: name the function too, as in py:FILE.py:FUNCTION")
-    if name is None:
-        last = rest.rpartition(":")[2]
-        name = {"hf": Path(rest).resolve().name, "group": slug(last)}.get(kind, last)
-    if name in RESERVED_NAMES:
-        raise ValueError(f"objective {text!r}: the metrics use that name; put another NAME= in front")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"objective {text!r}: the name {name!r} may have only A-Z a-z 0-9 _ -; put NAME= in front")
-    return name, kind, rest
-
-
-def load_objectives(specs: list[str], device="cpu", dtype="float32", batch_size: int = 32) -> list[Objective]:
-    """The objectives that `[NAME=]SPEC` strings name, in order; the other arguments concern reward models.
-
-    Raises ValueError for a bad spec or two objectives of one name, before any reward model is loaded.
-    """
-    if not specs:
-        raise ValueError("objectives names none: pass at least one [NAME=]SPEC")
-    parsed = [(*parse_spec(spec), spec) for spec in specs]
-    names = [name for name, *_ in parsed]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"objectives: two are called {name!r}; tell them apart by NAME=SPEC")
-    objectives = {}
-    for name, kind, rest, spec in sorted(parsed, key=lambda each: each[1] == "hf"):  # reward models last: they are slow
-        with named(f"objective {name!r}"):
-            if kind == "hf":
-                function = load_reward_model(rest, device, dtype, batch_size=batch_size)
-                fingerprint = fingerprint_of(function.model.named_parameters())
-            elif kind == "py":
-                function, fingerprint = load_function(name, rest)
-            elif kind == "group":
-                function, fingerprint = group_objective(*rest.rsplit(":", 1))
-            elif rest in RULES:
-                function, fingerprint = RULES[rest], rest
-            else:
-                raise ValueError(f"there is no rule {rest!r}; choose from {', '.join(RULES)}")
-        objectives[name] = Objective(name, spec, function, kind == "hf", fingerprint)
-    return [objectives[name] for name in names]
-
-
-# ---- scoring -------------------------------------------------------------------------------------------------
+    fingerprint: str = ""  # a hash of its code or weights: another fingerprint means other rewards
+    cohort: bool = False  # called once for all clients (a reward model), else once for each
 
 
 def score(
-    objectives: list[Objective], prompts: list[Prompt], completions: list[str], completion_ids: list[list[int]],
-    holdings: Sequence[tuple[slice, Sequence[int], int]] | None = None,
+    objectives: Sequence[Objective], prompts: Sequence[Any], completions: list[str], completion_ids: list[list[int]],
+    holdings: Sequence[tuple[slice, Sequence[int], int | None]] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Raw rewards [N, M] in float64 of N completions, each with its prompt; NaN where a client lacks the objective.
+    """Raw rewards [N, M], float64, of N completions and their prompts (data.Prompt); NaN marks what a client lacks.
 
-    holdings: the rows of each client, the indices of the objectives it holds, and its number; None: all is held.
-    A function is called once for every client that holds it, a `cohort` objective once for all of them. With several
-    processes each calls it for its own clients: one that counts its calls gives other rewards then.
-
-    Raises ValueError naming the objective, the client and the prompt, for anything but one finite number a completion;
-    ObjectiveFailed where a function raises.
+    holdings: for each client its rows, the indices of its objectives, its number; None: rows of no client, with all.
+    Raises ValueError naming objective, client and prompt for anything but one finite number per completion.
     """
     if holdings is None:
         holdings = [(slice(None), range(len(objectives)), None)]
     owner = {i: client for rows, _, client in holdings for i in range(len(prompts))[rows]}
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)  # the same for every client
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)  # every client gets the same columns
     given = {name: [prompt.columns.get(name) for prompt in prompts] for name in names} | {
         "prompts": [prompt.text for prompt in prompts],
         "completions": completions,
@@ -290,113 +171,81 @@ def score(
         "messages": [list(prompt.messages) for prompt in prompts],
         "subset": [prompt.subset for prompt in prompts],
     }
-    scores = torch.full((len(prompts), len(objectives)), math.nan, dtype=torch.float64)
+    raw = torch.full((len(prompts), len(objectives)), math.nan, dtype=torch.float64)
     for j, objective in enumerate(objectives):
-        calls = [range(len(prompts))[rows] for rows, held, _ in holdings if j in held]
+        calls = [range(len(prompts))[rows] for rows, indices, _ in holdings if j in indices]
         if objective.cohort and calls:
             calls = [[i for rows in calls for i in rows]]
         for rows in calls:
-            own = {name: [column[i] for i in rows] for name, column in given.items()}
-            scores[rows, j] = _rewards(objective, own, [owner[i] for i in rows])
-    return scores
+            columns = {name: [column[i] for i in rows] for name, column in given.items()}
+            rewards = _called(objective, columns, [owner[i] for i in rows])
+            raw[rows, j] = torch.tensor(rewards, dtype=torch.float64)
+    return raw
 
 
-def _rewards(objective: Objective, given: dict[str, list], owners: Sequence[int | None]) -> Tensor:
-    """The rewards [n] of one call, float64; the function gets copies, so that it cannot spoil the next one's.
-
-    owners: the client of every row, None where it is nobody's.
-    """
-    with user_errors(objective.name, objective.spec):
-        returned = objective.function(**copy.deepcopy(given))
-        single = isinstance(returned, (str, bytes, Mapping)) or getattr(returned, "ndim", 1) == 0
-        rewards = list(returned) if isinstance(returned, Iterable) and not single else None
-    if rewards is None:
-        raise ValueError(
-            f"objective {objective.name!r} returned a {type(returned).__name__} for {len(given['prompts'])} "
-            "completions; return a list with one number for each"
-        )
-    if len(rewards) != len(given["prompts"]):
-        raise ValueError(
-            f"objective {objective.name!r} returned {len(rewards)} rewards for {len(given['prompts'])} completions; "
-            "return one for each"
-        )
-    numbers = torch.full((len(rewards),), math.nan, dtype=torch.float64)
-    for i, (reward, prompt, owner) in enumerate(zip(rewards, given["prompts"], owners, strict=True)):
-        with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # None, a pair, 10**999 stay NaN
-            numbers[i] = math.nan if isinstance(reward, (str, bytes)) else float(reward)
-        if not numbers[i].isfinite():
-            raise ValueError(
-                f"objective {objective.name!r} returned {reward!r} for "
-                + ("" if owner is None else f"client {owner} and ")
-                + f"the prompt {textwrap.shorten(prompt, 80, placeholder=' ...')!r}; a reward must be a finite number"
-            )
-    return numbers
+def _called(objective: Objective, columns: dict[str, list], owners: list[int | None]) -> list[float]:
+    """The rewards of one call. The function gets copies, so it cannot change what the next one sees."""
+    rewards = list(objective.function(**copy.deepcopy(columns)))
+    what = f"objective {objective.name!r} returned"
+    if len(rewards) != len(owners):
+        raise ValueError(f"{what} {len(rewards)} rewards for {len(owners)} completions; return one for each")
+    for reward, prompt, owner in zip(rewards, columns["prompts"], owners, strict=True):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # None, a text, a tensor of two, 10**999
+            if math.isfinite(reward):
+                continue
+        whose = "" if owner is None else f"client {owner} and "
+        asked = textwrap.shorten(prompt, 80, placeholder=" ...")
+        raise ValueError(f"{what} {reward!r} for {whose}the prompt {asked!r}; a reward must be a finite number")
+    return [float(reward) for reward in rewards]
 
 
-# ---- calibration ---------------------------------------------------------------------------------------------
+# ---- calibration -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """z = (r - mean) / scale for each of M objectives; `constant` marks those that did not vary (scale 1)."""
+    """z = (r - mean) / scale for each of M objectives. A checkpoint holds its three tensors, `vars(calibration)`."""
 
     mean: Tensor  # [M] float64
     scale: Tensor  # [M] float64
-    constant: Tensor  # [M] bool
+    constant: Tensor  # [M] bool, True if the objective did not vary (its scale is 1)
 
-    def apply(self, scores: Tensor) -> Tensor:
-        """Calibrated rewards [..., M] of raw ones; NaN stays NaN."""
-        return (scores - self.mean.to(scores)) / self.scale.to(scores)
+    def apply(self, raw: Tensor) -> Tensor:
+        """Calibrated rewards z [..., M] of raw ones; NaN stays NaN."""
+        return (raw - self.mean.to(raw)) / self.scale.to(raw)
 
     def pooled(self) -> "Calibration":
-        """One mean and one scale for all objectives, so that their raw order stays: for rewards in one unit. [ours]"""
+        """One mean and one scale for all objectives: keeps the order of raw rewards that have the same unit. [ours]"""
         variance = torch.where(self.constant, 0.0, self.scale.square()).mean()
         scale = torch.where(variance > 0, variance.sqrt(), 1.0)
         return Calibration(self.mean.mean().expand_as(self.mean), scale.expand_as(self.scale), self.constant)
 
-    def to_dict(self) -> dict[str, list]:
-        """As JSON values, which a checkpoint keeps."""
-        return {name: tensor.tolist() for name, tensor in vars(self).items()}
 
-    @classmethod
-    def from_dict(cls, saved: dict[str, list]) -> "Calibration":
-        """The inverse of `to_dict`."""
-        mean, scale = (torch.tensor(saved[name], dtype=torch.float64) for name in ("mean", "scale"))
-        return cls(mean, scale, torch.tensor(saved["constant"], dtype=torch.bool))
+def calibration_sums(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a client sends of its raw rewards [n, M]: number, mean, and sum of squared deviations from it, [M] each.
 
-
-def calibration_sums(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What one client sends of its raw rewards [n, M]: of each objective the number, mean, and sum of squared
-    deviations from that mean, [M] each.
-
-    NaN marks what the client does not hold, and counts as nothing.
+    NaN marks an objective that the client does not hold; it is not counted.
     """
-    held, values = ~scores.isnan(), scores.double()
-    n = held.sum(0)
-    mean = values.nansum(0) / n.clamp_min(1)
-    return n, mean, (values - mean).square().nansum(0)
+    n = (~raw.isnan()).sum(0)
+    mean = raw.double().nansum(0) / n.clamp_min(1)
+    return n, mean, (raw.double() - mean).square().nansum(0)
 
 
-def combine(sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Calibration:
-    """The one Calibration of all clients' sums. Raises ValueError for an objective without a sample.
+def combine_sums(sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Calibration:
+    """The Calibration that all clients use, from what each one sent.
 
-    Squared deviations are added about the joint mean (Chan et al. 1983), so that a small spread about a huge mean is
-    not lost to rounding.
+    Each client's squares are about its own mean (Chan et al. 1983): in a plain sum of squares, rounding would lose a
+    small spread about a huge mean.
     """
     n, means, squares = (torch.stack(each) for each in zip(*sums, strict=True))  # [C, M]
-    total = n.sum(0)
-    if not total.all():
-        which = f"number {int(total.argmin()) + 1} of {len(total)}"
-        raise ValueError(f"calibration needs at least one sample of every objective; no client holds {which}")
+    total = n.sum(0)  # [M]
     mean = (n * means).sum(0) / total
     scale = ((squares + n * (means - mean).square()).sum(0) / total).sqrt()
-    constant = scale <= 1e-14 * mean.abs() * total.double().sqrt()  # the rounding of a mean, in float64
+    constant = scale <= 1e-14 * mean.abs() * total.double().sqrt()  # a float64 mean is rounded by about so much
     return Calibration(mean, torch.where(constant, 1.0, scale), constant)
 
 
 if __name__ == "__main__":
-    import sys
+    from app.reward_training import main  # here, since only the command line may use what stands above this floor
 
-    from app.reward_training import main
-
-    sys.exit(main())
+    main()

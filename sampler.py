@@ -1,7 +1,7 @@
 """Drawing responses: prompts and uniforms in, tokens out, one column at a time.
 
 Sampling is inverse-CDF: the token at step t is the first whose cumulative probability exceeds a uniform u_t drawn
-up front. So a response depends on its prompt and its own uniforms, and not on who shares the batch. [ours]
+up front. A response then depends on its prompt and its own uniforms, and not on who shares the batch. [ours]
 
     prefill   the distinct prompts, sorted by length, in pieces padded to their own width: keys and values go into the
               cache, into all rows that begin with them
@@ -9,35 +9,27 @@ up front. So a response depends on its prompt and its own uniforms, and not on w
     advance   token t -> the model, which reads and extends the cache -> hidden state        [N] -> [N, H]
 
 The cache is a static table, N rows × (P + L) columns of keys and values, allocated once. Row i's prompt ends at column
-P − 1 and its token t stands at column P + t; a mask says which columns a row may see. Nothing else changes shape
-either, and the step counter lives on the device, so on a GPU "advance, choose" is captured once as a CUDA graph and
-replayed: one launch a token in place of a thousand, and no word from the host. Rows that have ended go on, unseen,
-until all have; whether they have is asked every STOP_CHECK tokens there, and at every token on a CPU, where asking is
-free.
+P − 1 and its token t stands at column P + t; a mask says which columns a row may see. No shape ever changes, and the
+step counter lives on the device. On a GPU, "advance, choose" is therefore captured once as a CUDA graph and replayed:
+one launch per token instead of about a thousand. A row that has ended goes on, masked, until all rows have ended. A CPU
+checks that after every token, a GPU after every 16, since the host has to wait for the answer.
 
-Models that cannot work on such a table (sliding windows, ALiBi, …) are found out when they are loaded and take
-`draw_growing`: the same tokens, with transformers' own cache.
-
-Left out on purpose: top-k and top-p (π would no longer be the distribution that is trained), beam search.
+Left out on purpose: top-k and top-p (π would no longer be the distribution that is trained), beam search, and models
+that need another cache (sliding windows, ALiBi, recurrent states), which `rollout.Policy` refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PREFILL_TOKENS = 4096  # rows × width of one prefill pass: less padding, bounded memory, and a GPU is still full
 BUCKET = 64  # a captured graph serves every prompt width up to the next multiple
-WIDE = 1024  # columns of the table that a model is tried on when it is loaded
-STOP_CHECK = 16  # tokens between two looks at whether every row has ended, on a GPU
-GPU = "cuda"  # the type of device that can capture a graph
+STOP_CHECK = 16  # tokens between two checks whether every row has ended, on a GPU
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]  # tokens [N, L], mask [N, L] bool, log-probs [N, L], alive [N] bool
 
@@ -64,13 +56,13 @@ def inverse_cdf(logp: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_max(logp.shape[1] - 1)
 
 
-def by_length(prompts: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
-    """Row numbers, longest prompts first, in pieces of at most `tokens` rows × width (and at least one row)."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    while order:
-        rows = max(tokens // len(prompts[order[0]]), 1)
-        yield order[:rows]
-        order = order[rows:]
+def by_length(prompts: Iterable[Sequence[int]], tokens: int) -> Iterator[list[Sequence[int]]]:
+    """Prompts, longest first, in pieces of at most `tokens` rows × width (and at least one row)."""
+    rest = sorted(prompts, key=len, reverse=True)
+    while rest:
+        rows = max(tokens // len(rest[0]), 1)
+        yield rest[:rows]
+        rest = rest[rows:]
 
 
 class TableLayer(DynamicLayer):
@@ -82,7 +74,7 @@ class TableLayer(DynamicLayer):
         self.column, self.is_initialized = column, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """What the model's attention calls: take one column in, give the whole table out."""
+        """What the model's attention calls: write one column, return the whole table."""
         self.keys.index_copy_(2, self.column, key_states)
         self.values.index_copy_(2, self.column, value_states)
         return self.keys, self.values
@@ -100,14 +92,13 @@ class Decoder:
         self.u, self.logp = zeros(rows, L, dtype=torch.float64), zeros(rows, L, dtype=torch.float32)
         self.tokens, self.mask = zeros(rows, L, dtype=torch.long), zeros(rows, L, dtype=torch.bool)
         self.token, self.alive = zeros(rows, dtype=torch.long), zeros(rows, dtype=torch.bool)
-        self.hidden: Tensor | None = None  # [rows, H]; its type and the cache's shapes come with the first prefill
-        self.cache: Cache | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.hidden = self.cache = self.graph = None  # hidden [rows, H] and cache: by `prefill`; graph: by `capture`
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Every prompt's keys and values into the table, its last hidden state into `hidden`; step 0 comes next.
 
-        Rows with equal prompts are read once: a group of responses costs one prompt.
+        Rows with equal prompts are read once: a group of responses costs one prompt. Raises NotImplementedError for a
+        model with another cache.
         """
         for buffer in (self.t, self.position, self.seen, self.mask):
             buffer.zero_()
@@ -116,23 +107,21 @@ class Decoder:
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(tuple(prompt), []).append(row)
-        distinct = list(rows_of)
-        for numbers in by_length(distinct, PREFILL_TOKENS):
-            read = [distinct[i] for i in numbers]
+        for read in by_length(rows_of, PREFILL_TOKENS):
             ids, mask = pad_left(read, self.sampler.pad, self.sampler.device)
             out = self.sampler.model.base_model(
                 input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=True
             )
-            grown, last = out.past_key_values.layers, out.last_hidden_state[:, -1]
-            if any(type(layer) is not DynamicLayer for layer in grown):
-                raise NotImplementedError("a cache that is no plain table of keys and values")
+            layers, last = getattr(out.get("past_key_values"), "layers", [None]), out.last_hidden_state[:, -1]
+            if any(type(layer) is not DynamicLayer for layer in layers):
+                raise NotImplementedError("its cache is not a plain table of keys and values")
             if self.cache is None:
                 self.hidden, self.minus_infinity = last.new_zeros(self.rows, last.shape[1]), torch.finfo(last.dtype).min
-                self.cache = Cache([TableLayer(layer, self.rows, self.P + self.L, self.column) for layer in grown])
+                self.cache = Cache([TableLayer(x, self.rows, self.P + self.L, self.column) for x in layers])
             pairs = [(row, i) for i, prompt in enumerate(read) for row in rows_of[prompt]]
             rows, source = torch.tensor(pairs, device=self.sampler.device).unbind(1)  # a table row, and what it repeats
             columns = slice(self.P - ids.shape[1], self.P)
-            for table, layer in zip(self.cache.layers, grown, strict=True):
+            for table, layer in zip(self.cache.layers, layers, strict=True):
                 table.keys[rows, :, columns] = layer.keys[source]
                 table.values[rows, :, columns] = layer.values[source]
             self.hidden[rows] = last[source]
@@ -163,17 +152,16 @@ class Decoder:
 
     def run(self, prompts: Sequence[Sequence[int]], uniforms: Tensor, cuda_graph: bool) -> Drawn:
         """N ≤ rows prompts, uniforms [N, at most L] -> what was drawn, up to where the last row ends."""
-        N, wanted = uniforms.shape
-        cuda_graph = cuda_graph and self.L > 1  # the first token needs no step
+        N, L = uniforms.shape
         self.prefill(prompts)
         if cuda_graph and self.graph is None:
             cuda_graph = self.capture()
             self.prefill(prompts)  # capturing ran the step
         self.alive.zero_()
         self.alive[:N] = True
-        self.u[:N, :wanted] = uniforms
+        self.u[:N, :L] = uniforms
         self.choose()
-        for t in range(1, wanted):
+        for t in range(1, L):
             if (not cuda_graph or t % STOP_CHECK == 0) and not self.alive.any():
                 break
             if cuda_graph:
@@ -181,14 +169,14 @@ class Decoder:
             else:
                 self.advance()
                 self.choose()
-        drawn = int(self.mask[:N].any(0).sum())  # a graph may have gone on after the end
-        tokens, mask, logp = (x[:N, :drawn].clone() for x in (self.tokens, self.mask, self.logp))
+        longest = int(self.mask[:N].any(0).sum())  # a graph may have gone on after the end
+        tokens, mask, logp = (x[:N, :longest].clone() for x in (self.tokens, self.mask, self.logp))
         return tokens, mask, logp, self.alive[:N].clone()
 
     def capture(self) -> bool:
         """Record one step as a CUDA graph, after a first call outside it, in which libraries set themselves up.
 
-        A model whose step cannot be recorded is drawn from without: False, and a line that says so.
+        If a model's step cannot be recorded, this warns and returns False, and the sampler goes on without a graph.
         """
         before, aside = torch.cuda.current_stream(), self.sampler.stream
         aside.wait_stream(before)
@@ -204,99 +192,39 @@ class Decoder:
         except RuntimeError as error:
             torch.cuda.set_stream(before)
             reason = str(error).partition("\n")[0]
-            print(f"warning: the decode step cannot be captured ({reason}); start anew with --cuda_graph False")
+            warnings.warn(f"the decode step cannot be captured ({reason}); sampling will be slower", stacklevel=2)
             self.sampler.cuda_graph, self.sampler.decoder = False, None
             return False
         self.graph = graph
         return True
 
 
-class GrowingDecoder(Decoder):
-    """The same steps on transformers' own cache, which grows by a column a token, as the mask then does."""
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """All prompts in one pass, padded to one width."""
-        ids, self.seen = pad_left(prompts, self.sampler.pad, self.sampler.device)
-        self.position = self.seen.sum(1, keepdim=True)
-        self.read(ids, positions(self.seen), None)
-
-    def advance(self) -> None:
-        """The model reads token t."""
-        self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], 1)
-        self.read(self.token[:, None], self.position, self.cache)
-        self.position, self.t = self.position + 1, self.t + 1
-
-    def read(self, ids: Tensor, position: Tensor, cache: Cache | None) -> None:
-        """One pass over ids [N, T] behind what the cache holds."""
-        out = self.sampler.model.base_model(
-            input_ids=ids, attention_mask=self.seen, position_ids=position, past_key_values=cache, use_cache=True
-        )
-        self.cache, self.hidden = out.past_key_values, out.last_hidden_state[:, -1]
-
-
 class Sampler:
-    """Draws from one model; on a GPU it keeps the last decoder, whose graph usually fits the next batch too.
+    """Draws from one of transformers' causal language models; on a GPU it keeps the last decoder and its graph.
 
     log_softmax: hidden states [N, H] -> log-probs [N, V], float32, at the sampling temperature.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, log_softmax: Callable[[Tensor], Tensor], eos: list[int], pad: int,
-        cuda_graph: bool = True,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, log_softmax: Callable, eos: list[int], pad: int) -> None:
         self.model, self.log_softmax, self.pad = model, log_softmax, pad
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(eos, device=self.device)
-        self.cuda_graph = cuda_graph and self.device.type == GPU
         self.decoder: Decoder | None = None
+        self.cuda_graph = self.device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.cuda_graph else None  # one, so that libraries keep one workspace
-        self.static = False  # until `try_out` has seen it work
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[Sequence[int]], uniforms: Tensor, cuda_graph: bool = True) -> Drawn:
         """One response to each of N token lists, from uniforms [N, L] float64, cut where the last row ends.
 
-        cuda_graph=False: not from the captured step, for a model that was switched to another since.
+        cuda_graph=False: without the captured step, if the model has been switched to another since (adapter off).
         """
-        if self.model.training:  # where gradients are checkpointed; it would do without a cache
-            self.model.eval()
-        if not self.static:
-            return self.draw_growing(prompts, uniforms)
+        self.model.eval()  # in training mode, a model that checkpoints gradients does without a cache
         N, P, L = len(prompts), max(map(len, prompts)), uniforms.shape[1]
-        if not (self.cuda_graph and cuda_graph):  # buffers cost little there, and the exact size is the fastest
+        if not (self.cuda_graph and cuda_graph and L > 1):  # the exact size is the fastest, and buffers cost little
             return Decoder(self, N, P, L).run(prompts, uniforms, cuda_graph=False)
-        kept = self.decoder
-        if kept is None or not (kept.rows / 2 < N <= kept.rows and P <= kept.P and L == kept.L):
-            self.decoder = kept = None  # its memory goes before the next one takes its own
+        last = self.decoder
+        if last is None or not (last.rows / 2 < N <= last.rows and P <= last.P and L == last.L):
+            self.decoder = last = None  # its memory goes before the next one takes its own
             self.decoder = Decoder(self, N, -(-P // BUCKET) * BUCKET, L)
         return self.decoder.run(prompts, uniforms, cuda_graph=True)
-
-    @torch.no_grad()
-    def draw_growing(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> Drawn:
-        """What `draw` draws, with a cache that grows: for models without a static one, and to check those with."""
-        width = max(map(len, prompts))
-        return GrowingDecoder(self, len(prompts), width, uniforms.shape[1]).run(prompts, uniforms, cuda_graph=False)
-
-    @torch.no_grad()
-    def try_out(self, prompts: Sequence[Sequence[int]]) -> Drawn:
-        """Three tokens for each prompt, with a growing cache and without an end.
-
-        From then on `draw` works on a static table, if the model was made for one and computes the same on it.
-        """
-        u = torch.zeros(len(prompts), 3, dtype=torch.float64, device=self.device)  # draws token 0, however it rounds
-        eos, self.eos = self.eos, self.eos[:0]
-        growing = self.draw_growing(prompts, u)
-        if getattr(self.model, "_can_compile_fullgraph", False):
-            try:  # in a table far wider than its content: attention to the last few columns alone shows
-                table = Decoder(self, len(prompts) + 2, max(map(len, prompts)) + 3, WIDE)
-                static = table.run(prompts, u, cuda_graph=False)
-                tolerance = 1e-4 if self.model.dtype == torch.float32 else 5e-2  # what 16 bits may round
-                self.static = torch.allclose(static[2], growing[2], rtol=tolerance, atol=tolerance)
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise
-            except Exception:  # whatever a model's own code raises on a cache that it does not expect
-                self.static = False
-        self.eos = eos
-        if not self.static and self.device.type == GPU:
-            print("note: this model cannot work on a static cache; sampling is several times slower than it could be")
-        return growing

@@ -1,53 +1,71 @@
-"""Files that are whole or not there: written under a temporary name beside their own, then renamed. And directories
-that belong to one run. [ours]
-"""
+"""Rows of data files, files that are written whole or not at all, and directories that belong to one run. [ours]"""
 
+import csv
 import fcntl
-import itertools
+import fileinput
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 
-@contextmanager
-def atomically(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; it takes `path`'s place at the end of the block.
+def opened(name: str, mode: str) -> IO:
+    """A local file, or OWNER/REPOSITORY/PATH of a dataset on the hub; unzipped if its name ends in .gz."""
+    owner, *rest = name.split("/", 2)
+    if len(rest) == 2 and not Path(owner).exists():
+        print(f"{name} is not here; looking for it on the hub", file=sys.stderr)
+        name = hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset")
+    return fileinput.hook_compressed(name, mode)
 
-    After an error, or a crash, what stood at `path` before still stands there; an error leaves no temporary file.
+
+def rows_of(name: str) -> Iterator[tuple[str, dict]]:
+    """Yield ("FILE:LINE", row) for each row of a .jsonl or .csv file, see `opened`; the cells of a .csv are texts.
+
+    Raises ValueError, naming FILE:LINE, for what cannot be read.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # the same directory: renaming is atomic within one file system
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with fileinput.FileInput(name, mode="rb", openhook=opened) as lines:
+        table = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
+        rows = table if name.endswith((".csv", ".csv.gz")) else map(json.loads, filter(bytes.strip, lines))
+        try:
+            for row in rows:
+                if not isinstance(row, dict) or None in row:
+                    raise ValueError("it is no JSON object, or has more cells than the header")
+                yield f"{name}:{lines.lineno()}", row
+        except Exception as error:  # of the file system, the hub, gzip, JSON, or CSV
+            raise ValueError(f"{name}:{lines.lineno()}: the row cannot be read ({error})") from error
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all: under a temporary name, then renamed. A link is replaced, never followed."""
+    temporary = Path(f"{path}.tmp")  # in the same directory, since renaming is atomic within a file system
+    temporary.unlink(missing_ok=True)  # a crash may have left it
+    with open(temporary, "xb") as file:
+        file.write(content)
+    os.replace(temporary, path)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
-    with atomically(path) as temporary:
-        temporary.write_text(text, "utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all, from tensors on any device; metadata defaults to PEFT's."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomically(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata or {"format": "pt"}))
+    write_bytes(path, safetensors.torch.save(tensors, metadata or {"format": "pt"}))
 
 
 def to_json(values: Any, **settings: Any) -> str:
-    """JSON with null where a figure does not exist (one objective has no cosine): NaN and infinity are not JSON."""
-    finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
-    return json.dumps(finite, **settings)
+    """JSON with null for NaN and infinity, which JSON does not have: one objective has no cosine."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None), **settings)
 
 
 def read_json(text: str) -> dict[str, Any]:
@@ -55,77 +73,32 @@ def read_json(text: str) -> dict[str, Any]:
     return json.loads(text, object_hook=lambda found: {k: math.nan if v is None else v for k, v in found.items()})
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file that `to_json` made, one from each line."""
-    return [read_json(line) for line in file.read_text("utf-8").splitlines()]
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Append an object to a .jsonl file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(to_json(values) + "\n")
 
 
-def logged(file: Path, rounds: int) -> list[dict[str, Any]]:
-    """The lines of the first `rounds` rounds in a metrics.jsonl; a crash may have left one more, or a piece of one.
+def read_lines(path: Path, n: int | None = None) -> list[dict[str, Any]]:
+    """The first n objects of a .jsonl file, or all; a crash may have left half a line behind them."""
+    return [read_json(line) for line in path.read_text("utf-8").splitlines()[:n]]
 
-    Raises ValueError where any of them is missing or damaged.
+
+def free_directory(out: str | None, name: str = "", resume: bool = False) -> Path:
+    """A directory in which only this process works until it ends: `out`, or the first of runs/NAME, runs/NAME-2, …
+
+    It holds nothing yet, unless its run is to `resume`. Raises ValueError if `out` is not free.
     """
-    if not rounds:
-        return []
-    try:
-        lines = [read_json(line) for line in file.read_text("utf-8").splitlines()[:rounds]]
-        if [line["round"] for line in lines] == list(range(rounds)):
-            return lines
-        fault = f"it has {len(lines)} of {rounds} rounds"
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        fault = str(error)
-    raise ValueError(f"resume: {file} cannot be used ({fault}); put it back, or start a new run with --out")
-
-
-LOCK = ".lock"
-
-
-@contextmanager
-def owned(directory: Path) -> Iterator[Path]:
-    """Within, the directory is this process's alone: by a lock on a file in it, which goes with the process, however it
-    ends. Yields the directory. Raises ValueError where another process owns it.
-    """
-    with open(directory / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(lock.fileno()), os.stat(directory / LOCK))
-        except (BlockingIOError, FileNotFoundError):  # FileNotFoundError: its owner has just taken it away
-            mine = False
-        if not mine:
-            raise ValueError(f"out: another run is at work in {directory}; wait for it, or name another directory")
-        try:
-            yield directory
-        finally:
-            (directory / LOCK).unlink(missing_ok=True)
-
-
-@contextmanager
-def new_directory(wanted: str | None, name: str) -> Iterator[Path]:
-    """Make the run's directory and own it within: --out, or without it the next free runs/`name`.
-
-    Bad input, an error before there is a checkpoint, leaves no directory. Raises ValueError where an explicit --out
-    holds anything, cannot be made, or belongs to another run.
-    """
-    numbered = (Path("runs", f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
-    for out in [Path(wanted)] if wanted else numbered:
-        try:
-            out.mkdir(parents=True, exist_ok=bool(wanted))
-            break
-        except FileExistsError as error:
-            if wanted:
-                raise ValueError(f"out: {out} exists and is no directory; name another") from error
-        except OSError as error:
-            raise ValueError(f"out: {out} cannot be made ({error.strerror}); name another directory") from error
-    with owned(out):
-        if any(entry.name != LOCK for entry in out.iterdir()):
-            go_on = f", or --resume {out}" if (out / "config.json").is_file() else ""
-            raise ValueError(f"out: {out} exists and is not empty; name another directory{go_on}")
-        try:
-            yield out
-        except Exception as error:  # not where the user or the disk stops it
-            if not isinstance(error, OSError) and not (out / "checkpoint").is_dir():
-                (out / "config.json").unlink(missing_ok=True)
-                (out / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # something is in it after all
-                    out.rmdir()
-            raise
+    k = 0
+    while True:
+        k += 1
+        directory, fault = Path(out or f"runs/{name}" + f"-{k}" * (k > 1)), "is not empty; --resume it"
+        directory.mkdir(parents=True, exist_ok=True)
+        if resume or {entry.name for entry in directory.iterdir()} <= {".lock"}:
+            lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, so the lock ends with the process
+            fault = "belongs to another process; wait for it"
+            with suppress(OSError):
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return directory
+        if out:
+            raise ValueError(f"out: {directory} {fault}, or name another directory")

@@ -1,21 +1,16 @@
 """What a round leaves in metrics.jsonl: one flat line of figures, made from its record (`clients.Round`). [ours]
 
-A figure of one objective is `KIND/NAME`; no other figure begins with one of these kinds and a slash, but for
-`lambda/disagreement` (so that no objective may have that name); a figure of a loss on several objectives joins their
-names by +, which no name has. A figure of one client is `KIND/clientN`, of one of its objectives `KIND/NAME/clientN`.
-With --eval_every some lines have `held_out/NAME`, `held_out_error/NAME` and `held_out_kl`, of the adapter after the
-round. Nothing that trains reads what is here, and but for `kl`, the adapters' figures and the bytes a server could not
-make it from the uploads.
+`KIND/NAME` is a figure of one objective, `KIND/clientN` of one client, `KIND/NAME/clientN` of both. A loss on several
+objectives goes by their names joined with +. With --eval_every some lines have `held_out/NAME`, `held_out_error/NAME`
+and `held_out_kl`, of the adapter after the round.
 
-`zero_spread/NAME` is the share of the groups whose responses all have the same reward, and so no advantage.
+These figures are only logged. Of them a real server could compute only `kl`, the adapter figures and the byte counts.
 
-Means over clients are plain, except where the server's own average is meant: the averaging residual weighs clients as
-it does. All of it is of the clients whose uploads arrived; `rejected` says why others were left out. `kl_weight` is
-κ Σ_j λ_j / max(σ_j, 0.1): what the KL weighs in a step after whitening. A method is measured by its own losses:
-`first_order_gain` of morlhf and fsmgda is that of a local training's own loss.
+Means over clients are plain, except in the averaging residual, which weighs clients as the server does. All figures
+are of the clients whose uploads arrived; `rejected` says why others were left out. `zero_spread/NAME` is the share of
+groups whose responses all have the same reward, and so no advantage. `first_order_gain` is that of a method's losses.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -23,17 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import ppo
-from app.stopwatch import phase
-from clients import Client, Round, Update
+from clients import Client, Contribution, Round
+from fedavg import n_bytes
 from lora import Adapter
 
 
 def disagreement(lambdas: Tensor) -> float:
     """mean_c ‖λ_c − λ̄‖, the client disagreement [paper]; of the clients' adapters, their dispersion. lambdas [C, M].
 
-    0 for one client. NaN stands for an objective that a client does not hold: it counts neither in λ̄ nor in the
-    distance.
+    NaN stands for an objective that a client does not hold: it counts neither in λ̄ nor in the distance.
     """
     return float((lambdas - lambdas.nanmean(0)).nan_to_num().norm(dim=1).mean())
 
@@ -71,93 +64,101 @@ def pair_cosines(G: Tensor) -> Tensor:
     return cosines[i, j]
 
 
-def objective_weights(client: Client, updates: Sequence[Update], mixing: Tensor, M: int) -> Tensor:
-    """What every objective weighed in a client's K steps, Σ_i m_i columns_i λ_i: [K, M], NaN where it holds none."""
+def objective_weights(client: Client, part: Contribution, mixing: Tensor, M: int) -> Tensor:
+    """What every objective weighed in a client's K steps, Σ_i mixing_i mix_i λ_i: [K, M], NaN if it holds none."""
     weights = sum(
-        share * torch.stack([step.lam for step in update.steps]) @ training.columns.double().T
-        for share, training, update in zip(mixing, client.trainings, updates, strict=True)
+        share * torch.stack([step.lam for step in update.steps]) @ update.mix.double().T
+        for share, update in zip(mixing, part.updates, strict=True)
     )  # [K, m]
     whole = weights.new_full((len(weights), M), torch.nan)
     whole[:, client.objectives] = weights
     return whole
 
 
-def by_loss(record: Round, names: Sequence[str]) -> dict[str, float]:
-    """Figures of every loss: one of an objective by its name, one of several as their names joined by +.
+def by_loss(record: Round, clients: Sequence[Client], names: Sequence[str]) -> dict[str, float]:
+    """Figures of every loss, as means over the clients that have it.
 
-    The scale is a mean over the clients that have the loss; the explained variance is pooled over all their tokens: 1 −
-    Var(R − V) / Var(R), R the Monte Carlo return and V what the critic said before it was fitted to it.
+    The explained variance is 1 − Var(R − V) / Var(R), R the Monte Carlo return and V what the critic said before it was
+    fitted to it, with the variances over all tokens of a client, averaged over clients.
     """
-    scales, values, returns, silent = (defaultdict(list) for _ in range(4))
-    for client, updates in zip(record.cohort, record.updates, strict=True):
-        for training, update in zip(client.trainings, updates, strict=True):
-            made, real = update.advantages, update.batch.rollout.mask.bool()
-            S, scores = update.batch.rollout.group_size, update.batch.scores
-            for j, column in enumerate(training.columns.T):
-                label = "+".join(names[client.objectives[i]] for i in column.nonzero().flatten())
-                scales[label].append(float(made.scale[j]))
+    figures = defaultdict(list)
+    for c, part in record.arrived.items():
+        for update in part.updates:
+            scores, S, real = update.batch.scores, update.batch.rollout.group_size, update.batch.rollout.mask.bool()
+            for j, column in enumerate(update.mix.T):
+                label = "+".join(names[clients[c].objectives[i]] for i in column.nonzero().flatten())
+                figures[f"advantage_scale/{label}"].append(float(update.advantages.scale[j]))
                 if S > 1:
                     groups = scores[:, j].unflatten(0, (-1, S))  # [B / S, S]
-                    silent[label].append(float((groups == groups[:, :1]).all(1).double().mean()))
-                if made.values is not None:
-                    values[label].append(made.values[real][:, j])
-                    returns[label].append(made.returns[real][:, j])
-    figures = {f"advantage_scale/{label}": float(np.mean(scale)) for label, scale in scales.items()}
-    figures |= {f"zero_spread/{label}": float(np.mean(share)) for label, share in silent.items()}
-    pooled = {label: (torch.cat(values[label]), torch.cat(returns[label])) for label in values}
-    return figures | {f"explained_variance/{label}": ppo.explained_variance(*pair) for label, pair in pooled.items()}
+                    silent = (groups == groups[:, :1]).all(1).double().mean()
+                    figures[f"zero_spread/{label}"].append(float(silent))
+                if update.advantages.values is not None:
+                    returns, values = (
+                        x[real][:, j].double() for x in (update.advantages.returns, update.advantages.values)
+                    )
+                    pair = [float(x.var(correction=0)) for x in (returns - values, returns)]
+                    figures[f"explained_variance/{label}"].append(pair)
+    means = {name: np.mean(values, axis=0) for name, values in figures.items()}
+    return {name: float(1.0 - x[0] / x[1] if np.ndim(x) else x) for name, x in means.items()}
 
 
-@phase("metrics")
-def line(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
+def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter: Adapter) -> dict[str, float]:
     """A round's line of metrics.jsonl."""
-    raw, rollouts = torch.cat(record.raw), [updates[0].batch.rollout for updates in record.updates]
-    updates = [update for of_client in record.updates for update in of_client]
-    steps = [step for update in updates for step in update.steps]
+    parts = list(record.arrived.values())
+    updates = [update for part in parts for update in part.updates]
+    steps, rollouts = [step for update in updates for step in update.steps], [p.updates[0].batch.rollout for p in parts]
+    raw = torch.cat([part.raw for part in parts])
+    spread = (raw - raw.nanmean(0)).square().nanmean(0).sqrt()
+    kl = float(np.mean([part.upload.numbers["kl"] for part in parts]))
     metrics = {"round": record.number}
     metrics |= {f"reward/{name}": value for name, value in zip(names, raw.nanmean(0).tolist(), strict=True)}
-    spread = (raw - raw.nanmean(0)).square().nanmean(0).sqrt()
     metrics |= {f"reward_sd/{name}": value for name, value in zip(names, spread.tolist(), strict=True)}
-    metrics |= {"kl": float(np.mean([upload.kl for upload in record.uploads])), "kl_coef": record.kl_coef}
-    scales = [update.advantages.scale.cpu().clamp_min(ppo.SCALE_FLOOR) for update in updates for _ in update.steps]
-    weighed = [float((step.lam / scale).sum()) for step, scale in zip(steps, scales, strict=True)]
-    metrics["kl_weight"] = record.kl_coef * float(np.mean(weighed))
+    metrics |= {"kl": kl, "kl_coef": record.kl_coef}
     for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
         metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
-    cosines = [pair_cosines(step.gram) for step in steps if len(step.gram) > 1]  # where there is a pair
-    metrics["cosine"] = float(np.mean([float(pairs.mean()) for pairs in cosines])) if cosines else math.nan
-    metrics["lowest_cosine"] = float(np.mean([float(pairs.min()) for pairs in cosines])) if cosines else math.nan
-    metrics["logp_gap"] = float(np.mean([update.batch.logp_gap() for update in updates]))
-    metrics |= by_loss(record, names)
+    pairs = [pair_cosines(step.gram) for step in steps if len(step.gram) > 1]
+    metrics["cosine"] = float(np.mean([float(cosines.mean()) for cosines in pairs])) if pairs else float("nan")
+    batches = [update.batch for update in updates]
+    gaps = [((b.rollout.sampled_logp - b.logp_old).abs() * b.rollout.mask).max() for b in batches]
+    metrics["logp_gap"] = float(torch.stack(gaps).mean())
+    metrics |= by_loss(record, clients, names)
     metrics["ended"] = float(torch.cat([rollout.ended for rollout in rollouts]).double().mean())
     metrics["response_tokens"] = float(torch.cat([rollout.mask.sum(1) for rollout in rollouts]).double().mean())
-    metrics |= agreement(record, names, adapter) | record.ledger.metrics() | by_client(record, names)
+    metrics |= agreement(record, clients, names, adapter) | by_client(record, clients, names) | bill(record)
     metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
     if record.faults:
         metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
-    return metrics | {"seconds": record.seconds}
-
-
-def by_client(record: Round, names: Sequence[str]) -> dict[str, float]:
-    """Of every client: its mean reward and mean λ of each objective that it holds, its KL, its share of the average."""
-    metrics = {}
-    parts = zip(record.cohort, record.raw, record.updates, record.uploads, record.shares.tolist(), strict=True)
-    for client, raw, updates, upload, share in parts:
-        lam = objective_weights(client, updates, record.mixing, len(names)).mean(0)  # [M]
-        own = {"kl": upload.kl, "share": share}
-        for j in client.objectives:
-            own |= {f"reward/{names[j]}": float(raw[:, j].mean()), f"lambda/{names[j]}": float(lam[j])}
-        metrics |= {f"{figure}/client{client.index}": value for figure, value in own.items()}
     return metrics
 
 
-def agreement(record: Round, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
+def bill(record: Round) -> dict[str, float]:
+    """Bytes of one client in this round, the mean over clients: tensors as they are, named numbers at 8 bytes."""
+    up, down = record.exchanged
+    sizes = [n_bytes(part.upload.tensors, len(part.upload.numbers)) for part in record.arrived.values()]
+    return {"upload_bytes": up + sum(sizes) / len(sizes), "download_bytes": down + n_bytes(record.message, 1)}  # 1: κ
+
+
+def by_client(record: Round, clients: Sequence[Client], names: Sequence[str]) -> dict[str, float]:
+    """Of every client: its mean reward and mean λ of each objective that it holds, its KL, its share of the average."""
+    metrics = {}
+    for (c, part), share in zip(record.arrived.items(), record.shares.tolist(), strict=True):
+        lam = objective_weights(clients[c], part, record.mixing, len(names)).mean(0)  # [M]
+        own = {"kl": part.upload.numbers["kl"], "share": share}
+        for j in clients[c].objectives:
+            own |= {f"reward/{names[j]}": float(part.raw[:, j].mean()), f"lambda/{names[j]}": float(lam[j])}
+        metrics |= {f"{figure}/client{c}": value for figure, value in own.items()}
+    return metrics
+
+
+def agreement(record: Round, clients: Sequence[Client], names: Sequence[str], adapter: Adapter) -> dict[str, float]:
     """How far the clients agree, on λ and on the adapter."""
-    trained = zip(record.cohort, record.updates, strict=True)
-    lambdas = torch.stack([objective_weights(*each, record.mixing, len(names)) for each in trained])  # [C, K, M]
+    parts = record.arrived.items()
+    lambdas = torch.stack([objective_weights(clients[c], part, record.mixing, len(names)) for c, part in parts])
     metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
-    metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
-    thetas = torch.stack([record.mixing.to(upload.thetas) @ upload.thetas for upload in record.uploads])  # [C, d]
-    residual, norm = averaging_residual([adapter.split(theta) for theta in thetas], record.shares, adapter.config.scale)
-    metrics |= {"adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual}
-    return metrics | {"adapter/norm": norm}
+    metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))  # [C, K, M]
+    uploads = [part.upload.tensors["theta"] for _, part in parts]  # [trainings, d] each
+    thetas = torch.stack([record.mixing.to(theta) @ theta for theta in uploads])  # [C, d]
+    residual, norm = averaging_residual([adapter.split(theta) for theta in thetas], record.shares, adapter.scale)
+    return metrics | {
+        "adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual, "adapter/norm": norm,
+    }  # fmt: skip

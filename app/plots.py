@@ -1,59 +1,58 @@
 """The pictures. The only module that imports matplotlib; every function takes numbers and writes one PNG. [ours]
 
-A method has one colour and one marker in every picture, whatever else is drawn (`style`). Colours stay apart for
-colour-blind readers: those of methods begin with Okabe and Ito's, all others are Tol's "muted".
+A method has one colour and one marker in every picture (`style`): a pair by its place in the registry. Colours stay
+apart for colour-blind readers: Okabe and Ito's first, then Tol's "muted". More methods get other pairs of the same.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # before pyplot: no window, no display needed
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from app.files import atomically
-from settings import METHODS
+from app.files import write_bytes
+from app.options import METHODS
+from worlds import toy
 
-METHOD_NAMES = list(METHODS)
-METHOD_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#661100", "#01665E", "#332288"]
-METHOD_COLOURS += ["#EECC66", "#FF00FF"]
-COLOURS = ["#882255", "#44AA99", "#332288", "#CC6677", "#117733", "#88CCEE", "#999933", "#AA4499", "#DDCC77", "#222222"]
+COLOURS = [
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#661100", "#01665E", "#332288", "#EECC66",
+    "#FF00FF", "#882255", "#44AA99", "#CC6677", "#117733", "#88CCEE", "#999933", "#AA4499",
+]  # fmt: skip
 MARKERS = "osD^vP*Xph<>"
 BLACK = {"color": "black"}  # the exact front, and the base model
 BASE = BLACK | {"marker": "x", "markersize": 9, "markeredgewidth": 2, "linestyle": "", "label": "base model"}
 
 
-def style(label: str, position: int) -> dict:
+def style(label: str, position: int) -> dict[str, Any]:
     """Colour, marker and line of one label, as matplotlib's keyword arguments.
 
-    A label that is a method's name has that method's style, whatever its position among the labels of a picture. A
-    variant of a method, `firm β=1`, has its colour, darker or not, and its marker, hollow or half hollow, on a broken
-    line, by position. Any other label (an objective, a setting) has a colour and a marker by position.
+    A method's label has that method's pair. A variant, `firm beta=1`, has it on a broken line with a hollow marker, by
+    position. Any other label (an objective, a setting) has a pair by position.
     """
     name, _, variant = label.partition(" ")
-    known = name in METHOD_NAMES
-    palette = METHOD_COLOURS if known else COLOURS
-    turn, i = divmod(METHOD_NAMES.index(name) if known else position, len(palette))  # beyond: other pairs of the same
-    colour, marker = palette[i], MARKERS[(i + turn) % len(MARKERS)]
-    found = {"color": colour, "marker": marker, "markersize": 8 if marker == "*" else 5, "label": label}
+    known = name in METHODS
+    turn, i = divmod(list(METHODS).index(name) if known else position + len(METHODS), len(COLOURS))
+    marker = MARKERS[(i + turn) % len(MARKERS)]
+    drawn = {"color": COLOURS[i], "marker": marker, "markersize": 8 if marker == "*" else 5, "label": label}
     if not (known and variant):
-        return found | {"linestyle": "-"}
-    if position % 2:
-        found["color"] = tuple(0.5 * channel for channel in to_rgb(colour))
-    found["fillstyle"] = ("none", "left", "bottom", "right", "top")[position % 5]
-    return found | {"linestyle": ("--", ":", "-.")[position % 3], "markerfacecoloralt": "white"}
+        return drawn | {"linestyle": "-"}
+    filled = ("none", "left", "bottom", "right", "top")[position % 5]
+    return drawn | {"linestyle": ("--", ":", "-.")[position % 3], "fillstyle": filled, "markerfacecoloralt": "white"}
 
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Write the PNG whole or not at all, and close the figure."""
-    with atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150, bbox_inches="tight")
+    write_bytes(path, picture.getvalue())
     plt.close(figure)
 
 
@@ -64,28 +63,6 @@ def tidy(ax: plt.Axes, x: str, y: str, title: str) -> None:
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def front(
-    exact: np.ndarray, points: dict[str, tuple[np.ndarray, np.ndarray]], names: Sequence[str], path: Path
-) -> None:
-    """Where policies stand before the exact Pareto front.
-
-    exact [K, 2], the front as a polyline; points maps a label to (mean [2], standard error [2]), drawn in order and
-    joined by an arrow from the first to the last.
-    """
-    figure, ax = plt.subplots(figsize=(5.2, 4.2))
-    ax.plot(*exact.T, label="exact Pareto front", **BLACK)
-    for j, (label, (mean, error)) in enumerate(points.items()):
-        drawn = (
-            BASE | {"ecolor": "0.7"} if label == BASE["label"] else style(label, j) | {"linestyle": "", "capsize": 2}
-        )
-        ax.errorbar(*mean, xerr=error[0], yerr=error[1], elinewidth=1, **drawn)
-    first, *_, last = (mean for mean, _ in points.values())
-    ax.annotate("", last, first, arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 6, "shrinkB": 6})
-    ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)  # below: no point lies there
-    tidy(ax, f"{names[0]} (raw units)", f"{names[1]} (raw units)", "Held-out prompts; bars are one standard error")
-    save(figure, path)
 
 
 @dataclass
@@ -104,23 +81,20 @@ class Panel:
     limits: tuple[float | None, float | None] = (None, None)
 
 
-def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str = "") -> None:
-    """Lines with error bars, side by side; one legend under them all for labels of several panels; a note above."""
+def panels(contents: Sequence[Panel], path: Path, note: str = "") -> None:
+    """Lines with error bars, side by side; one legend under them all; a note above."""
     columns = 2 if len(contents) == 4 else min(3, len(contents))
-    rows, named = -(-len(contents) // columns), [panel.ticks or () for panel in contents]
-    long = any(sum(map(len, ticks)) > 26 for ticks in named)  # names then, in no order that a line could follow
-    size = (3.8 * columns, (3.2 + long * 0.06 * max(len(tick) for ticks in named for tick in ("", *ticks))) * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    rows = -(-len(contents) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.4 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat[len(contents) :]:
         ax.set_visible(False)
-    labels = list(dict.fromkeys(label for panel in contents for label in panel.lines))
-    handles = {}
+    labels, handles = list(dict.fromkeys(label for panel in contents for label in panel.lines)), {}
     for ax, panel in zip(axes.flat, contents, strict=False):
         if panel.diagonal:
             ax.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
         for label, (x, y, half) in panel.lines.items():
-            drawn = style(label, labels.index(label)) | ({} if len(x) > 1 and not long else {"linestyle": ""})
-            handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, clip_on=False, **drawn)  # whole at limits
+            drawn = style(label, labels.index(label)) | ({} if len(x) > 1 and not panel.ticks else {"linestyle": ""})
+            handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, clip_on=False, **drawn)  # whole at the limits
         if panel.ticks:
             turned = {"rotation": 40, "ha": "right"} if sum(map(len, panel.ticks)) > 26 else {}
             ax.set_xticks(range(len(panel.ticks)), panel.ticks, **turned)
@@ -131,7 +105,7 @@ def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str
         tidy(ax, panel.x, panel.y, panel.title)
     if note:
         figure.suptitle(note, fontsize=8, color="0.3")
-    if legend and len(labels) > 1:
+    if len(labels) > 1:
         ncol = min(len(labels), 2 * columns)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=ncol, frameon=False)
     save(figure, path)
@@ -139,29 +113,25 @@ def panels(contents: Sequence[Panel], path: Path, legend: bool = True, note: str
 
 def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     """A run's rewards.png and weights.png: every objective's mean raw reward on the clients' own batches, held out too
-    where that was measured, and the KL paid for them; the objectives' weights λ, mean over clients and steps, and how
-    far clients disagree.
+    if that was measured, and the KL; the objectives' weights λ, mean over clients and steps, and how far clients
+    disagree.
     """
 
     def line(key: str, done: int = 1) -> tuple[list[int], list[float], None]:
         return [m["round"] + done for m in metrics], [m[key] for m in metrics], None
 
-    measured = [m for m in metrics if "held_out_kl" in m]
-
     def reward(name: str) -> dict[str, tuple]:
-        found = {"training prompts": line(f"reward/{name}", 0)}  # answered by the adapter that the round began with
-        if measured:
+        lines = {"training prompts": line(f"reward/{name}", 0)}  # answered by the adapter that the round began with
+        if measured := [m for m in metrics if "held_out_kl" in m]:
             values, errors = ([m[f"{kind}/{name}"] for m in measured] for kind in ("held_out", "held_out_error"))
-            found["held-out prompts ± standard error"] = ([m["round"] + 1 for m in measured], values, errors)
-        return found
+            lines["held-out prompts ± standard error"] = ([m["round"] + 1 for m in measured], values, errors)
+        return lines
 
     weights = {name: line(f"lambda/{name}") for name in names}
-    apart = {"disagreement": line("lambda/disagreement")}
+    apart, kl = {"disagreement": line("lambda/disagreement")}, {"training prompts": line("kl", 0)}
     panels([
         *(Panel("rounds done", "mean reward (raw units)", name, reward(name)) for name in names),
-        Panel(
-            "rounds done", "KL per response (nats)", "distance from the base model", {"training prompts": line("kl", 0)}
-        ),
+        Panel("rounds done", "KL per response (nats)", "distance from the base model", kl),
     ], out / "rewards.png")  # fmt: skip
     panels([
         Panel("round", "λ, mean over clients", "Weights of the objectives", weights, limits=(-0.02, 1.02)),
@@ -173,20 +143,19 @@ def by_task(metrics: Sequence[dict], primary: str, tasks: Sequence[str], out: Pa
     """A run's tasks.png: the primary's reward on the clients' own prompts, mean of every task; what it weighs with
     every client, and what every client counts in the average. tasks: each client's.
     """
-    rounds = [m["round"] + 1 for m in metrics]
 
-    def of(kind: str, chosen: Sequence[int]) -> tuple[list[int], list[float], None]:
-        own = [[m.get(f"{kind}/client{c}", np.nan) for c in chosen] for m in metrics]
-        return rounds, [float(np.nanmean(v)) if not np.isnan(v).all() else np.nan for v in own], None
+    def of(kind: str, clients: Sequence[int]) -> tuple[list[int], list[float], None]:
+        own = [[m[key] for c in clients if (key := f"{kind}/client{c}") in m] for m in metrics]
+        return [m["round"] + 1 for m in metrics], [float(np.mean(v)) if v else np.nan for v in own], None
 
     by = {task: [c for c, own in enumerate(tasks) if own == task] for task in sorted(set(tasks))}
     weights, shares = (
         {f"client {c}, {task}": of(kind, [c]) for task, own in by.items() for c in own}
         for kind in (f"lambda/{primary}", "share")
     )
+    rewards = {task: of(f"reward/{primary}", own) for task, own in by.items()}
     panels([
-        Panel("round", f"mean {primary}", "On the clients' own prompts, by task",
-              {task: of(f"reward/{primary}", own) for task, own in by.items()}),
+        Panel("round", f"mean {primary}", "On the clients' own prompts, by task", rewards),
         Panel("round", f"λ of {primary}", "What it weighs with the clients", weights),
         Panel("round", "share of the average", "What the clients weigh with the server", shares),
     ], out / "tasks.png")  # fmt: skip
@@ -210,16 +179,55 @@ def predictor(
         Panel("round", "loss", "Training loss, mean over clients and steps", losses),
     ], out / "curves.png")  # fmt: skip
     names = [shorten(name, 20, placeholder="…") + " *" * figures["unseen"] for name, figures in groups.items()]
-    figure, ax = plt.subplots(figsize=(0.55 * len(names) + 2, 3.6), layout="constrained")
-    shown = (*sides, "mean answer", "uniform")
-    for i, side in enumerate(shown):
-        x = np.arange(len(names)) + 0.8 * (i / len(shown) - 0.5) + 0.4 / len(shown)
-        heights = [figures[side] for figures in groups.values()]
-        ax.bar(x, heights, 0.8 / len(shown), color=COLOURS[i], label=side)
-    ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
-    tidy(ax, "", "alignment", "Every group; * took no part in training")
-    figure.legend(loc="outside lower center", ncol=len(shown), frameon=False)
-    save(figure, out / "groups.png")
+    shown = {
+        side: (range(len(names)), [f[side] for f in groups.values()], None)
+        for side in (*sides, "mean answer", "uniform")
+    }
+    panels([Panel("", "alignment", "Every group; * took no part in training", shown, ticks=names)], out / "groups.png")
+
+
+def toy_front(summary: dict[str, Any], prompts: Sequence[str], out: Path) -> None:
+    """A run's front.png: the base model and the trained one before the toy world's exact Pareto front."""
+    figure, ax = plt.subplots(figsize=(5.2, 4.2))
+    ax.plot(*toy.pareto_front(prompts).T, label="exact Pareto front", **BLACK)
+    names, means = list(summary["objectives"]), []
+    for stage, drawn in (("before", BASE), ("after", style(summary["method"], 0) | {"linestyle": ""})):
+        parts = [objective[stage] for objective in summary["objectives"].values()]
+        mean, error = ([part[key] for part in parts] for key in ("mean", "standard_error"))
+        ax.errorbar(*mean, xerr=error[0], yerr=error[1], elinewidth=1, ecolor="0.7", **drawn)
+        means.append(mean)
+    ax.annotate("", means[1], means[0], arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 6, "shrinkB": 6})
+    ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)  # below: no point lies there
+    tidy(ax, f"{names[0]} (raw units)", f"{names[1]} (raw units)", "Held-out prompts; bars are one standard error")
+    save(figure, out / "front.png")
+
+
+def trade_off(
+    rows: dict[str, list[dict[str, Any]]], base: np.ndarray, front: np.ndarray | None, names: Sequence[str], out: Path
+) -> None:
+    """A sweep's pareto.png, and weights.png if a preference could be followed; rows as in `sweep.figures`.
+
+    The worst gain is in units of what the ideal point would gain, or without a front in base-policy deviations.
+    """
+    unit, axis = np.array(next(iter(rows.values()))[0]["scale"]), "worst gain (base-policy deviations)"
+    if front is not None:
+        unit, axis = front.max(0) - base, "worst gain (1 is the ideal point)"
+    groups, lines = {}, {}
+    for text, group in rows.items():
+        of = lambda key, group=group: np.array([row[key] for row in group])  # noqa: E731
+        gain, error = of("gain") / unit, of("gain_error") / unit  # [n, M]
+        worst = gain.argmin(1)[:, None]
+        groups[text] = {key: of(key) for key in ("mean", "kl", "kl_error")} | {"error": of("standard_error")}
+        for key, values in (("gain", gain), ("gain_error", error)):
+            groups[text][key] = np.take_along_axis(values, worst, 1)[:, 0]
+        if len(group) > 1:
+            groups[text]["p"] = [row["preference"][0] for row in group]
+            if group[0]["mean_lambda"]:
+                lines[text] = groups[text]["p"], [row["mean_lambda"][0] for row in group], None
+    pareto(groups, base, front, names, out / "pareto.png", axis)
+    if lines:
+        axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")
+        panels([Panel(*axes, lines, diagonal=True)], out / "weights.png")
 
 
 def pareto(
@@ -230,17 +238,17 @@ def pareto(
 
     groups maps a label to its points in order of the preference p₁, if several: p [n]; mean and error [n, M] in raw
     units; kl, gain and their errors kl_error, gain_error [n], gain in the unit that the axis label `gain` states. over:
-    what the errors, standard errors, are taken over. base [M] is the base model, exact [K, 2] the exact front. p stands
-    at some points of the first label.
+    what the errors, standard errors, are taken over. base [M] is the base model, exact [K, 2] the exact front.
     """
-    M, bars = len(names), f"bars: one standard error over {over}"
+    M = len(names)
     figure, axes = plt.subplots(1, M, figsize=(4.8 * M, 4.2), layout="constrained", squeeze=False)
     *trades, last = axes[0]
     for j, ax in enumerate(trades, start=1):
         if exact is not None:
             ax.plot(*exact.T, label="exact Pareto front", **BLACK)
         ax.plot(base[0], base[j], **BASE)
-        tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", f"Held-out prompts; {bars}" * (j == 1))
+        title = f"Held-out prompts; bars: one standard error over {over}" * (j == 1)
+        tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", title)
     last.plot(0, 0, **BASE)
     last.axhline(0, color="0.8", linewidth=1, zorder=0)
     tidy(last, "KL to the base model (nats per response)", gain, "What the worst-served objective gains; bars alike")
@@ -254,8 +262,7 @@ def pareto(
         last.errorbar(group["kl"], group["gain"], **bars, **drawn | {"linestyle": ""})  # a line would only zigzag
         ps = group.get("p", ()) if i == 0 else ()
         for k in {0, len(ps) // 2, len(ps) - 1} if len(ps) else ():
-            place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7, "zorder": 9}
-            place["color"] = drawn["color"]
+            place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7, "color": drawn["color"]}
             last.annotate(f"p = {ps[k]:g}", (group["kl"][k], group["gain"][k]), **place)
             for ax in trades[:1]:
                 ax.annotate(f"p = {ps[k]:g}", group["mean"][k][:2], **place | {"xytext": (-32, -9)})  # under the front

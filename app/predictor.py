@@ -1,171 +1,330 @@
-"""A saved predictor of preferences: written, loaded, asked; and the reward made from it. [ours]
+"""The preference predictor as a run, as saved files, and as a reward. [ours]
 
-    from app import predictor
+    python run.py --preset pluralllm-tiny                                      on the survey world
+    python run.py --preset pluralllm --opinions FILE --encoder DIR_OR_HUB      on GlobalOpinionQA
+
+A run trains it federated and, beside that, with all groups in one place. Both sides take equally many steps; a central
+step goes over all groups. The run directory holds config.json, metrics.jsonl (a line a round), summary.json,
+checkpoint.safetensors, curves.png, groups.png, and predictor/, the federated side's:
+
+    predictor.safetensors     its weights
+    predictor.json            its width, its encoder, and every group's context: questions, and the group's answers
+
     saved = predictor.load("runs/pluralllm-tiny/predictor")
     saved.ask("north 1", "what matters most for schools ?", ["family", "faith", "order"])     the share of each option
 
-A directory of two files:
-
-    predictor.safetensors     its weights
-    predictor.json            its width, its encoder, and every group's context: questions, and its answers to them
-
-Whoever asks for a group's preferences uses that context, so a group's answers to `context_questions` questions leave
-the group: with a reward made from them they reach every client that scores by it, once (`context_bytes` of the run's
-summary.json is what one group's come to).
+The contexts leave their groups: a reward made from the predictor brings them to every client that scores by it, once
+(`context_bytes` of summary.json is the size of one).
 """
 
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
-import clients
+import fedavg
 import pluralllm
-from app.files import write_tensors, write_text
-from app.loading import fingerprint_of
-from pluralllm import Predictor, Question, Survey
-from worlds import opinions
+from app.files import free_directory, read_lines, rows_of, to_json, write_tensors, write_text
+from app.loading import pretrained
+from app.options import PRESETS
+from app.tables import aligned
+from pluralllm import Predictor, PredictorFederation, Question, Survey
+from settings import Config
+from worlds import opinions, survey, tiny_llama
 
-ARCHITECTURE = {
-    "dimension": pluralllm.WIDTH, "layers": pluralllm.LAYERS, "heads": pluralllm.HEADS,
-    "embedders": pluralllm.EMBEDDERS,
-}  # fmt: skip
+# ---- embeddings ------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """A language model, or a sentence encoder, that embeds options: the mean of its last hidden states [code]."""
+
+    def __init__(self, where: str, device: str = "cpu") -> None:
+        self.model, self.tokenizer = pretrained("AutoModel", where, device=device, new_head=True)
+        self.model.eval()
+        self.tokenizer.truncation_side = "left"  # the option stands at the end
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        self.max_length = min(positions, self.tokenizer.model_max_length)
+
+    @torch.no_grad()
+    def __call__(self, questions: Sequence[Question], batch_size: int = 64, progress: bool = False) -> Tensor:
+        """Embeddings [P, E] of "question option" for all options in order, float32; texts that are too long are cut."""
+        texts = [f"{question.text} {option}" for question in questions for option in question.options]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # texts of like length share a batch
+        means = []
+        for start in tqdm(range(0, len(texts), batch_size), "embeddings, once", disable=not progress, leave=False):
+            batch = self.tokenizer(
+                [texts[i] for i in order[start : start + batch_size]], padding=True, truncation=True,
+                max_length=self.max_length, padding_side="right", return_tensors="pt", return_token_type_ids=False,
+            ).to(self.model.device)  # fmt: skip
+            hidden, mask = self.model(**batch).last_hidden_state, batch["attention_mask"][..., None]  # [B, T, E]
+            means.append((hidden.float() * mask).sum(1) / mask.sum(1).clamp_min(1))
+        return torch.cat(means)[torch.tensor(order).argsort()]
+
+
+def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", progress: bool = True) -> Tensor:
+    """The embeddings of the questions' options: from the cache, keyed by the encoder's files and the texts, or new."""
+    files = sorted(Path(encoder).iterdir()) if Path(encoder).is_dir() else []
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    about = {"encoder": states or encoder, "questions": [(question.text, question.options) for question in questions]}
+
+    def fill(directory: Path) -> None:
+        write_tensors(directory / "x.safetensors", {"x": Encoder(encoder, device)(questions, progress=progress)})
+
+    return safetensors.torch.load_file(tiny_llama.cached(fill, __file__, about) / "x.safetensors", device)["x"]
 
 
 # ---- a saved one -----------------------------------------------------------------------------------------------
 
 
-def context_of(data: Survey, group: str, settings: pluralllm.PluralConfig, seed: int) -> list[int]:
-    """The questions that a group is known by afterwards: the first context of its evaluation."""
-    rng = clients.stream(seed, pluralllm.PREDICTOR_EVALUATION, 0, data.position(group))
-    own = data.questions_of(group)
-    return [own[j] for j in rng.permutation(len(own))[: settings.context_questions]]
+def slug(group: str) -> str:
+    """A group's name as a flag's: "United States" -> "united-states"."""
+    return re.sub(r"\W+", "-", group.lower()).strip("-")
 
 
-def context_rows(data: Survey, group: str, settings: pluralllm.PluralConfig, seed: int) -> list[dict]:
-    """A group's context as it is written down, and as it travels: questions, options, shares."""
-    chosen = [(data.questions[q], data.answers[group][q]) for q in context_of(data, group, settings, seed)]
+def context_rows(data: Survey, group: str, seed: int) -> list[dict[str, Any]]:
+    """The first context of a group's evaluation, as it is written down and as it travels."""
+    chosen = [(data.questions[q], data.answers[group][q]) for q in pluralllm.context_of(data, group, 0, seed)]
     return [{"question": q.text, "options": q.options, "distribution": y.tolist()} for q, y in chosen]
 
 
-def save(
-    directory: Path, model: Predictor, encoder: str, data: Survey, settings: pluralllm.PluralConfig, seed: int
-) -> None:
+def save(directory: Path, model: Predictor, encoder: str, data: Survey, seed: int) -> None:
     """Write a predictor and its groups' contexts."""
-    contexts = {group: context_rows(data, group, settings, seed) for group in data.answers}
-    where = str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder
-    about = {"architecture": ARCHITECTURE, "width": model.width, "encoder": where, "groups": contexts}
     directory.mkdir(exist_ok=True)
     write_tensors(directory / "predictor.safetensors", model.state_dict())
+    about = {"width": model.width, "encoder": str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder}
+    about["groups"] = {group: context_rows(data, group, seed) for group in data.answers}
     write_text(directory / "predictor.json", json.dumps(about, indent=1) + "\n")
 
 
 class SavedPredictor:
     """A predictor with its encoder and its groups' contexts, to be asked."""
 
-    def __init__(self, model: Predictor, encoder: opinions.Encoder, contexts: dict[str, list[dict]]) -> None:
-        self.model, self.encoder, self.groups = model, encoder, list(contexts)
-        self.contexts = {
-            group: (
-                encoder(opinions.texts_of([Question(row["question"], tuple(row["options"])) for row in rows])),
-                torch.tensor([share for row in rows for share in row["distribution"]]),
-            )
-            for group, rows in contexts.items()
-        }
-        self.known: dict[tuple, Tensor] = {}
+    def __init__(self, directory: str, device: str = "cpu") -> None:
+        about = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))
+        self.model, self.encoder, self.groups = Predictor(about["width"]), Encoder(about["encoder"], device), about["groups"]
+        self.model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
+        self.model.to(device)
+        self.contexts: dict[str, tuple[Tensor, Tensor]] = {}  # group -> x [C, E], y [C], once it was asked
+        self.answers: dict[tuple, list[float]] = {}  # a run asks the same question again and again
 
     def group(self, name: str) -> str:
         """A group by its name or its slug. Raises ValueError for one that it does not know."""
-        found = [g for g in self.groups if g == name] or [g for g in self.groups if opinions.slug(g) == name]
-        if not found:
-            opinions.check_groups("group", [name], self.groups, "the predictor")
-        return found[0]
+        for group in self.groups:
+            if name == group or slug(name) == slug(group) != "":
+                return group
+        raise ValueError(f"group: the predictor does not know {name!r}; it knows {', '.join(self.groups)}")
 
-    def ask(self, group: str, question: str, options: Sequence[str]) -> list[float]:
-        """The predicted share of the group's people for each option. Raises ValueError for an unknown group."""
-        key = (self.group(group), question, tuple(options))
-        if key not in self.known:
-            x, y = self.contexts[key[0]]
-            target = self.encoder(opinions.texts_of([Question(question, tuple(options))]))
-            self.known[key] = self.model.shares(x, y, target, torch.zeros(len(options), dtype=torch.long))
-        return self.known[key].tolist()
+    def ask(self, name: str, question: str, options: Sequence[str]) -> list[float]:
+        """The predicted share of a group's people for each option."""
+        group = self.group(name)
+        if group not in self.contexts:
+            rows = self.groups[group]
+            x = self.encoder([Question(row["question"], row["options"]) for row in rows])
+            self.contexts[group] = x, x.new_tensor([share for row in rows for share in row["distribution"]])
+        key = (group, question, *options)
+        if key not in self.answers:
+            target = self.encoder([Question(question, options)])
+            which = torch.zeros(len(options), dtype=torch.long, device=target.device)
+            self.answers[key] = self.model.shares(*self.contexts[group], target, which).tolist()
+        return self.answers[key]
 
 
 @lru_cache(maxsize=4)
-def load(directory: str, encoder: str | None = None) -> SavedPredictor:
-    """A predictor that a run saved; encoder: where its encoder lies now, if it has moved.
-
-    Raises ValueError where it is none, or of another architecture or width.
-    """
-    folder = Path(directory)
-    try:
-        about = json.loads((folder / "predictor.json").read_text("utf-8"))
-        tensors = safetensors.torch.load_file(folder / "predictor.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"predictor: {directory} holds none ({error}); name the predictor/ of a pluralllm run"
-        ) from error
-    if not isinstance(about, dict) or about.get("architecture") != ARCHITECTURE:
-        raise ValueError(f"predictor: {directory} is of another architecture; train it anew")
-    try:
-        embed, model = opinions.Encoder(encoder or about["encoder"]), Predictor(about["width"])
-        if (width := embed.model.config.hidden_size) != model.width:
-            raise ValueError(
-                f"encoder: it embeds in {width} numbers and the predictor reads {model.width}; name its own"
-            )
-        model.load_state_dict(tensors)
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ValueError(f"predictor: {directory} has weights that are not finite; train it anew")
-        return SavedPredictor(model.eval(), embed, about["groups"])
-    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"predictor: {directory} does not fit its description; train it anew") from error
+def load(directory: str, device: str = "cpu") -> SavedPredictor:
+    """A predictor that a run saved; the objectives of its groups share one."""
+    return SavedPredictor(directory, device)
 
 
 # ---- the reward made from it -----------------------------------------------------------------------------------
 
 
-def chosen(response: str, options: Sequence[str]) -> int | None:
-    """The position of the option that a response chose: by its text, or by its letter, A for the first; else None."""
-    plain = lambda text: re.sub(r"\W+", " ", text).strip().casefold() or text.strip()  # noqa: E731 - "+" stays
-    given, texts = plain(response), [plain(option) for option in options]
-    if response.strip() in options:
-        return list(options).index(response.strip())
-    if given and given in texts:
-        return texts.index(given)
-    lettered = re.match(r"\W*([a-z])\b\W*(.*)", response.strip(), re.IGNORECASE | re.DOTALL)
-    if lettered:
-        position, rest = ord(lettered[1].lower()) - ord("a"), plain(lettered[2])
-        if position < len(options) and rest in ("", texts[position]):
-            return position
-    return None
+def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> tuple[Callable, str, bool]:
+    """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none.
 
-
-def group_objective(predictor: str, group: str) -> tuple[Callable[..., list[float]], str]:
-    """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none; and a
-    hash of the predictor's weights and the group's context.
-
-    Prompts need the columns `question` and `options`. Raises ValueError for an unknown predictor or group.
+    Returns the function, a hash of the predictor's files, and False: it scores client by client. Prompts need the
+    columns `question` and `options`. The predictor is float32 whatever the dtype.
     """
-    saved = load(predictor)
-    name = saved.group(group)
+    directory, _, group = rest.rpartition(":")
+    saved = load(directory, device)
+    group = saved.group(group)
 
-    def reward(prompts, completions, question=None, options=None, **columns) -> list[float]:
-        if question is None or options is None:
-            raise ValueError("a group's reward needs prompts with the columns question and options")
+    def reward(completions: list[str], question=(), options=(), **columns: Any) -> list[float]:
+        if not all(isinstance(q, str) for q in question) or not all(isinstance(o, (list, tuple)) for o in options):
+            raise ValueError(f"objectives: group:{rest} needs a question and its options beside every prompt")
         rewards = []
-        for q, o, completion in zip(question, options, completions, strict=True):
-            if not isinstance(q, str) or not isinstance(o, (list, tuple)):
-                raise ValueError("a group's reward needs a question and its options beside every prompt")
+        for completion, q, o in zip(completions, question, options, strict=True):
             position = chosen(completion, o)
-            rewards.append(0.0 if position is None else saved.ask(name, q, o)[position])
+            rewards.append(0.0 if position is None else saved.ask(group, q, o)[position])
         return rewards
 
-    context = hashlib.sha256(repr([tensor.tolist() for tensor in saved.contexts[name]]).encode()).hexdigest()
-    return reward, fingerprint_of(saved.model.named_parameters()) + context
+    files = [(Path(directory) / f"predictor.{kind}").read_bytes() for kind in ("json", "safetensors")]
+    return reward, hashlib.sha256(b"".join(files)).hexdigest(), False
+
+
+def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
+    """Objectives in which `group:survey:GROUP` names the directory of the survey world's own predictor of that seed.
+
+    That comes from the cache, or is trained by the settings of pluralllm-tiny, federated only (about a minute).
+    """
+    pattern = r"((?:[^=:]*=)?group:)survey:"
+    if not any(re.match(pattern, spec) for spec in specs):
+        return list(specs)
+    about = PRESETS["pluralllm-tiny"] | {"seed": seed, "central": False, "eval_every": 0, "device": "cpu"}
+    sources = [Path(module.__file__).read_text("utf-8") for module in (pluralllm, fedavg, opinions, survey)]
+
+    def fill(directory: Path) -> None:
+        if progress:
+            print("the survey world's predictor is trained first, once")
+        train(Config(**about, out=str(directory / "run")), progress=False)
+
+    entry = tiny_llama.cached(fill, __file__, about | {"sources": sources})
+    return [re.sub(pattern, rf"\g<1>{entry / 'run' / 'predictor'}:", spec) for spec in specs]
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------
+
+
+def survey_of(config: Config, device: str, progress: bool) -> tuple[Survey, list[str], list[str], str]:
+    """(survey, the groups that train, those that are only evaluated, the encoder), of a file or of the survey world."""
+    if config.opinions and config.encoder:
+        file, encoder, groups = config.opinions, config.encoder, (opinions.TRAIN_GROUPS, opinions.UNSEEN_GROUPS)
+    elif config.model == "survey" and not config.opinions:
+        files = survey.prepare(config.seed, progress=progress)
+        file, encoder = str(files.opinions), config.encoder or str(files.encoder)
+        groups = (survey.TRAIN_GROUPS, survey.UNSEEN_GROUPS)
+    else:
+        raise ValueError("opinions: name the survey answers and what embeds them, --opinions FILE --encoder DIR_OR_HUB")
+    train, unseen = config.train_groups or list(groups[0]), config.unseen_groups or list(groups[1])
+    needed = max(2 * config.questions[0], pluralllm.CONTEXT_QUESTIONS + 1)
+    questions, answers = opinions.of_groups(*opinions.read(rows_of(file)), train + unseen, needed)
+    embeddings = embedded(questions, encoder, device, progress)
+    return Survey(questions, embeddings.to(device), answers), train, unseen, encoder
+
+
+def train(config: Config, resume: Path | None = None, progress: bool = True) -> dict[str, Any]:
+    """One whole run; resume: the directory to go on with. Returns what summary.json holds. Raises ValueError on bad
+    input, before any long work.
+    """
+    started = time.perf_counter()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    data, groups, unseen, encoder = survey_of(config, device, progress)
+    sides = {"federated": PredictorFederation(data, [[group] for group in groups], config)}
+    if config.central:
+        sides["centralised"] = PredictorFederation(data, [groups], replace(config, clients_per_round=None))
+    out = resume or free_directory(config.out, config.preset)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a step is too small for more, and so its sums do not depend on their number
+    scores = {side: pluralllm.alignment(data, f.model, unseen, config.seed) for side, f in sides.items()}
+    start = {side: figures_of(each)["alignment"] for side, each in scores.items()}
+    lines = restore(out, sides, config.rounds) if resume else []
+    if not resume:
+        write_text(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        keep(out, sides, config.rounds, lines)
+    if progress:
+        print(header(config, data, groups, unseen, encoder, out))
+    bar = tqdm(range(len(lines), config.rounds), "round", initial=len(lines), total=config.rounds, disable=not progress)
+    for t in bar:
+        evaluated = t + 1 == config.rounds or (config.eval_every > 0 and (t + 1) % config.eval_every == 0)
+        lines.append(do_round(sides, data, unseen if evaluated else [], config.seed))
+        if evaluated:
+            keep(out, sides, config.rounds, lines)
+            bar.set_postfix_str(f"alignment {lines[-1]['alignment/federated']:.3f}")
+    summary = summarise(config, data, sides, groups, unseen, start, lines) | {"encoder": encoder}
+    summary["seconds"] = time.perf_counter() - started
+    save(out / "predictor", sides["federated"].model, encoder, data, config.seed)
+    from app import plots  # here: matplotlib takes its time to import
+
+    plots.predictor(lines, start, summary["groups"], list(sides), out)
+    write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
+    if progress:
+        print(table(summary), f"{out}: predictor/, metrics.jsonl, summary.json, pictures", sep="\n")
+    torch.set_num_threads(threads)
+    return summary
+
+
+def keep(out: Path, sides: dict[str, PredictorFederation], rounds: int, lines: list[dict]) -> None:
+    """Write what --resume goes on from: the figures, then all that changes."""
+    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
+    tensors = {f"{side}/{name}": t for side, f in sides.items() for name, t in f.state().items()}
+    write_tensors(out / "checkpoint.safetensors", tensors | {"rounds": torch.tensor([len(lines), rounds])})
+
+
+def restore(out: Path, sides: dict[str, PredictorFederation], rounds: int) -> list[dict]:
+    """Take back what `keep` wrote, and return the lines. Raises ValueError if the run was to have other rounds."""
+    tensors = safetensors.torch.load_file(out / "checkpoint.safetensors")
+    done, planned = tensors.pop("rounds").tolist()
+    if planned != rounds:
+        raise ValueError(f"rounds: the learning rate's decay was planned for {planned}; ask for as many")
+    for side, federation in sides.items():
+        state = {name.removeprefix(f"{side}/"): t for name, t in tensors.items() if name.startswith(f"{side}/")}
+        federation.restore(state, done)
+    return read_lines(out / "metrics.jsonl")[:done]
+
+
+def figures_of(scores: Tensor) -> dict[str, float]:
+    """What scores [G, Q] of several groups come to."""
+    by_group = scores.nanmean(1)  # [G]
+    figures = {"alignment": float(by_group.mean()), "worst": float(by_group.min())}
+    return figures | {"fairness": pluralllm.fairness(scores), "jain_over_groups": pluralllm.jain(by_group)}
+
+
+def do_round(sides: dict[str, PredictorFederation], data: Survey, groups: list[str], seed: int) -> dict[str, float]:
+    """A round of either side, and its line in metrics.jsonl; groups: those to evaluate, if any."""
+    line: dict[str, float] = {}
+    for side, federation in sides.items():
+        started = time.perf_counter()
+        figures = federation.round()
+        line |= {f"seconds/{side}": time.perf_counter() - started, f"loss/{side}": figures.pop("loss")}
+        line = figures | line  # bytes of the federated side, which comes first
+        if groups:
+            scores = pluralllm.alignment(data, federation.model, groups, seed)
+            line |= {f"{name}/{side}": value for name, value in figures_of(scores).items()}
+    return line
+
+
+def summarise(
+    config: Config, data: Survey, sides: dict[str, PredictorFederation], train: list[str], unseen: list[str],
+    lines: list[dict],
+) -> dict[str, Any]:  # fmt: skip
+    """What summary.json holds of the scores and the rounds."""
+    groups, federated = train + unseen, sides["federated"]
+    scores = {side: pluralllm.alignment(data, f.model, groups, config.seed) for side, f in sides.items()}
+    scores |= {"mean answer": pluralllm.guessed(data, groups, train), "uniform": pluralllm.guessed(data, groups)}
+    both = ~(scores["federated"] + scores["mean answer"]).isnan()  # [G, Q] questions where the two can be compared
+    figures: dict[str, dict] = {}
+    for i, group in enumerate(groups):
+        figures[group] = {"unseen": group in unseen, "questions": len(data.answers[group]), "overlap": int(both[i].sum())}
+        figures[group] |= {name: float(each[i].nanmean()) for name, each in scores.items()}
+        for name in ("federated", "mean answer"):
+            figures[group][f"{name}, overlap"] = float(scores[name][i, both[i]].mean())
+    own, other = pluralllm.worth_of_context(data, federated.model, unseen, config.seed)
+    return {
+        "method": pluralllm.NAME, "seed": config.seed, "rounds": config.rounds, "questions": len(data.questions),
+        "training_seconds": {side: sum(line[f"seconds/{side}"] for line in lines) for side in sides},
+        "parameters": len(federated.theta), "upload_bytes_per_client_round": federated.upload_bytes,
+        "context_bytes": len(json.dumps(context_rows(data, groups[0], config.seed)).encode()),
+        "context": {"own": own, "other": other},
+        "sides": {side: figures_of(scores[side][len(train) :]) for side in sides}, "groups": figures,
+    }  # fmt: skip
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The closing table: every group's alignment, then that of the unseen ones."""
+    columns = [*summary["sides"], "mean answer", "uniform"]
+    compared = ["overlap", "federated, overlap", "mean answer, overlap"]
+    rows = [["", "questions", *columns, *compared]]
+    for group, figures in summary["groups"].items():
+        cells = [f"{figures[name]:.3f}" for name in columns]
+        ...

@@ -1,40 +1,31 @@
 """Many processes, as `torchrun` starts them: a round's clients are spread over them. [ours]
 
-Every process (a rank) holds the whole federation. It samples and trains for its share of the clients; what came of that
-is exchanged, and from there on every process computes the same, so that results do not depend on how many there are,
-and none has to be told the next adapter. What a client keeps travels with the rest: any rank may have it next, and the
-first writes every checkpoint alone, as it does all files and lines.
+Every process (a rank) holds the whole federation. It samples and trains for its share of the clients; the results are
+exchanged, and from there on every process computes the same. So results do not depend on how many there are. What a
+client keeps travels with the rest, because any rank may train it next; the first rank writes all files and lines.
 
-An error of one rank is an exchange too, in the place of the one that the others are waiting for: all end alike. One
-that is killed closes its connections, and the others' exchange fails. In a single process nothing of this happens.
-
-Everything travels through the CPU by gloo, GPUs' tensors too: a round's clients come once, each with its adapter, its
-batch for the log, and what it keeps. Left out on purpose: several machines.
+If a process fails, torchrun stops the others. Everything travels through the CPU by gloo, as tensors and plain values.
+Left out on purpose: several machines.
 """
 
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from app.stopwatch import phase
+from clients import Contribution, Step, Update
+from fedavg import Upload
+from ppo import Advantages, Batch
+from rollout import Rollout
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # a user's reward may take long; a rank that died is noticed at once, by its connections
-
-
-class Elsewhere(ValueError):
-    """Bad input that another process has found, and told."""
-
-
-class Ended(ConnectionError):
-    """Another process has ended, of itself or by anything but bad input."""
+RECORDS = [Contribution, Upload, Update, Step, Batch, Advantages, Rollout]
 
 
 def join() -> None:
@@ -47,24 +38,11 @@ def join() -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
 
-def leave(together: bool) -> None:
-    """Close the connections; together: after all others have come here too, or have ended."""
-    if dist.is_initialized():
-        with suppress(RuntimeError):
-            if together:
-                dist.barrier()
-            dist.destroy_process_group()
-
-
 def take_gpu() -> None:
-    """Give each process a GPU of its own. Raises ValueError where there are fewer of them than processes."""
-    if size() > 1:
-        if size() > torch.cuda.device_count():
-            raise ValueError(
-                f"device: {size()} processes for {torch.cuda.device_count()} GPUs; start one for each, or use "
-                "--device cpu"
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    """Give each process a GPU of its own. Raises ValueError if there are fewer of them than processes."""
+    if size() > torch.cuda.device_count():
+        raise ValueError(f"device: {size()} processes for {torch.cuda.device_count()} GPUs; start one for each GPU")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def size() -> int:
@@ -77,16 +55,31 @@ def first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def of_this_process(items: Sequence[T]) -> Sequence[T]:
-    """Those of the items that this process works on: every N-th; all in a single process."""
-    return items[dist.get_rank() :: size()] if dist.is_initialized() else items
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
-def merged(mine: dict[int, T]) -> dict[int, T]:
-    """What all processes made, by ascending numbers, on this one's device. Raises Elsewhere, Ended for their errors."""
-    if size() == 1:
-        return mine
-    return dict(sorted((number, made) for part in _exchange(mine) for number, made in part.items()))
+class Exchange:
+    """How the processes of a run share clients, prompts and results; see `firm.Alone`."""
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of the items that this process works on: every N-th; all in a single process."""
+        return items[dist.get_rank() :: size()] if dist.is_initialized() else items
+
+    def merged(self, results: dict[int, T]) -> dict[int, T]:
+        """The results of all processes, by ascending numbers, on this one's device."""
+        if size() == 1:
+            return results
+        return dict(sorted((number, result) for part in _exchange(results) for number, result in part.items()))
+
+
+def after_first(work: Callable[[], T]) -> T:
+    """work(), on the first process before the others: they find in the cache what it trains or downloads."""
+    result = work() if first() else None
+    barrier()
+    return result if first() else work()
 
 
 def from_first(value: T) -> T:
@@ -94,34 +87,12 @@ def from_first(value: T) -> T:
     return _exchange(value)[0] if size() > 1 else value
 
 
-def after_first(work: Callable[[], T]) -> T:
-    """work(), on the first process before the others: what it trains or downloads then lies in the cache for them."""
-    made = work() if first() else None
-    from_first(None)
-    return made if first() else work()
-
-
-def tell(fault: str, bad_input: bool) -> None:
-    """Let the other processes end with this fault, unless they have ended already."""
-    if size() > 1:
-        with suppress(Elsewhere, Ended):
-            _exchange(None, (Elsewhere if bad_input else Ended)(fault))
-
-
-@phase("exchange")
-def _exchange(mine: Any, fault: Exception | None = None) -> list[Any]:
-    """Everybody's, in the order of ranks."""
-    buffer, found = io.BytesIO(), [b""] * size()
-    torch.save((mine, fault), buffer)
-    try:
-        dist.all_gather_object(found, buffer.getvalue())
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:120]
-        raise Ended(f"another process of this run has ended, see above ({what}); go on with --resume") from error
+def _exchange(value: Any) -> list[Any]:
+    """Everybody's, in the order of ranks. Records travel as what they hold, and nothing that arrives is executed."""
+    buffer, parts = io.BytesIO(), [b""] * size()
+    torch.save(value, buffer)
+    dist.all_gather_object(parts, buffer.getvalue())
     here = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_initialized() else "cpu"
     places = {f"cuda:{number}": here for number in range(torch.cuda.device_count())}
-    parts = [torch.load(io.BytesIO(part), places, weights_only=False) for part in found]
-    for _, told in parts:
-        if told is not None:
-            raise told
-    return [part for part, _ in parts]
+    with torch.serialization.safe_globals(RECORDS):
+        return [torch.load(io.BytesIO(part), places, weights_only=True) for part in parts]

@@ -1,0 +1,128 @@
+"""Objectives by their names on the command line: `[NAME=]KIND:REST` becomes a function as `rewards.py` wants it. [ours]
+
+    rule:NAME               one of rewards.RULES
+    hf:DIR_OR_HUB           a reward model: a sequence-classification checkpoint with one label
+    py:FILE.py:FUNCTION     a user's function; FILE as seen from the current folder, else from the project's
+    group:PREDICTOR:GROUP   the share of a group that would choose as the response did (app/predictor.py adds this kind)
+
+**A user's file** may import its neighbours: modules, and packages with an __init__.py. Two folders may each have a
+helper.py, and a neighbour may be called data.py as the project's is, but Python knows a module by its name alone. So
+while code of a folder runs, and only then, the folder comes first on sys.path and its modules stand in sys.modules.
+"""
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from app.loading import fingerprint_of, pretrained
+from rewards import RULES, Objective, RewardModel
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES: dict[Path, dict[str, ModuleType]] = {}  # a user's folder -> the modules imported from it
+Loaded = tuple[Callable[..., list[float]], str, bool]  # function, fingerprint, whether it scores the cohort at once
+
+
+def parse_spec(text: str) -> tuple[str, str, str]:
+    """(name, kind, rest) of `[NAME=]KIND:REST`. Raises ValueError if it is none."""
+    match = re.fullmatch(r"(?:([A-Za-z0-9_-]+)=)?(\w+):(.+)", text)
+    if not match or match[2] not in KINDS:
+        raise ValueError(f"objectives: {text!r} is not [NAME=]KIND:REST with a KIND of {', '.join(KINDS)}")
+    name, kind, rest = match.groups()
+    last = Path(rest).resolve().name if kind == "hf" else rest.rpartition(":")[2]
+    name = name or re.sub(r"[^A-Za-z0-9_]+", "-", last).strip("-")
+    if name == "disagreement":
+        raise ValueError(f"objectives: lambda/{name} is another figure of the log; write NAME={kind}:{rest}")
+    return name, kind, rest
+
+
+def load_objectives(specs: Sequence[str], device: str = "cpu", dtype: str = "float32") -> list[Objective]:
+    """The objectives that the specs name, in their order; device and dtype are those of reward models.
+
+    Raises ValueError for a bad spec or two objectives of one name, RuntimeError for an error in a user's file.
+    """
+    parsed = [parse_spec(spec) for spec in specs]
+    names = [name for name, _, _ in parsed]
+    if len(set(names)) < len(names):
+        raise ValueError(f"objectives: {', '.join(names)} has a name twice; tell them apart by NAME=KIND:REST")
+    loaded = [KINDS[kind](rest, device, dtype) for _, kind, rest in parsed]
+    return [Objective(name, spec, *each) for name, spec, each in zip(names, specs, loaded, strict=True)]
+
+
+def check_prompts(objectives: Sequence[Objective], prompts: Sequence[Any]) -> None:
+    """Raise ValueError for a prompt that a reward model's chat template refuses; a run would meet it rounds later."""
+    for model in (objective.function for objective in objectives if isinstance(objective.function, RewardModel)):
+        for prompt in prompts:
+            try:
+                model.encode([prompt.text], ["yes"], [prompt.messages])
+            except Exception as error:  # templates raise what they like
+                asked = prompt.text[:60]
+                raise ValueError(f"prompts: a reward model cannot read {asked!r} ({error}); drop the row") from error
+
+
+def rule(rest: str, device: str, dtype: str) -> Loaded:
+    """`rule:NAME`."""
+    if rest not in RULES:
+        raise ValueError(f"objectives: there is no rule {rest!r}; choose from {', '.join(RULES)}")
+    return RULES[rest], rest, False
+
+
+def reward_model(rest: str, device: str, dtype: str) -> Loaded:
+    """`hf:DIR_OR_HUB`. Raises ValueError for a checkpoint with several labels."""
+    model, tokenizer = pretrained("AutoModelForSequenceClassification", rest, dtype, device)
+    if model.config.num_labels != 1:
+        raise ValueError(f"objectives: {rest} has {model.config.num_labels} labels, not one; wrap it in a py: function")
+    return RewardModel(model, tokenizer), fingerprint_of(model.named_parameters()), True
+
+
+def users_function(rest: str, device: str, dtype: str) -> Loaded:
+    """`py:FILE.py:FUNCTION`. The fingerprint is of all code that the file's folder and worlds/ hold."""
+    file, _, name = rest.rpartition(":")
+    path = next((p.resolve() for p in (Path(file), ROOT / file) if p.is_file()), None)
+    if path is None:
+        raise ValueError(f"objectives: there is no file {file!r} here or in the project; write py:FILE.py:FUNCTION")
+    folder = ROOT if path.parent in (ROOT, ROOT / "worlds") else path.parent
+    module = ".".join(path.relative_to(folder).with_suffix("").parts)  # worlds.toy, or the name of a user's file
+    function = run_in(folder, rest, lambda: getattr(importlib.import_module(module), name))
+    files = [path, *sorted(ROOT.glob("worlds/*.py")), *(file for part in neighbours(folder).values() for file in part)]
+    fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return lambda **given: run_in(folder, rest, lambda: list(function(**given))), fingerprint, False
+
+
+@cache
+def neighbours(folder: Path) -> dict[str, list[Path]]:
+    """The modules and packages of a user's folder by name, with their files; empty for the project's folder."""
+    if folder == ROOT:
+        return {}
+    modules = {file.stem: [file] for file in sorted(folder.glob("*.py")) if file.stem != "__main__"}
+    packages = [file.parent for file in sorted(folder.glob("*/__init__.py"))]
+    return modules | {package.name: sorted(package.rglob("*.py")) for package in packages}
+
+
+def run_in(folder: Path, rest: str, work: Callable[[], Any]) -> Any:
+    """work(), which finds the modules of a user's folder. Raises RuntimeError from what the user's code raises."""
+    names = neighbours(folder)
+    others = taken_out(names)
+    sys.modules.update(MODULES.get(folder, {}))
+    sys.path.insert(0, str(folder))
+    try:
+        return work()
+    except (Exception, SystemExit) as error:
+        raise RuntimeError(f"objective py:{rest} failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(folder))
+        MODULES[folder] = taken_out(names)
+        sys.modules.update(others)
+
+
+def taken_out(names: Collection[str]) -> dict[str, ModuleType]:
+    """Modules and packages of these names, with their parts, taken out of sys.modules."""
+    return {full: sys.modules.pop(full) for full in list(sys.modules) if full.partition(".")[0] in names}
+
+
+KINDS: dict[str, Callable[[str, str, str], Loaded]] = {"rule": rule, "hf": reward_model, "py": users_function}

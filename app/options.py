@@ -1,0 +1,277 @@
+"""The registry of methods and parts, the presets, and the command line that fills `settings.Config`. [ours]
+
+Every setting is a flag. A preset overrides defaults, and a flag the preset. A flag that the chosen method would not
+read is refused, since the run would look as if it had an effect.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+import baselines
+import fedmoa
+import firm
+import grpo
+import ppo
+from fedavg import FEDAVG
+from firm import Method
+from settings import GROUPS, Config, PredictorSettings
+
+METHODS: dict[str, Method] = {  # the one registry: flags, help, sweeps, pictures, experiments, tests
+    method.name: method
+    for method in (firm.FIRM, firm.MGDA, firm.LINEAR, baselines.MORLHF, baselines.FSMGDA, baselines.FEDCMOO,
+                   baselines.SOUPS, fedmoa.FEDMOA, baselines.MINIMUM, baselines.MAXIMUM, baselines.ADAPTIVE)
+}  # fmt: skip
+PARTS = {  # what a flag of that name puts into a method: the field of `Method`, and the choices
+    "advantages": ("estimator", {part.name: part for part in (ppo.CRITIC, grpo.GROUP, grpo.GRPO)}),
+    "weights": ("weights", {part.name: part for part in (firm.MIN_NORM, firm.FIXED, fedmoa.HYPERGRADIENT)}),
+    "aggregation": ("aggregation", {part.name: part for part in (FEDAVG, fedmoa.ACCURACY)}),
+}
+PREDICTOR = "pluralllm"  # the one value of --method that trains no policy
+PREDICTOR_READS = {f.name for f in fields(PredictorSettings)} | {
+    "preset", "method", "model", "rounds", "clients_per_round", "lr", "max_grad_norm", "seed", "device", "threads",
+    "eval_every", "out",
+}  # fmt: skip
+TINY = {"max_new_tokens": 12, "lora_rank": 8, "lr": 3e-3, "kl_coef": 0.01, "kl_target": 0.0, "threads": 1}
+PRESETS = {
+    "tiny": TINY | {"objectives": ["py:worlds/toy.py:helpful", "py:worlds/toy.py:harmless"]},  # the toy world
+    "fedmoa-tiny": TINY | {  # the reasoning world: a laptop CPU, about a minute
+        "model": "reasoning",
+        "method": "fedmoa",
+        "objectives": [f"py:worlds/reasoning.py:{name}" for name in ("accuracy", "format", "length")],
+        "client_objectives": ["code=accuracy,format"],
+        "split": "client",
+        "batch_size": 64,
+        "personal_rounds": 4,
+        "lr": 5e-3,
+    },
+    "pluralllm-tiny": {  # the preference predictor on the survey world: a laptop CPU, two to three minutes
+        "model": "survey",
+        "method": PREDICTOR,
+        "rounds": 100,
+        "lr": 1e-3,
+        "eval_every": 5,
+        "max_grad_norm": 1.0,  # without it the loss jumps up on some seeds, and never comes back
+        "questions": [5, 20],
+    },
+    "plural-firm-tiny": TINY | {  # FIRM on what four groups of the survey world prefer; trains their predictor first
+        "model": "survey",
+        "objectives": [f"group:survey:{centre}-1" for centre in ("north", "south", "east", "west")],
+        "split": "iid",
+        "batch_size": 64,
+        "max_new_tokens": 3,
+    },
+    "tinyllama": {  # the paper's setup; what the paper leaves open is RiC's choice [code] or ours
+        "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        "prompts": ["Anthropic/hh-rlhf/harmless-base/train.jsonl.gz", "Anthropic/hh-rlhf/helpful-base/train.jsonl.gz"],
+        "objectives": [
+            "helpful=hf:Ray2333/gpt2-large-helpful-reward_model",
+            "harmless=hf:Ray2333/gpt2-large-harmless-reward_model",
+        ],
+        "dtype": "bfloat16",
+        "max_grad_norm": 0.5,
+        "micro_batch_size": 4,
+    },
+    "gsm8k": {  # FedMOA on GSM8K, on one GPU; --prompts names its files, --model another model
+        "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        "method": "fedmoa",
+        "objectives": [f"py:worlds/gsm8k.py:{name}" for name in ("accuracy", "format", "length")],
+        "split": "iid",
+        "batch_size": 32,
+        "max_new_tokens": 256,
+        "max_prompt_tokens": 320,
+        "dtype": "bfloat16",
+        "max_grad_norm": 0.5,
+        "micro_batch_size": 4,
+        "eval_samples": 4,
+    },
+    "pluralllm": {"method": PREDICTOR, "rounds": 100, "lr": 3e-4, "eval_every": 5},  # on GlobalOpinionQA: --opinions
+    "paper": {},  # the fields' defaults: the paper's settings if it states them, else RiC's or ours
+}  # fmt: skip
+EXAMPLES = """Train one adapter for several objectives, by many clients.
+
+  python run.py                                          firm on the toy world, about a minute on a laptop CPU
+  python run.py --method linear --preference 0.8 0.2     another method, another preference; every setting is a flag
+  python run.py --model DIR --prompts FILE --objectives hf:DIR py:mine.py:polite    your own
+  python run.py --preset tinyllama                       a preset
+"""
+
+
+def method_of(config: Config) -> Method:
+    """The chosen method, with the parts that --advantages, --weights and --aggregation name.
+
+    Raises ValueError for a part that does not go with the method.
+    """
+    if config.method not in METHODS:
+        raise ValueError(f"method: {config.method!r} is none of {', '.join(METHODS)}, {PREDICTOR}")
+    method = METHODS[config.method]
+    for flag, (field, choices) in PARTS.items():
+        if name := getattr(config, flag):
+            if name not in choices:
+                raise ValueError(f"{flag}: {name!r} is none of {', '.join(choices)}")
+            if flag == "weights" and method.weights.name not in choices:
+                raise ValueError(f"weights: {method.name} has no lambda to pick; leave --weights out")
+            method = replace(method, **{field: choices[name]})
+    return method
+
+
+def settings_of(method: Method) -> set[str]:
+    """The settings that this method's parts read, of those that only some parts read."""
+    return {
+        name
+        for part in (method.trainings, method.estimator, method.weights, method.aggregation)
+        for name in part.settings
+    }
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for settings that do not go together, before anything is loaded."""
+    method, M = method_of(config), len(config.objectives)
+    if method.mixes_runs:
+        raise ValueError(f"method: {method.name} is several runs; add --sweep 0.1 0.5 0.9, or use --compare")
+    if not M:
+        raise ValueError("objectives: name at least one, as [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")
+    if config.preference is not None and len(config.preference) != M:
+        raise ValueError(f"preference: {len(config.preference)} numbers for {M} objectives; give one for each")
+    if (config.clients_per_round or 1) > config.clients:
+        raise ValueError(f"clients_per_round: {config.clients_per_round} is more than clients, {config.clients}")
+    if config.personal_rounds and method.server.equal_objectives:
+        raise ValueError(f"personal_rounds: {method.name} leaves a client nothing to train alone; use 0")
+    if config.severity and (config.model != "reasoning" or config.split != "client"):
+        raise ValueError("severity: only the reasoning world has poor clients; add --model reasoning --split client")
+    if config.model not in ("toy", "reasoning", "survey") and not config.prompts:
+        raise ValueError("prompts: name the files that go with --model, as --prompts FILE...")
+    firm.responses_per_prompt(config, method.estimator)
+
+
+def refuse_idle(config: Config, given: set[str]) -> None:
+    """Raise ValueError for a flag that was given and that this method does not read."""
+    if config.method == PREDICTOR:
+        idle = given - PREDICTOR_READS
+    else:
+        some = set().union(*map(settings_of, METHODS.values()))
+        idle = given & ({f.name for f in fields(PredictorSettings)} | (some - settings_of(method_of(config))))
+    if config.split != "dirichlet":
+        idle |= given & {"dirichlet_alpha"}
+    if idle:
+        raise ValueError(f"{min(idle)}: {config.method} does not read it with these settings; leave --{min(idle)} out")
+
+
+def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """Command line -> settings, and the commands `resume`, `sweep`, `compare` (None if not given).
+
+    Ends the program on bad usage.
+    """
+    parser = flag_parser()
+    options = parser.parse_args(arguments)
+    commands = {name: vars(options).pop(name, None) for name in ("resume", "sweep", "compare")}
+    try:
+        config = configured(vars(options), **commands)
+    except ValueError as error:
+        parser.error(str(error))
+    return config, argparse.Namespace(**commands)
+
+
+def configured(given: dict[str, Any], resume: str | None, sweep: list | None, compare: list | None) -> Config:
+    """The settings of given flags and commands. Raises ValueError for what does not go together."""
+    if resume is not None:
+        if given.keys() - {"rounds"} or sweep or compare:
+            raise ValueError("resume: a run goes on with its own settings; only --rounds may stand beside --resume")
+        return replace(saved_settings(Path(resume)), **given)
+    if compare and "method" in given:
+        raise ValueError("compare: it names the methods itself; leave --method out")
+    if sweep and "preference" in given:
+        raise ValueError("sweep: it names the preferences itself; leave --preference out")
+    worlds_own = given.get("model", "toy") in ("toy", "reasoning", "survey")
+    preset = given.get("preset", "tiny" if worlds_own else "paper")
+    if preset not in PRESETS:
+        raise ValueError(f"preset: {preset!r} is none of {', '.join(PRESETS)}")
+    config = Config(**PRESETS[preset] | given | {"preset": preset})
+    if not compare:
+        refuse_idle(config, set(given))
+    return absolute(config)
+
+
+def variant(config: Config, text: str) -> Config:
+    """The settings of a comparand, `METHOD NAME=VALUE …`, lists with commas. Raises ValueError for an idle one."""
+    name, *changes = text.split()
+    pairs = [change.partition("=") for change in changes]
+    flags = [word for flag, _, value in pairs for word in (f"--{flag}", *value.split(","))]
+    given = vars(flag_parser().parse_args(flags))
+    changed = replace(config, method=name, **given)
+    refuse_idle(changed, set(given))
+    return changed
+
+
+def front_is_known(config: Config) -> bool:
+    """Whether this is the toy world with its own two objectives, whose exact Pareto front is known."""
+    return config.model == "toy" and config.objectives == PRESETS["tiny"]["objectives"]
+
+
+def saved_settings(run: Path) -> Config:
+    """The settings in a run directory. Raises ValueError if there are none."""
+    try:
+        return Config(**json.loads((run / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"resume: {run} holds no settings ({error}); name a run directory") from error
+
+
+def absolute(config: Config) -> Config:
+    """The same settings with the user's files named from the root: --resume may then be given from anywhere."""
+    project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def path(name: str | None) -> str | None:
+        outside = name and os.path.exists(name) and not os.path.abspath(name).startswith(project + "/worlds/")
+        return os.path.abspath(name) if outside else name
+
+    spec = re.compile(r"((?:[^=:]*=)?(?:hf|py|group):)(.+?)((?::[^:/]+)?)$")
+    return replace(
+        config,
+        objectives=[spec.sub(lambda m: m[1] + path(m[2]) + m[3], text) for text in config.objectives],
+        prompts=[path(name) for name in config.prompts],
+        **{name: path(getattr(config, name)) for name in ("model", "opinions", "encoder", "adapter", "out")},
+    )
+
+
+def flag_parser() -> argparse.ArgumentParser:
+    """A flag for every setting, in groups; before them the commands. A flag that is not given leaves no trace."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"run.py: error: {message}\n")  # one line, without the usage
+
+    parser = Parser(
+        prog="run.py", usage="python run.py [--FLAG VALUE ...]", description=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    commands = parser.add_argument_group("commands")
+    commands.add_argument("--resume", metavar="RUN", help="go on with a run directory; only --rounds beside it")
+    commands.add_argument("--sweep", nargs="+", metavar="P", help="a run per preference: 0.3 is (0.3, 0.7); or a:b:c")
+    commands.add_argument(
+        "--compare", nargs="+", metavar="METHOD", help="side by side: firm linear soups 'firm beta=1'; --sweep too"
+    )
+    explained = {flag: [f"{p.name}: {p.help}" for p in choices.values()] for flag, (_, choices) in PARTS.items()}
+    explained["method"] = [
+        *(f"{m.name}: {m.help}" for m in METHODS.values()),
+        f"{PREDICTOR}: a predictor of preferences",
+    ]
+    explained["preset"] = [", ".join(PRESETS)]
+    for group in GROUPS:
+        titled, hints = parser.add_argument_group(group.__doc__), get_type_hints(group)
+        for f in (f for f in fields(group) if f.name in group.__annotations__):
+            kind = next((k for k in (hints[f.name], *get_args(hints[f.name])) if get_origin(k) is list), hints[f.name])
+            many = get_origin(kind) is list
+            scalar = next(k for k in (*get_args(kind), kind) if k is not type(None) and get_origin(k) is None)
+            default = getattr(Config(), f.name)
+            text = "; ".join([f.metadata["help"], *explained.get(f.name, [])])
+            shown = "" if default in (None, "", [], False) else f" (default: {default})"
+            more = {"nargs": "+"} if many else {"nargs": "?", "const": True} if scalar is bool else {}
+            read = {"type": lambda x: {"true": True, "false": False}[x.lower()]} if scalar is bool else {"type": scalar}
+            metavar = {int: "N", float: "X", bool: "BOOL"}.get(scalar, "TEXT")
+            titled.add_argument(f"--{f.name}", help=(text + shown).replace("%", "%%"), metavar=metavar, **more | read)
+    return parser

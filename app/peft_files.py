@@ -1,0 +1,81 @@
+"""Adapters as PEFT's two files: `adapter_config.json` and `adapter_model.safetensors`. [ours]
+
+Left out on purpose: PEFT's settings that compute something else than W x + scale · B A x over the base model's own W.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from app.files import write_tensors, write_text
+from lora import Adapter
+
+# Settings that change the function, if they are on. Others that are about a start or a variant end with "_config".
+UNSUPPORTED = (
+    "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+)  # fmt: skip
+STARTS = (True, False, "gaussian", "orthogonal", "mica")  # of A and B; PiSSA, OLoRA, … take a part out of W as well
+
+
+def save(adapter: Adapter, directory: str | Path, base_model: str) -> None:
+    """Write both files, each whole or not at all, into `directory`. base_model: the name that PEFT loads it by."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": adapter.rank,
+        "lora_alpha": adapter.scale * adapter.rank,
+        "target_modules": sorted(adapter.layers),
+        "fan_in_fan_out": any(layer.transposed for layer in adapter.layers.values()),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_tensors(directory / "adapter_model.safetensors", adapter.tensors())
+    write_text(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def load(adapter: Adapter, directory: str | Path) -> None:
+    """Read an adapter in PEFT's format, ours or PEFT's own, into this one.
+
+    Raises ValueError if rank, scale, layers or shapes differ from this adapter's, if a value is not finite, or if the
+    files need what is left out here.
+    """
+    weights = Path(directory) / "adapter_model.safetensors"
+    if not weights.is_file():
+        remedy = "save it with PEFT as safetensors (a .bin file is a pickle, which is not read)"
+        raise ValueError(f"adapter: {directory} holds no {weights.name}; {remedy}")
+    config = json.loads(weights.with_name("adapter_config.json").read_text("utf-8"))
+    unsupported = changes_the_function(config)
+    if unsupported:
+        value = str(config.get(unsupported))[:60]
+        raise ValueError(f"adapter: {directory} has {unsupported} = {value}, which is not supported; train without it")
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if rank != adapter.rank or not math.isclose(scale, adapter.scale):
+        raise ValueError(
+            f"adapter: {directory} has rank {rank} and scale {scale:g}, this model rank {adapter.rank} and scale "
+            f"{adapter.scale:g}; set lora_rank and lora_alpha"
+        )
+    tensors = safetensors.torch.load_file(weights)
+    embeddings = [name for name in tensors if "embed" in name]
+    if embeddings:
+        raise ValueError(f"adapter: {directory} holds an embedding ({embeddings[0]}); only linear layers are adapted")
+    adapter.load_tensors(tensors)
+
+
+def changes_the_function(config: dict[str, Any]) -> str | None:
+    """The name of a setting with which PEFT would not compute W x + scale · B A x over the base model's W, or None."""
+    if config.get("peft_type") != "LORA":
+        return "peft_type"
+    if config.get("bias", "none") != "none":
+        return "bias"
+    if config.get("init_lora_weights", True) not in STARTS:
+        return "init_lora_weights"
+    return next((key for key in config if config[key] and (key in UNSUPPORTED or key.endswith("_config"))), None)
