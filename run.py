@@ -36,6 +36,7 @@ from app import checkpoint, metrics, options, peft_files, predictor, profile, ra
 from app.files import append_line, free_directory, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
 from settings import Config
+from worlds import toy
 
 
 def train(config: Config, resume: Path | None = None, progress: bool = True, title: str = "") -> dict[str, Any]:
@@ -76,7 +77,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
 
     summary = report.summarise(session, before, after, lines, seconds + time.perf_counter() - started)
     if personal or session.federation.method.primary:
-        summary["clients"] = report.by_client(session, before, after, personal)
+        summary["by_client"] = report.by_client(session, before, after, personal)
     summary["worst_served"] = report.worst_served(session, lines)
     summary["best"] = report.best_round(session, before, held_out | {config.rounds: after.scores})
     samples = report.samples(session, before, after)
@@ -85,8 +86,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     draw(session, summary, lines, samples, out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
     say(report.table(session, summary))
-    if "clients" in summary:
-        say(report.client_table(session, summary["clients"]))
+    if "by_client" in summary:
+        say(report.client_table(session, summary["by_client"]))
     say(report.show_samples(samples))
     if phases:
         say(profile.table(phases, rounds_took, len(lines) - first) + "\n")
@@ -158,7 +159,10 @@ def draw(session: Session, summary: dict[str, Any], lines: list, samples: list, 
     if lines and session.federation.method.primary:
         plots.by_task(lines, session.names[0], session.tasks, out)
     if options.front_is_known(session.config):
-        plots.toy_front(summary, [line["prompt"] for line in samples], out)
+        front = toy.pareto_front([line["prompt"] for line in samples])
+        plots.trade_off(
+            {session.config.method: [report.point(summary, lines, None)]}, front, session.names, out / "front.png"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,6 @@ from matplotlib.ticker import MaxNLocator
 
 from app.files import write_bytes
 from app.options import METHODS
-from worlds import toy
 
 COLOURS = [
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#661100", "#01665E", "#332288", "#EECC66",
@@ -186,48 +185,25 @@ def predictor(
     panels([Panel("", "alignment", "Every group; * took no part in training", shown, ticks=names)], out / "groups.png")
 
 
-def toy_front(summary: dict[str, Any], prompts: Sequence[str], out: Path) -> None:
-    """A run's front.png: the base model and the trained one before the toy world's exact Pareto front."""
-    figure, ax = plt.subplots(figsize=(5.2, 4.2))
-    ax.plot(*toy.pareto_front(prompts).T, label="exact Pareto front", **BLACK)
-    names, means = list(summary["objectives"]), []
-    for stage, drawn in (("before", BASE), ("after", style(summary["method"], 0) | {"linestyle": ""})):
-        parts = [objective[stage] for objective in summary["objectives"].values()]
-        mean, error = ([part[key] for part in parts] for key in ("mean", "standard_error"))
-        ax.errorbar(*mean, xerr=error[0], yerr=error[1], elinewidth=1, ecolor="0.7", **drawn)
-        means.append(mean)
-    ax.annotate("", means[1], means[0], arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 6, "shrinkB": 6})
-    ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)  # below: no point lies there
-    tidy(ax, f"{names[0]} (raw units)", f"{names[1]} (raw units)", "Held-out prompts; bars are one standard error")
-    save(figure, out / "front.png")
-
-
 def trade_off(
-    rows: dict[str, list[dict[str, Any]]], base: np.ndarray, front: np.ndarray | None, names: Sequence[str], out: Path
+    rows: dict[str, list[dict[str, Any]]], front: np.ndarray | None, names: Sequence[str], path: Path
 ) -> None:
-    """A sweep's pareto.png, and weights.png if a preference could be followed; rows as in `sweep.figures`.
+    """Where runs stand, by label; rows as `report.point` makes them, front [K, 2] the exact one if it is known.
 
     The worst gain is in units of what the ideal point would gain, or without a front in base-policy deviations.
     """
-    unit, axis = np.array(next(iter(rows.values()))[0]["scale"]), "worst gain (base-policy deviations)"
+    first, groups = next(iter(rows.values()))[0], {}
+    base, unit, axis = np.array(first["base"]), np.array(first["scale"]), "worst gain (base-policy deviations)"
     if front is not None:
         unit, axis = front.max(0) - base, "worst gain (1 is the ideal point)"
-    groups, lines = {}, {}
-    for text, group in rows.items():
-        of = lambda key, group=group: np.array([row[key] for row in group])  # noqa: E731
-        gain, error = of("gain") / unit, of("gain_error") / unit  # [n, M]
+    for label, group in rows.items():
+        columns = {key: np.array([row[key] for row in group]) for key in ("mean", "error", "kl", "kl_error")}
+        gain, error = (np.array([row[key] for row in group]) / unit for key in ("gain", "gain_error"))  # [n, M]
         worst = gain.argmin(1)[:, None]
-        groups[text] = {key: of(key) for key in ("mean", "kl", "kl_error")} | {"error": of("standard_error")}
-        for key, values in (("gain", gain), ("gain_error", error)):
-            groups[text][key] = np.take_along_axis(values, worst, 1)[:, 0]
-        if len(group) > 1:
-            groups[text]["p"] = [row["preference"][0] for row in group]
-            if group[0]["mean_lambda"]:
-                lines[text] = groups[text]["p"], [row["mean_lambda"][0] for row in group], None
-    pareto(groups, base, front, names, out / "pareto.png", axis)
-    if lines:
-        axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")
-        panels([Panel(*axes, lines, diagonal=True)], out / "weights.png")
+        columns |= {"gain": np.take_along_axis(gain, worst, 1)[:, 0]}
+        columns |= {"gain_error": np.take_along_axis(error, worst, 1)[:, 0]}
+        groups[label] = columns | ({"p": [row["preference"][0] for row in group]} if len(group) > 1 else {})
+    pareto(groups, base, front, names, path, axis)
 
 
 def pareto(

@@ -113,7 +113,11 @@ class SavedPredictor:
 
     def __init__(self, directory: str, device: str = "cpu") -> None:
         about = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))
-        self.model, self.encoder, self.groups = Predictor(about["width"]), Encoder(about["encoder"], device), about["groups"]
+        self.model, self.encoder, self.groups = (
+            Predictor(about["width"]),
+            Encoder(about["encoder"], device),
+            about["groups"],
+        )
         self.model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
         self.model.to(device)
         self.contexts: dict[str, tuple[Tensor, Tensor]] = {}  # group -> x [C, E], y [C], once it was asked
@@ -305,7 +309,11 @@ def summarise(
     both = ~(scores["federated"] + scores["mean answer"]).isnan()  # [G, Q] questions where the two can be compared
     figures: dict[str, dict] = {}
     for i, group in enumerate(groups):
-        figures[group] = {"unseen": group in unseen, "questions": len(data.answers[group]), "overlap": int(both[i].sum())}
+        figures[group] = {
+            "unseen": group in unseen,
+            "questions": len(data.answers[group]),
+            "overlap": int(both[i].sum()),
+        }
         figures[group] |= {name: float(each[i].nanmean()) for name, each in scores.items()}
         for name in ("federated", "mean answer"):
             figures[group][f"{name}, overlap"] = float(scores[name][i, both[i]].mean())

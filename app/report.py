@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,8 @@ def summarise(
         "seconds": seconds,
         "processes": ranks.size(),
         "rounds": config.rounds,
+        "clients": config.clients,
+        "inputs": session.inputs,
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
         "upload_bytes_total": sum((cohort - m["dropped_clients"]) * m["upload_bytes"] for m in lines),
         "download_bytes_per_client_round": lines[-1]["download_bytes"] if lines else 0,
@@ -75,6 +78,29 @@ def summarise(
         "eval_samples": config.eval_samples,
         "kl": clustered(after.kl),
         "objectives": objectives,
+    }
+
+
+def point(
+    summary: dict[str, Any], lines: Sequence[dict[str, Any]], preference: Sequence[float] | None
+) -> dict[str, Any]:
+    """A run as one row of a comparison; lists are by objective, in raw units. `mean_lambda` is None without a log."""
+    of = lambda stage, key: [objective[stage][key] for objective in summary["objectives"].values()]  # noqa: E731
+    names = summary["objectives"]
+    return {
+        "preference": preference,
+        "mean_lambda": [float(np.nanmean([m[f"lambda/{name}"] for m in lines])) for name in names] if lines else None,
+        "mean": of("after", "mean"),
+        "error": of("after", "standard_error"),
+        "gain": of("gain", "mean"),
+        "gain_error": of("gain", "standard_error"),
+        "kl": summary["kl"]["mean"],
+        "kl_error": summary["kl"]["standard_error"],
+        "upload_bytes_per_client": summary["upload_bytes_total"] / summary["clients"],
+        "base": of("before", "mean"),
+        "base_error": of("before", "standard_error"),
+        "scale": of("calibration", "scale"),
+        "inputs": summary["inputs"],
     }
 
 

@@ -9,9 +9,9 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -162,15 +162,15 @@ class Session:
         self.policy.adapter.assign(theta)
         return evaluations
 
-    def identity(self) -> dict[str, Any]:
-        """What a run must keep to its end: the settings, and hashes of prompts, base model, objectives, adapter."""
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what the settings name: prompts and their owners, the base model, the objectives."""
         prompts = hashlib.sha256()
         for share in (*self.prompts_of, self.held_out):
             rows = [[p.token_ids, {k: v for k, v in p.columns.items() if v is not None}] for p in share]
             prompts.update(json.dumps(rows, default=str).encode())
         hashes = {"the prompts": prompts.hexdigest(), "the base model": fingerprint(self.base_model)}
-        hashes |= {f"objective {o.name}": o.fingerprint for o in self.objectives}
-        return checkpoint.identity(self.config, hashes)
+        return hashes | {f"objective {o.name}": o.fingerprint for o in self.objectives}
 
     def save(
         self, out: Path, before: Evaluation, held_out: dict[int, Tensor], lines: list[dict], seconds: float
@@ -179,13 +179,18 @@ class Session:
         tensors, values = checkpoint.federation_state(self.federation)
         tensors |= {"before.scores": before.scores, "before.kl": before.kl}
         tensors |= {f"held_out.{t}": scores for t, scores in held_out.items()}
-        values |= {"texts": before.texts, "identity": self.identity(), "lines": lines, "seconds": seconds}
+        values |= {
+            "texts": before.texts,
+            "identity": checkpoint.identity(self.config, self.inputs),
+            "lines": lines,
+            "seconds": seconds,
+        }
         checkpoint.write(out, tensors, values)
 
     def restore(self, out: Path) -> tuple[Evaluation, dict[int, Tensor], list[dict], float]:
         """Take back what `save` wrote. Raises ValueError if the file is damaged, or of another run."""
         tensors, values = checkpoint.read(out)
-        checkpoint.check_same(values["identity"], self.identity())
+        checkpoint.check_same(values["identity"], checkpoint.identity(self.config, self.inputs))
         if values["rounds_done"] > self.config.rounds:
             raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
         checkpoint.restore_federation(self.federation, tensors, values)
@@ -206,7 +211,7 @@ def objectives_of(specs: Sequence[str], names: Sequence[str], tasks: Sequence[st
         own = listed.split(",")
         if who in lists or (who in tasks) == (who in numbers) or not set(own) <= set(names) or len(set(own)) < len(own):
             raise ValueError(
-                f"client_objectives: {spec!r}; write CLIENT_OR_TASK=NAME,NAME once for a client (0 to {len(tasks) - 1}) "
+                f"client_objectives: {spec!r}; write WHO=NAME,NAME once for a client (0 to {len(tasks) - 1}) "
                 f"or a task ({', '.join(sorted(set(tasks)))}), with objectives from {', '.join(names)}"
             )
         lists[who] = [names.index(name) for name in own]

@@ -42,7 +42,7 @@ from app.tables import aligned
 from settings import Config
 from worlds import toy
 
-Rows = dict[str, list[dict[str, Any]]]  # comparand -> the `figures` of its points
+Rows = dict[str, list[dict[str, Any]]]  # comparand -> its points, see `report.point`
 SPECIALIST = "morlhf"  # how soups train their specialists: on the one reward of a one-hot preference
 
 
@@ -175,28 +175,6 @@ def soups(ones: Sequence[Config], names: Sequence[str], home: Path, train: Calla
         write_text(here / "summary.json", to_json(summary | {"method": "soups"}, indent=2) + "\n")
 
 
-def figures(config: Config, names: Sequence[str], run: Path) -> dict[str, Any]:
-    """What one point's files say; lists are by objective, in raw units. `mean_lambda` is None for soups."""
-    summary = read_json((run / "summary.json").read_text("utf-8"))
-    of = lambda stage, key: [summary["objectives"][name][stage][key] for name in names]  # noqa: E731
-    lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    base, mean = of("before", "mean"), of("after", "mean")
-    return {
-        "preference": config.preference,
-        "mean_lambda": [float(np.nanmean([m[f"lambda/{name}"] for m in lines])) for name in names] if lines else None,
-        "mean": mean,
-        "standard_error": of("after", "standard_error"),
-        "gain": of("gain", "mean"),
-        "gain_error": of("gain", "standard_error"),
-        "kl": summary["kl"]["mean"],
-        "kl_error": summary["kl"]["standard_error"],
-        "upload_bytes_per_client": summary["upload_bytes_total"] / config.clients,
-        "base": {"mean": base, "standard_error": of("before", "standard_error")},
-        "scale": of("calibration", "scale"),
-        "inputs": summary["inputs"],
-    }
-
-
 def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str], out: Path) -> None:
     """The table, the pictures, and the figures of both into sweep.json. Raises ValueError if prompts, weights or code
     changed between the runs.
@@ -205,23 +183,37 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
 
     rows: Rows = {}
     for text, ones in runs.items():
-        home = out / text.replace(" ", ",")
-        rows[text] = [figures(one, names, home / label(one.preference)) for one in ones]
+        homes = [out / text.replace(" ", ",") / label(one.preference) for one in ones]
+        rows[text] = [report.point(*saved(home), one.preference) for home, one in zip(homes, ones, strict=True)]
     first, *others = [row for group in rows.values() for row in group]
     if any(row["inputs"] != first["inputs"] for row in others):
         raise ValueError(f"out: prompts, weights or code changed between the runs in {out}; name another directory")
-    base, front = np.array(first["base"]["mean"]), None
+    front = None
     if options.front_is_known(config):
         front = toy.pareto_front([line["prompt"] for line in read_lines(next(out.glob("*/*/samples.jsonl")))])
-    volumes = hypervolumes(rows, base, front)
-    saved = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
-    write_text(out / "sweep.json", to_json(saved, indent=2) + "\n")
+    volumes = hypervolumes(rows, front)
+    results = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
+    write_text(out / "sweep.json", to_json(results, indent=2) + "\n")
     print(comparison(rows, names, config))
     if volumes:
         unit = "0 is the base model, 1 the exact front" if front is not None else "of gains in base-policy deviations"
         print(f"hypervolume ({unit}): " + ", ".join(f"{name} {volume:.3f}" for name, volume in volumes.items()))
-    plots.trade_off(rows, base, front, names, out)
+    plots.trade_off(rows, front, names, out / "pareto.png")
+    swept = {text: group for text, group in rows.items() if len(group) > 1 and group[0]["mean_lambda"]}
+    if swept:
+        lines = {
+            text: ([row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None)
+            for text, group in swept.items()
+        }
+        axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")
+        plots.panels([plots.Panel(*axes, lines, diagonal=True)], out / "weights.png")
     print(f"\n{out}: pictures, sweep.json, and every run in METHOD/")
+
+
+def saved(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The summary and the log of a finished run; soups have no log."""
+    log = run / "metrics.jsonl"
+    return read_json((run / "summary.json").read_text("utf-8")), read_lines(log) if log.is_file() else []
 
 
 def comparison(rows: Rows, names: Sequence[str], config: Config) -> str:
@@ -229,12 +221,13 @@ def comparison(rows: Rows, names: Sequence[str], config: Config) -> str:
     shares = lambda values: "/".join(f"{x:.2f}" for x in values) if values else "–"  # noqa: E731
 
     def cells(figures: dict[str, Any], gains: Sequence[str]) -> list[str]:
-        parts = zip(figures["mean"], figures["standard_error"], gains, strict=True)
+        parts = zip(figures["mean"], figures["error"], gains, strict=True)
         return [cell for mean, error, gain in parts for cell in (f"{mean:+.3f} ± {error:.3f}", gain)]
 
     first = next(iter(rows.values()))[0]
+    base = {"mean": first["base"], "error": first["base_error"]}
     lines = [["", "p", "mean λ", *(head for name in names for head in (name, "gain")), "KL", "MB up"]]
-    lines.append(["base model", "", "", *cells(first["base"], [""] * len(names)), "", ""])
+    lines.append(["base model", "", "", *cells(base, [""] * len(names)), "", ""])
     for text, group in rows.items():
         for row in group:
             middle = cells(row, [f"{gain:+.3f}" for gain in row["gain"]])
@@ -249,16 +242,15 @@ def comparison(rows: Rows, names: Sequence[str], config: Config) -> str:
     ])  # fmt: skip
 
 
-def hypervolumes(rows: Rows, base: np.ndarray, front: np.ndarray | None) -> dict[str, float]:
+def hypervolumes(rows: Rows, front: np.ndarray | None) -> dict[str, float]:
     """Hypervolume of every comparand with several points; nothing for M ≠ 2.
 
     Without an exact front: of gains in base-policy deviations, above the worst of the base model and all points.
     """
-    several = [text for text, group in rows.items() if len(group) > 1]
-    if len(base) != 2:
-        return {}
+    base = np.array(next(iter(rows.values()))[0]["base"])
+    several = {text: group for text, group in rows.items() if len(group) > 1 and len(base) == 2}
     if front is not None:
-        return {text: normalised_hypervolume([row["mean"] for row in rows[text]], base, front) for text in several}
-    gains = {text: np.array([row["gain"] for row in group]) / group[0]["scale"] for text, group in rows.items()}
-    reference = np.minimum(np.concatenate(list(gains.values())).min(0), 0.0)
-    return {text: hypervolume(gains[text], reference) for text in several}
+        return {t: normalised_hypervolume([row["mean"] for row in group], base, front) for t, group in several.items()}
+    gains = {text: np.array([row["gain"] for row in group]) / group[0]["scale"] for text, group in several.items()}
+    reference = np.minimum(np.concatenate(list(gains.values())).min(0), 0.0) if gains else base
+    return {text: hypervolume(gain, reference) for text, gain in gains.items()}
