@@ -38,6 +38,7 @@ QUESTION = "{}\n\nReason step by step, and end with a line of #### and the numbe
 FORMS = '{"prompt": text or messages}, {"messages": messages}, {"chosen": dialogue}, {"question": text, "answer": text}'
 
 Messages = tuple[dict[str, str], ...]  # {"role": …, "content": …} each
+Shares = tuple[list[list["Prompt"]], list["Prompt"]]  # the prompts of each client, and the held-out ones
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,6 @@ class Prompt:
     def owner(self, split: str) -> str | None:
         """What `--split` tells clients apart by: the file, the subset, or the value in a column; None without one."""
         return {"files": self.file, "subset": self.subset}.get(split) or text_of(self.columns.get(split))
-
-
-Shares = tuple[list[list[Prompt]], list[Prompt]]  # the prompts of each client, and the held-out ones
 
 
 def text_of(value: object) -> str | None:
@@ -108,15 +106,16 @@ def from_chosen(chosen: str) -> tuple[str, Messages]:
 def from_text(prompt: str) -> tuple[str, Messages]:
     """TRL's `prompt` as a text, with or without a last "\\n\\nAssistant:"."""
     text = f"\n\n{prompt.strip()}".removesuffix(REPLY).strip()
-    one_message = [{"role": "user", "content": text}]  # whatever it quotes
+    one_message = [{"role": "user", "content": text}]  # even if it quotes a dialogue
     return from_chat(to_messages(f"\n\n{text}") if text.startswith("Human:") else one_message)
 
 
 def from_chat(chat: Sequence) -> tuple[str, Messages]:
     """TRL's `prompt` as messages."""
     messages = plain_messages(chat)
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"the prompt must end with the user's message, not in {messages[-1]['content']!r:.40}")
+    role, content = messages[-1].values()
+    if role != "user":
+        raise ValueError(f"the prompt must end with a user message, not with the {role}'s {content!r:.40}")
     text = "".join(SPEAKER[message["role"]] + message["content"] for message in messages) + REPLY
     return text.removeprefix(SPEAKER["system"]) if messages[0]["role"] == "system" else text, messages
 
@@ -198,16 +197,16 @@ def prompts_from(
     rendered_ids = tokenizer(rendered, add_special_tokens=not chat, verbose=False)["input_ids"] if rendered else []
     names = {name: None for draft in drafts.values() for name in draft.columns}  # every reward call gets the same ones
     limit = max_tokens if context is None else min(max_tokens, context)
-    prompts = {}  # by token ids: texts may differ only in what the template or the tokenizer drops
+    by_ids = {}  # texts may differ only in what the template or the tokenizer drops
     for draft, ids in zip(drafts.values(), rendered_ids, strict=True):
         ids = tuple(ids[:-1] if not chat and ids[-1:] == [tokenizer.eos_token_id] else ids)
-        prompts.setdefault(ids, replace(draft, token_ids=ids, columns=names | draft.columns))
-    kept = [prompt for ids, prompt in prompts.items() if len(ids) <= limit]
-    if not kept:
-        shortest = f"the shortest has {min(map(len, prompts), default=0)} tokens, and {limit} fit"
+        by_ids.setdefault(ids, replace(draft, token_ids=ids, columns=names | draft.columns))
+    prompts = [prompt for ids, prompt in by_ids.items() if len(ids) <= limit]
+    if not prompts:
+        shortest = f"the shortest has {min(map(len, by_ids), default=0)} tokens, and {limit} fit"
         raise ValueError(f"prompts: 0 of {n_rows} rows can be used; {shortest}; raise max_prompt_tokens or pass others")
-    dropped = {"duplicates": n_rows - len(prompts), "too_long": len(prompts) - len(kept)}
-    return kept, {"rows": n_rows, **dropped, "kept": len(kept)}
+    dropped = {"duplicates": n_rows - len(by_ids), "too_long": len(by_ids) - len(prompts)}
+    return prompts, {"rows": n_rows, **dropped, "kept": len(prompts)}
 
 
 def share_out(prompts: list[Prompt], n_clients: int, settings: DataSettings, seed: int) -> Shares:

@@ -93,7 +93,7 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """prompts and objectives (data.py, rewards.py)"""
 
-    prompts: list[str] = setting([], "JSONL files, plain or gzipped, local or on the hub: HH-RLHF, TRL or GSM8K rows")
+    prompts: list[str] = setting([], ".jsonl, .jsonl.gz or .csv files, local or on the hub: HH-RLHF, TRL or GSM8K rows")
     objectives: list[str] = setting([], "[NAME=]rule:NAME, hf:DIR_OR_HUB, py:FILE.py:FUNCTION, group:PREDICTOR:GROUP")
     client_objectives: list[str] = setting([], "CLIENT_OR_TASK=NAME,NAME: what some clients hold; all if not given")
     held_out: int = setting(128, "prompts that no client trains on, for evaluation", low=1)

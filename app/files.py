@@ -27,20 +27,17 @@ def opened(name: str, mode: str) -> IO:
 
 
 def rows_of(name: str) -> Iterator[tuple[str, dict]]:
-    """Yield ("FILE:LINE", row) for each row of a .jsonl or .csv file, see `opened`; the cells of a .csv are texts.
-
-    Raises ValueError, naming FILE:LINE, for what cannot be read.
-    """
+    """Yield ("FILE:LINE", row) of a .jsonl or .csv file, whose cells are texts. Raises ValueError, naming FILE:LINE."""
     with fileinput.FileInput(name, mode="rb", openhook=opened) as lines:
         table = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
         rows = table if name.endswith((".csv", ".csv.gz")) else map(json.loads, filter(bytes.strip, lines))
         try:
             for row in rows:
                 if not isinstance(row, dict) or None in row:
-                    raise ValueError("it is no JSON object, or has more cells than the header")
+                    raise ValueError("it is not a JSON object, or has more cells than the header")
                 yield f"{name}:{lines.lineno()}", row
         except Exception as error:  # of the file system, the hub, gzip, JSON, or CSV
-            raise ValueError(f"{name}:{lines.lineno()}: the row cannot be read ({error})") from error
+            raise ValueError(f"{name}:{lines.lineno()}: cannot be read ({error})") from error
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -70,7 +67,7 @@ def to_json(values: Any, **settings: Any) -> str:
 
 def read_json(text: str) -> dict[str, Any]:
     """The inverse of `to_json`, for one object: NaN for null."""
-    return json.loads(text, object_hook=lambda found: {k: math.nan if v is None else v for k, v in found.items()})
+    return json.loads(text, object_hook=lambda line: {k: math.nan if v is None else v for k, v in line.items()})
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
@@ -85,20 +82,19 @@ def read_lines(path: Path, n: int | None = None) -> list[dict[str, Any]]:
 
 
 def free_directory(out: str | None, name: str = "", resume: bool = False) -> Path:
-    """A directory in which only this process works until it ends: `out`, or the first of runs/NAME, runs/NAME-2, …
+    """A directory that is locked for the life of this process: `out`, or the first free of runs/NAME, runs/NAME-2, …
 
-    It holds nothing yet, unless its run is to `resume`. Raises ValueError if `out` is not free.
+    It must hold nothing, unless its run is to `resume`.
     """
     k = 0
     while True:
         k += 1
-        directory, fault = Path(out or f"runs/{name}" + f"-{k}" * (k > 1)), "is not empty; --resume it"
+        directory = Path(out or f"runs/{name}" + f"-{k}" * (k > 1))
         directory.mkdir(parents=True, exist_ok=True)
         if resume or {entry.name for entry in directory.iterdir()} <= {".lock"}:
             lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, so the lock ends with the process
-            fault = "belongs to another process; wait for it"
             with suppress(OSError):
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return directory
         if out:
-            raise ValueError(f"out: {directory} {fault}, or name another directory")
+            raise ValueError(f"out: {directory} is not empty, or another process works in it; name another directory")

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from app.loading import fingerprint_of, pretrained
+from app.loading import fingerprint, pretrained
 from rewards import RULES, Objective, RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]

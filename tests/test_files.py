@@ -1,44 +1,55 @@
-"""A file is whole or not there: what stood at its path stays until the new one is complete."""
+"""app/files.py: rows are named by file and line, files are whole or not there, a directory belongs to one process."""
 
-import os
+import gzip
+import math
+import sys
+from subprocess import run
 
 import pytest
-import safetensors
-import safetensors.torch
-import torch
 
-from app.files import atomically, write_tensors, write_text
+from app import files
 
 
-def test_what_is_written_takes_the_old_ones_place_and_leaves_nothing_beside_it(tmp_path):
-    file = tmp_path / "a.json"
-    file.write_text("old")
-    with atomically(file) as temporary:
-        assert temporary.parent == tmp_path
-        temporary.write_text("new")
-        assert file.read_text() == "old"
-    assert file.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+@pytest.mark.parametrize(("name", "line"), [("a.jsonl", 1), ("a.jsonl.gz", 1), ("a.csv", 2)])
+def test_rows_come_with_file_and_line_from_here_and_from_the_hub(tmp_path, monkeypatch, name, line):
+    content = ("\ufeffa,b\n1,\n" if name == "a.csv" else '\ufeff{"a": "1", "b": ""}\n\n').encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    monkeypatch.setattr(files, "hf_hub_download", lambda repo, path, repo_type: str(tmp_path / path))
+    for where in (f"{tmp_path}/{name}", f"owner/data/{name}"):
+        assert list(files.rows_of(where)) == [(f"{where}:{line}", {"a": "1", "b": ""})]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_after_an_error_the_old_file_stands_and_no_temporary_one(error, tmp_path):
-    file = tmp_path / "a.json"
-    file.write_text("old")
-    with pytest.raises(error), atomically(file) as temporary:
-        temporary.write_text("half")
-        raise error
-    assert file.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "{}\n{"), ("a.jsonl", "{}\n[1]"), ("a.csv", "a\nHello, you")])
+def test_a_line_that_is_not_a_row_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}:2: cannot be read"):
+        list(files.rows_of(f"{tmp_path}/{name}"))
 
 
-def test_text_is_written_in_utf_8(tmp_path):
-    write_text(str(tmp_path / "a.txt"), "λ ≥ 0\n")
-    assert (tmp_path / "a.txt").read_bytes() == "λ ≥ 0\n".encode()
+def test_a_file_is_never_written_through_a_link_and_lacking_figures_are_null_in_it(tmp_path):
+    (tmp_path / "other").write_text("untouched")
+    for link in ("a.jsonl", "a.jsonl.tmp"):
+        (tmp_path / link).symlink_to(tmp_path / "other")
+    files.write_text(tmp_path / "a.jsonl", files.to_json({"λ": math.nan}) + "\n")
+    files.append_line(tmp_path / "a.jsonl", {"λ": 0.5})
+    assert (tmp_path / "other").read_text() == "untouched" and not (tmp_path / "a.jsonl.tmp").is_symlink()
+    assert (tmp_path / "a.jsonl").read_text() == '{"\\u03bb": null}\n{"\\u03bb": 0.5}\n'
+    (line,) = files.read_lines(tmp_path / "a.jsonl", 1)
+    assert math.isnan(line["λ"])
 
 
-def test_tensors_and_metadata_come_back(tmp_path):
-    leaf = torch.arange(6.0).reshape(2, 3).requires_grad_()
-    write_tensors(tmp_path / "a.safetensors", {"transposed": leaf.T, "leaf": leaf}, {"round": "3"})
-    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as opened:
-        assert opened.metadata() == {"round": "3"}
-        assert torch.equal(opened.get_tensor("transposed"), leaf.detach().T)
-    assert os.listdir(tmp_path) == ["a.safetensors"]
+def test_a_directory_belongs_to_one_process_until_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    monkeypatch.chdir(tmp_path)
+    first, other = files.free_directory(None, "firm"), "from app.files import *; print(free_directory({}))"
+    elsewhere = [
+        run([sys.executable, "-c", other.format(a)], capture_output=True) for a in ("None, 'firm'", "'runs/firm'")
+    ]
+    assert elsewhere[0].stdout == b"runs/firm-2\n" and b"another process works in it" in elsewhere[1].stderr
+    assert files.free_directory(None, "firm") == first  # nothing is in it yet
+    files.write_text(first / "config.json", "{}")
+    assert (
+        files.free_directory(None, "firm").name == "firm-2" and files.free_directory(str(first), resume=True) == first
+    )
+    with pytest.raises(ValueError, match="not empty"):
+        files.free_directory(str(first))
