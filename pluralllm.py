@@ -2,8 +2,7 @@
 
 A group (a country, say) holds answers to survey questions: the share of its people who chose each option. One model,
 the predictor, learns in context: given some questions as a group answered them, it says how that group answers others.
-Every client holds one group or several. The clients train the predictor by FedAvg. Groups that took no part are asked
-in the end.
+Every client holds one group or several. The clients train the predictor by FedAvg; then it is asked about other groups.
 
     predictor: a point is x ⊕ y, x the embedding of "question option", y the option's share; targets have y = 0 [code]
     for t = 0 … T − 1                                                    [code: T = 100]
@@ -26,9 +25,8 @@ Context and targets have 9 to 90 questions each, drawn for every step [code]. Wh
 - Clients train on all their questions, as the central side does; [code]'s clients train on the first 90 %.
 - x embeds the question and one option; [code] also embeds an instruction, all options and the option's letter.
 - The rate decays once, over the whole training; [code]'s cosine has 100 steps and then rises again.
-- `max_grad_norm` clips the gradient, off by default. The deviation s gives gradients heavy tails, and without clipping
-  the loss jumps up on some seeds.
-A draw depends on (seed, step, group) only, so both sides draw alike if they list the groups alike.
+- `max_grad_norm`, off by default. The deviation s gives gradients heavy tails; unclipped, the loss jumps on some seeds.
+A draw depends on (seed, step, group) only, so federated and central training draw alike.
 
 Left out on purpose: batches of several draws, dropout (0 in [code] too).
 """
@@ -36,6 +34,7 @@ Left out on purpose: batches of several draws, dropout (0 in [code] too).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,13 +45,10 @@ from clients import stream
 from fedavg import average
 from settings import Config
 
-NAME, HELP = "pluralllm", "no policy, but a predictor of what groups prefer"
+NAME, HELP = "pluralllm", "trains a predictor of what groups prefer, not a policy"
 COHORT, TRAINING, EVALUATION = 1, 11, 12  # what a stream is for
 WIDTH, LAYERS, HEADS, EMBEDDERS = 128, 6, 4, 4  # of the predictor [code]
 CONTEXT_QUESTIONS, CONTEXT_DRAWS = 20, 20  # of the evaluation [code; ours]
-
-
-# ---- what groups answered --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -77,20 +73,14 @@ class Survey:
         self.questions, self.embeddings = list(questions), embeddings
         self.answers = {group: {q: y.to(device) for q, y in asked.items()} for group, asked in answers.items()}
         self.rows = torch.arange(len(embeddings), device=device).split([len(q.options) for q in questions])
-
-    def position(self, group: str) -> int:
-        """The number of a group, which its draws depend on."""
-        return list(self.answers).index(group)
+        self.position = {group: i for i, group in enumerate(answers)}  # a group's draws depend on it
+        self.n_points = {group: sum(map(len, asked.values())) for group, asked in answers.items()}  # n_g
 
     def points(self, group: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """(x [n, E], y [n], which [n]) of some of a group's questions; which: the position of each point's question."""
         rows = [self.rows[q] for q in chosen]
         which = torch.cat([torch.full_like(row, position) for position, row in enumerate(rows)])
         return self.embeddings[torch.cat(rows)], torch.cat([self.answers[group][q] for q in chosen]), which
-
-    def points_held(self, group: str) -> int:
-        """n_g, the number of a group's points."""
-        return sum(len(shares) for shares in self.answers[group].values())
 
 
 # ---- the predictor ---------------------------------------------------------------------------------------------
@@ -168,18 +158,13 @@ def draw(available: Sequence[int], least: int, most: int, rng: np.random.Generat
     return order[:context], order[context : context + targets]
 
 
-def cosine(lr: float, step: int, steps: int) -> float:
-    """The learning rate of a step, from lr down to 0 after `steps` of them [code]."""
-    return lr * (1 + math.cos(math.pi * step / steps)) / 2
-
-
 class PredictorFederation:
     """The server and its clients. State: theta [d], rounds_done, and the moments of every client's Adam."""
 
     def __init__(self, survey: Survey, clients: Sequence[Sequence[str]], config: Config) -> None:
         """clients: the groups that each holds."""
         self.survey, self.clients, self.config = survey, clients, config
-        self.points_held = torch.tensor([sum(map(survey.points_held, groups)) for groups in clients])  # n_c [C]
+        self.n_points = torch.tensor([sum(map(survey.n_points.get, groups)) for groups in clients])  # n_c [C]
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.model = Predictor(survey.embeddings.shape[1]).to(survey.embeddings.device)
@@ -204,10 +189,10 @@ class PredictorFederation:
             thetas.append(parameters_to_vector(self.parameters).detach())
             if not thetas[-1].isfinite().all():
                 raise ValueError(f"lr: client {c}'s predictor is not finite after round {t}; lower lr or max_grad_norm")
-        self.theta = average(torch.stack(thetas), self.points_held[cohort])
+        self.theta = average(torch.stack(thetas), self.n_points[cohort])
         self.load()
         self.rounds_done += 1
-        size = self.theta.numel() * self.theta.element_size()
+        size = self.theta.numel() * self.theta.element_size()  # of the message to a client, and of its answer
         return {"round": t, "loss": float(np.mean(losses)), "upload_bytes": size, "download_bytes": size}
 
     def local_steps(self, c: int) -> list[float]:
@@ -217,23 +202,23 @@ class PredictorFederation:
             adam.zero_grad()
             losses.append(0.0)
             for group in self.clients[c]:
-                rng = stream(self.config.seed, TRAINING, step, self.survey.position(group))
+                rng = stream(self.config.seed, TRAINING, step, self.survey.position[group])
                 context, targets = draw(list(self.survey.answers[group]), *self.config.questions, rng)
                 x, y, _ = self.survey.points(group, context)
                 target_x, target_y, which = self.survey.points(group, targets)
-                share = self.survey.points_held(group) / int(self.points_held[c])  # n_g / n_c
+                share = self.survey.n_points[group] / int(self.n_points[c])  # n_g / n_c
                 part = share * loss(*self.model(x, y, target_x), target_y, which)
                 part.backward()  # adds to the gradient of the groups before
                 losses[-1] += part.item()
             if self.config.max_grad_norm is not None:
                 norm = parameters_to_vector([p.grad for p in self.parameters]).norm()
                 clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
-            adam.param_groups[0]["lr"] = cosine(self.config.lr, step, self.config.rounds * K)
+            adam.param_groups[0]["lr"] = self.config.lr * (1 + math.cos(math.pi * step / (self.config.rounds * K))) / 2
             adam.step()
         return losses
 
     def state(self) -> dict[str, Tensor]:
-        """All that changes, by name: θ, the rounds done, and client c's moments of parameter i."""
+        """All that changes, by name: θ, the rounds done, client c's moments of parameter i. No copies."""
         tensors = {"theta": self.theta, "rounds_done": torch.tensor(self.rounds_done)}
         for c, adam in enumerate(self.adams):
             for i, moments in adam.state_dict()["state"].items():
@@ -247,7 +232,7 @@ class PredictorFederation:
         for c, adam in enumerate(self.adams):
             moments: dict[int, dict[str, Tensor]] = {}
             for client, i, name in (key.split(".") for key in tensors if key.startswith(f"client{c}.")):
-                moments.setdefault(int(i), {})[name] = tensors[f"{client}.{i}.{name}"].clone()  # Adam changes them
+                moments.setdefault(int(i), {})[name] = tensors[f"{client}.{i}.{name}"]
             adam.load_state_dict(adam.state_dict() | {"state": moments})
 
 
@@ -270,7 +255,7 @@ def context_of(
 ) -> list[int]:
     """Context `number` of a group's evaluation: `size` of its questions, of those that its partner answered too."""
     pool = [q for q in survey.answers[group] if q in survey.answers[partner or group]]
-    order = stream(seed, EVALUATION, number, survey.position(group)).permutation(len(pool))
+    order = stream(seed, EVALUATION, number, survey.position[group]).permutation(len(pool))
     return [pool[j] for j in order[:size]]
 
 
@@ -298,21 +283,18 @@ def alignment(
 
 def worth_of_context(
     survey: Survey, model: Predictor, groups: Sequence[str], seed: int, size: int = 15
-) -> tuple[float, float]:
-    """Mean alignment given `size` of a group's own answers, and given its partner's to the same questions. [ours]
+) -> dict[str, float]:
+    """Mean alignment given `size` of a group's own answers, and given another group's to the same questions. [ours]
 
-    A group's partner is the next in the list, round its end, that shares as many questions; one without is left out.
+    The other is the next in the list, round its end, that shares as many questions; a group without one is left out.
     """
     partners: dict[str, str] = {}
     for i, group in enumerate(groups):
         for other in (*groups[i + 1 :], *groups[:i]):
             if len(survey.answers[group].keys() & survey.answers[other].keys()) >= size:
                 partners.setdefault(group, other)
-    own, other = (
-        alignment(survey, model, list(partners), seed, size, partners=partners, swapped=swapped).nanmean(1).mean()
-        for swapped in (False, True)
-    )
-    return float(own), float(other)
+    scores = partial(alignment, survey, model, list(partners), seed, size, partners=partners)
+    return {name: float(scores(swapped=name == "other").nanmean(1).mean()) for name in ("own", "other")}
 
 
 def guessed(survey: Survey, groups: Sequence[str], givers: Sequence[str] = ()) -> Tensor:
@@ -324,11 +306,9 @@ def guessed(survey: Survey, groups: Sequence[str], givers: Sequence[str] = ()) -
     for i, group in enumerate(groups):
         for q, shares in survey.answers[group].items():
             known = [survey.answers[giver][q] for giver in givers if giver != group and q in survey.answers[giver]]
-            if not givers:
-                known = [torch.full_like(shares, 1 / len(shares))]
-            if known:
-                which = torch.zeros_like(shares, dtype=torch.long)
-                scores[i, q] = 1 - distances(torch.stack(known).mean(0), shares, which)[0]
+            guess = torch.stack(known).mean(0) if known else torch.full_like(shares, 1 / len(shares))
+            if known or not givers:
+                scores[i, q] = 1 - distances(guess, shares, torch.zeros_like(shares, dtype=torch.long))[0]
     return scores
 
 
@@ -348,9 +328,9 @@ def fairness(scores: Tensor, least: int = 3) -> float:
 
 
 def convergence(curve: Sequence[float], level: float, window: int = 3) -> int | None:
-    """The first position of a curve at which the mean of the last `window` scores has reached level; None if none has.
+    """The first position of a curve at which its last `window` scores have a mean of level; None if there is none.
 
     [ours] level: AS₀ + 0.95 (the better final AS − AS₀).
     """
-    means = [np.mean(curve[i - window : i]) for i in range(window, len(curve) + 1)]
+    means = [np.mean(curve[i : i + window]) for i in range(len(curve) - window + 1)]
     return next((i + window - 1 for i, mean in enumerate(means) if mean >= level), None)

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import fedavg
 import pluralllm
 from app.files import free_directory, read_lines, rows_of, to_json, write_tensors, write_text
 from app.loading import pretrained
@@ -41,8 +40,7 @@ from app.tables import aligned
 from pluralllm import Predictor, PredictorFederation, Question, Survey
 from settings import Config
 from worlds import opinions, survey, tiny_llama
-
-# ---- embeddings ------------------------------------------------------------------------------------------------
+from worlds.opinions import chosen
 
 
 class Encoder:
@@ -95,8 +93,8 @@ def slug(group: str) -> str:
 
 def context_rows(data: Survey, group: str, seed: int) -> list[dict[str, Any]]:
     """The first context of a group's evaluation, as it is written down and as it travels."""
-    chosen = [(data.questions[q], data.answers[group][q]) for q in pluralllm.context_of(data, group, 0, seed)]
-    return [{"question": q.text, "options": q.options, "distribution": y.tolist()} for q, y in chosen]
+    answered = [(data.questions[q], data.answers[group][q]) for q in pluralllm.context_of(data, group, 0, seed)]
+    return [{"question": q.text, "options": q.options, "distribution": y.tolist()} for q, y in answered]
 
 
 def save(directory: Path, model: Predictor, encoder: str, data: Survey, seed: int) -> None:
@@ -109,30 +107,26 @@ def save(directory: Path, model: Predictor, encoder: str, data: Survey, seed: in
 
 
 class SavedPredictor:
-    """A predictor with its encoder and its groups' contexts, to be asked."""
+    """A predictor that a run saved in a directory, with its encoder and its groups' contexts, to be asked."""
 
     def __init__(self, directory: str, device: str = "cpu") -> None:
         about = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))
-        self.model, self.encoder, self.groups = (
-            Predictor(about["width"]),
-            Encoder(about["encoder"], device),
-            about["groups"],
-        )
+        self.groups, self.encoder = about["groups"], Encoder(about["encoder"], device)
+        self.model = Predictor(about["width"]).to(device)
         self.model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
-        self.model.to(device)
+        self.names = {slug(group): group for group in self.groups} | {group: group for group in self.groups}
         self.contexts: dict[str, tuple[Tensor, Tensor]] = {}  # group -> x [C, E], y [C], once it was asked
-        self.answers: dict[tuple, list[float]] = {}  # a run asks the same question again and again
+        self.answers: dict[tuple, list[float]] = {}  # since a run asks the same question again
 
     def group(self, name: str) -> str:
         """A group by its name or its slug. Raises ValueError for one that it does not know."""
-        for group in self.groups:
-            if name == group or slug(name) == slug(group) != "":
-                return group
-        raise ValueError(f"group: the predictor does not know {name!r}; it knows {', '.join(self.groups)}")
+        if name not in self.names:
+            raise ValueError(f"group: the predictor does not know {name!r}; it knows {', '.join(self.groups)}")
+        return self.names[name]
 
-    def ask(self, name: str, question: str, options: Sequence[str]) -> list[float]:
+    def ask(self, group: str, question: str, options: Sequence[str]) -> list[float]:
         """The predicted share of a group's people for each option."""
-        group = self.group(name)
+        group = self.group(group)
         if group not in self.contexts:
             rows = self.groups[group]
             x = self.encoder([Question(row["question"], row["options"]) for row in rows])
@@ -145,30 +139,24 @@ class SavedPredictor:
         return self.answers[key]
 
 
-@lru_cache(maxsize=4)
-def load(directory: str, device: str = "cpu") -> SavedPredictor:
-    """A predictor that a run saved; the objectives of its groups share one."""
-    return SavedPredictor(directory, device)
-
-
-# ---- the reward made from it -----------------------------------------------------------------------------------
+load = lru_cache(maxsize=4)(SavedPredictor)  # cached, since the objectives of several groups share one
 
 
 def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> tuple[Callable, str, bool]:
     """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none.
 
     Returns the function, a hash of the predictor's files, and False: it scores client by client. Prompts need the
-    columns `question` and `options`. The predictor is float32 whatever the dtype.
+    columns `question` and `options`. dtype is that of reward models; the predictor stays in float32.
     """
     directory, _, group = rest.rpartition(":")
     saved = load(directory, device)
     group = saved.group(group)
 
-    def reward(completions: list[str], question=(), options=(), **columns: Any) -> list[float]:
-        if not all(isinstance(q, str) for q in question) or not all(isinstance(o, (list, tuple)) for o in options):
-            raise ValueError(f"objectives: group:{rest} needs a question and its options beside every prompt")
+    def reward(completions: list[str], question=None, options=None, **columns: Any) -> list[float]:
         rewards = []
-        for completion, q, o in zip(completions, question, options, strict=True):
+        for completion, q, o in zip(completions, question or [None], options or [None], strict=False):
+            if not isinstance(q, str) or not isinstance(o, (list, tuple)):
+                raise ValueError(f"objectives: group:{rest} needs a question and its options beside every prompt")
             position = chosen(completion, o)
             rewards.append(0.0 if position is None else saved.ask(group, q, o)[position])
         return rewards
@@ -178,74 +166,67 @@ def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> t
 
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
-    """Objectives in which `group:survey:GROUP` names the directory of the survey world's own predictor of that seed.
+    """The specs, with the directory of the survey world's own predictor for `survey` in `group:survey:GROUP`.
 
-    That comes from the cache, or is trained by the settings of pluralllm-tiny, federated only (about a minute).
+    That predictor is trained by the settings of pluralllm-tiny, federated only (about a minute), and then cached.
     """
-    pattern = r"((?:[^=:]*=)?group:)survey:"
-    if not any(re.match(pattern, spec) for spec in specs):
+    if not any("group:survey:" in spec for spec in specs):
         return list(specs)
     about = PRESETS["pluralllm-tiny"] | {"seed": seed, "central": False, "eval_every": 0, "device": "cpu"}
-    sources = [Path(module.__file__).read_text("utf-8") for module in (pluralllm, fedavg, opinions, survey)]
+    sources = [Path(module.__file__).read_text("utf-8") for module in (pluralllm, opinions, survey)]
 
     def fill(directory: Path) -> None:
-        if progress:
-            print("the survey world's predictor is trained first, once")
-        train(Config(**about, out=str(directory / "run")), progress=False)
+        train(Config(**about, out=str(directory / "run")), progress=progress)
 
     entry = tiny_llama.cached(fill, __file__, about | {"sources": sources})
-    return [re.sub(pattern, rf"\g<1>{entry / 'run' / 'predictor'}:", spec) for spec in specs]
+    return [spec.replace("group:survey:", f"group:{entry / 'run' / 'predictor'}:") for spec in specs]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------
 
 
 def survey_of(config: Config, device: str, progress: bool) -> tuple[Survey, list[str], list[str], str]:
-    """(survey, the groups that train, those that are only evaluated, the encoder), of a file or of the survey world."""
+    """(survey, groups that train, groups that are only evaluated, encoder), of a file or of the survey world."""
     if config.opinions and config.encoder:
-        file, encoder, groups = config.opinions, config.encoder, (opinions.TRAIN_GROUPS, opinions.UNSEEN_GROUPS)
+        file, encoder, world = config.opinions, config.encoder, opinions
     elif config.model == "survey" and not config.opinions:
-        files = survey.prepare(config.seed, progress=progress)
+        files, world = survey.prepare(config.seed, progress=progress), survey
         file, encoder = str(files.opinions), config.encoder or str(files.encoder)
-        groups = (survey.TRAIN_GROUPS, survey.UNSEEN_GROUPS)
     else:
         raise ValueError("opinions: name the survey answers and what embeds them, --opinions FILE --encoder DIR_OR_HUB")
-    train, unseen = config.train_groups or list(groups[0]), config.unseen_groups or list(groups[1])
+    groups, unseen = config.train_groups or list(world.TRAIN_GROUPS), config.unseen_groups or list(world.UNSEEN_GROUPS)
     needed = max(2 * config.questions[0], pluralllm.CONTEXT_QUESTIONS + 1)
-    questions, answers = opinions.of_groups(*opinions.read(rows_of(file)), train + unseen, needed)
-    embeddings = embedded(questions, encoder, device, progress)
-    return Survey(questions, embeddings.to(device), answers), train, unseen, encoder
+    questions, answers = opinions.of_groups(*opinions.read(rows_of(file)), groups + unseen, needed)
+    return Survey(questions, embedded(questions, encoder, device, progress), answers), groups, unseen, encoder
 
 
 def train(config: Config, resume: Path | None = None, progress: bool = True) -> dict[str, Any]:
-    """One whole run; resume: the directory to go on with. Returns what summary.json holds. Raises ValueError on bad
-    input, before any long work.
+    """One whole run; resume: the directory to go on with. Returns what summary.json holds.
+
+    Raises ValueError on bad input, before any long work.
     """
-    started = time.perf_counter()
+    started, threads = time.perf_counter(), torch.get_num_threads()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     data, groups, unseen, encoder = survey_of(config, device, progress)
     sides = {"federated": PredictorFederation(data, [[group] for group in groups], config)}
     if config.central:
         sides["centralised"] = PredictorFederation(data, [groups], replace(config, clients_per_round=None))
-    out = resume or free_directory(config.out, config.preset)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a step is too small for more, and so its sums do not depend on their number
-    scores = {side: pluralllm.alignment(data, f.model, unseen, config.seed) for side, f in sides.items()}
-    start = {side: figures_of(each)["alignment"] for side, each in scores.items()}
-    lines = restore(out, sides, config.rounds) if resume else []
-    if not resume:
-        write_text(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        keep(out, sides, config.rounds, lines)
+    torch.set_num_threads(1)  # more would not pay, and sums would depend on their number
+    start = {side: figures_of(scores)["alignment"] for side, scores in scores_of(sides, unseen).items()}
+    out = free_directory(str(resume) if resume else config.out, config.preset, resume=bool(resume))
+    lines = restore(out, sides) if resume else []
+    write_text(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     if progress:
-        print(header(config, data, groups, unseen, encoder, out))
-    bar = tqdm(range(len(lines), config.rounds), "round", initial=len(lines), total=config.rounds, disable=not progress)
-    for t in bar:
-        evaluated = t + 1 == config.rounds or (config.eval_every > 0 and (t + 1) % config.eval_every == 0)
-        lines.append(do_round(sides, data, unseen if evaluated else [], config.seed))
-        if evaluated:
-            keep(out, sides, config.rounds, lines)
-            bar.set_postfix_str(f"alignment {lines[-1]['alignment/federated']:.3f}")
-    summary = summarise(config, data, sides, groups, unseen, start, lines) | {"encoder": encoder}
+        print(f"{len(data.questions)} questions; {len(groups)} groups train, {len(unseen)} are held out; run {out}")
+    with tqdm(total=config.rounds, initial=len(lines), desc="round", disable=not progress) as bar:
+        while len(lines) < config.rounds:
+            lines.append(do_round(sides))
+            if len(lines) == config.rounds or (config.eval_every and len(lines) % config.eval_every == 0):
+                for side, scores in scores_of(sides, unseen).items():
+                    lines[-1] |= {f"{name}/{side}": value for name, value in figures_of(scores).items()}
+                keep(out, sides, lines)
+            bar.update()
+    summary = {"encoder": encoder} | summarise(sides, groups, unseen, start, lines)
     summary["seconds"] = time.perf_counter() - started
     save(out / "predictor", sides["federated"].model, encoder, data, config.seed)
     from app import plots  # here: matplotlib takes its time to import
@@ -253,86 +234,94 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     plots.predictor(lines, start, summary["groups"], list(sides), out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
     if progress:
-        print(table(summary), f"{out}: predictor/, metrics.jsonl, summary.json, pictures", sep="\n")
+        print(*table(summary), f"{out}: predictor/, metrics.jsonl, summary.json, pictures", sep="\n")
     torch.set_num_threads(threads)
     return summary
 
 
-def keep(out: Path, sides: dict[str, PredictorFederation], rounds: int, lines: list[dict]) -> None:
-    """Write what --resume goes on from: the figures, then all that changes."""
-    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
-    tensors = {f"{side}/{name}": t for side, f in sides.items() for name, t in f.state().items()}
-    write_tensors(out / "checkpoint.safetensors", tensors | {"rounds": torch.tensor([len(lines), rounds])})
-
-
-def restore(out: Path, sides: dict[str, PredictorFederation], rounds: int) -> list[dict]:
-    """Take back what `keep` wrote, and return the lines. Raises ValueError if the run was to have other rounds."""
-    tensors = safetensors.torch.load_file(out / "checkpoint.safetensors")
-    done, planned = tensors.pop("rounds").tolist()
-    if planned != rounds:
-        raise ValueError(f"rounds: the learning rate's decay was planned for {planned}; ask for as many")
+def do_round(sides: dict[str, PredictorFederation]) -> dict[str, float]:
+    """A round of either side, and its line in metrics.jsonl; bytes are those of a client of the federated side."""
+    line: dict[str, float] = {}
     for side, federation in sides.items():
-        state = {name.removeprefix(f"{side}/"): t for name, t in tensors.items() if name.startswith(f"{side}/")}
-        federation.restore(state, done)
-    return read_lines(out / "metrics.jsonl")[:done]
+        started = time.perf_counter()
+        figures = federation.round()
+        line = figures | line  # of equal names the first side's stay
+        line |= {f"loss/{side}": figures["loss"], f"seconds/{side}": time.perf_counter() - started}
+    del line["loss"]
+    return line
+
+
+def keep(out: Path, sides: dict[str, PredictorFederation], lines: list[dict]) -> None:
+    """Write what --resume goes on from: the figures so far, then all that changes."""
+    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
+    tensors = {f"{side}/{name}": tensor for side, f in sides.items() for name, tensor in f.state().items()}
+    write_tensors(out / "checkpoint.safetensors", tensors)
+
+
+def restore(out: Path, sides: dict[str, PredictorFederation]) -> list[dict]:
+    """Take back what `keep` wrote, if it did so before the end; returns the figures so far.
+
+    Raises ValueError if the run began with another number of rounds.
+    """
+    planned = json.loads((out / "config.json").read_text("utf-8"))["rounds"]
+    if planned != sides["federated"].config.rounds:
+        raise ValueError(f"rounds: the learning rate decays over {planned} rounds; resume with as many")
+    if not (out / "checkpoint.safetensors").exists():
+        return []
+    tensors = safetensors.torch.load_file(out / "checkpoint.safetensors")
+    for side, federation in sides.items():
+        names = [name for name in tensors if name.startswith(f"{side}/")]
+        federation.restore({name.removeprefix(f"{side}/"): tensors[name] for name in names})
+    return read_lines(out / "metrics.jsonl", federation.rounds_done)
+
+
+def scores_of(sides: dict[str, PredictorFederation], groups: list[str]) -> dict[str, Tensor]:
+    """The scores [G, Q] of each side as it stands."""
+    return {side: pluralllm.alignment(f.survey, f.model, groups, f.config.seed) for side, f in sides.items()}
 
 
 def figures_of(scores: Tensor) -> dict[str, float]:
-    """What scores [G, Q] of several groups come to."""
+    """What scores [G, Q] come to."""
     by_group = scores.nanmean(1)  # [G]
     figures = {"alignment": float(by_group.mean()), "worst": float(by_group.min())}
     return figures | {"fairness": pluralllm.fairness(scores), "jain_over_groups": pluralllm.jain(by_group)}
 
 
-def do_round(sides: dict[str, PredictorFederation], data: Survey, groups: list[str], seed: int) -> dict[str, float]:
-    """A round of either side, and its line in metrics.jsonl; groups: those to evaluate, if any."""
-    line: dict[str, float] = {}
-    for side, federation in sides.items():
-        started = time.perf_counter()
-        figures = federation.round()
-        line |= {f"seconds/{side}": time.perf_counter() - started, f"loss/{side}": figures.pop("loss")}
-        line = figures | line  # bytes of the federated side, which comes first
-        if groups:
-            scores = pluralllm.alignment(data, federation.model, groups, seed)
-            line |= {f"{name}/{side}": value for name, value in figures_of(scores).items()}
-    return line
-
-
 def summarise(
-    config: Config, data: Survey, sides: dict[str, PredictorFederation], train: list[str], unseen: list[str],
+    sides: dict[str, PredictorFederation], train: list[str], unseen: list[str], start: dict[str, float],
     lines: list[dict],
 ) -> dict[str, Any]:  # fmt: skip
-    """What summary.json holds of the scores and the rounds."""
-    groups, federated = train + unseen, sides["federated"]
-    scores = {side: pluralllm.alignment(data, f.model, groups, config.seed) for side, f in sides.items()}
+    """What summary.json holds of the rounds and of the predictors as they stand."""
+    federated, groups = sides["federated"], train + unseen
+    data, seed, scores = federated.survey, federated.config.seed, scores_of(sides, groups)
     scores |= {"mean answer": pluralllm.guessed(data, groups, train), "uniform": pluralllm.guessed(data, groups)}
-    both = ~(scores["federated"] + scores["mean answer"]).isnan()  # [G, Q] questions where the two can be compared
-    figures: dict[str, dict] = {}
-    for i, group in enumerate(groups):
-        figures[group] = {
-            "unseen": group in unseen,
-            "questions": len(data.answers[group]),
-            "overlap": int(both[i].sum()),
-        }
-        figures[group] |= {name: float(each[i].nanmean()) for name, each in scores.items()}
-        for name in ("federated", "mean answer"):
-            figures[group][f"{name}, overlap"] = float(scores[name][i, both[i]].mean())
-    own, other = pluralllm.worth_of_context(data, federated.model, unseen, config.seed)
+    both = ~(scores["federated"] + scores["mean answer"]).isnan()  # [G, Q] where the two can be compared
+    by_group = {group: {"unseen": group in unseen, "questions": len(data.answers[group])} for group in groups}
+    for i, figures in enumerate(by_group.values()):
+        figures |= {name: float(each[i].nanmean()) for name, each in scores.items()}
+        figures |= {f"{name}, overlap": float(scores[name][i, both[i]].mean()) for name in ("federated", "mean answer")}
+        figures["overlap"] = int(both[i].sum())
     return {
-        "method": pluralllm.NAME, "seed": config.seed, "rounds": config.rounds, "questions": len(data.questions),
+        "method": pluralllm.NAME, "seed": seed, "rounds": len(lines), "questions": len(data.questions),
         "training_seconds": {side: sum(line[f"seconds/{side}"] for line in lines) for side in sides},
-        "parameters": len(federated.theta), "upload_bytes_per_client_round": federated.upload_bytes,
-        "context_bytes": len(json.dumps(context_rows(data, groups[0], config.seed)).encode()),
-        "context": {"own": own, "other": other},
-        "sides": {side: figures_of(scores[side][len(train) :]) for side in sides}, "groups": figures,
+        "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
+        "context_bytes": len(json.dumps(context_rows(data, groups[0], seed)).encode()),
+        "context": pluralllm.worth_of_context(data, federated.model, unseen, seed),
+        "sides": {side: {"start": start[side]} | figures_of(scores[side][len(train) :]) for side in sides},
+        "groups": by_group,
     }  # fmt: skip
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The closing table: every group's alignment, then that of the unseen ones."""
-    columns = [*summary["sides"], "mean answer", "uniform"]
-    compared = ["overlap", "federated, overlap", "mean answer, overlap"]
-    rows = [["", "questions", *columns, *compared]]
+def table(summary: dict[str, Any]) -> list[str]:
+    """The closing table: every group's alignment, then the figures of the unseen ones."""
+    columns = [*summary["sides"], "mean answer", "uniform", "federated, overlap", "mean answer, overlap"]
+    rows = [["", "questions", *columns]]
     for group, figures in summary["groups"].items():
         cells = [f"{figures[name]:.3f}" for name in columns]
-        ...
+        rows.append([group + " *" * figures["unseen"], str(figures["questions"]), *cells])
+    lines = ["alignment, 1 - Jensen-Shannon distance to a group's answers; * took no part in training", *aligned(rows)]
+    for side, figures in summary["sides"].items():
+        values = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        lines.append(f"{side}, unseen groups: {values}")
+    worth = "given 15 of their own answers {own:.3f}, given another group's {other:.3f}"
+    return [*lines, f"federated, unseen groups: {worth.format(**summary['context'])}"]

@@ -12,6 +12,7 @@ asked.
 
 import ast
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,16 +24,17 @@ from pluralllm import Answers, Question
 TRAIN_GROUPS = (
     "Nigeria", "Egypt", "India (Current national sample)", "Germany", "United States", "Canada", "Argentina",
     "Australia",
-)  # fmt: skip - [code]
-UNSEEN_GROUPS = ("China", "Japan", "France", "Spain", "Brazil", "New Zealand")  # [code]
+)  # fmt: skip
+UNSEEN_GROUPS = ("China", "Japan", "France", "Spain", "Brazil", "New Zealand")  # as the eight above [code]
 TOLERANCE = 0.02  # how far the sum of shares may be from 1
+QUOTES = " \t\r\n\"'“”‘’«»"  # and white space
 
 
 def read(rows: Iterable[tuple[str, dict[str, Any]]]) -> tuple[list[Question], Answers]:
     """(questions, answers) of rows, each with its place. Two rows ask the same question if text and options agree.
 
     answers: group -> number of a question -> shares [k], which sum to 1. Raises ValueError naming the place of a row
-    whose shares are no distribution over its options, or that answers for a group a second time.
+    whose shares are not a distribution over its options, or that answers for a group a second time.
     """
     numbers: dict[Question, int] = {}
     answers: Answers = {}
@@ -63,9 +65,9 @@ def parsed(value: Any) -> Any:
 
 
 def normalised(whose: str, shares: Sequence[float], options: int) -> Tensor:
-    """Shares [options] divided by their sum. Raises ValueError if they are no distribution, within the tolerance."""
+    """Shares [options] divided by their sum. Raises ValueError if that is far from 1."""
     y = torch.tensor([float(share) for share in shares], dtype=torch.float64)
-    if len(y) != options or (y < 0).any() or not abs(y.sum() - 1) <= TOLERANCE:  # not: NaN is neither
+    if len(y) != options or (y < 0).any() or not abs(y.sum() - 1) <= TOLERANCE:  # NaN is not either
         raise ValueError(f"{whose}: the shares {shares} must be {options} numbers that sum to 1; drop the row")
     return (y / y.sum()).float()
 
@@ -87,3 +89,25 @@ def of_groups(
     asked = sorted({q for group in groups for q in answers[group]})
     place = {q: i for i, q in enumerate(asked)}
     return [questions[q] for q in asked], {g: {place[q]: y for q, y in answers[g].items()} for g in groups}
+
+
+def chosen(response: str, options: Sequence[str]) -> int | None:
+    """The position of the option that a response chose, by its text or by its letter, A for the first; else None.
+
+    Texts are compared as they are, then without case, without quotes around them, and without a final period. A
+    response that fits two options chose none. All other signs count: "< 18" is not "> 18".
+    """
+
+    def plain(text: str) -> str:
+        text = text.strip(QUOTES).removesuffix(".").rstrip(QUOTES)
+        return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
+
+    for form in (lambda text: unicodedata.normalize("NFC", text.strip()), plain):
+        given, texts = form(response), [form(option) for option in options]
+        if given and given in texts:
+            return texts.index(given) if texts.count(given) == 1 else None
+    letter = re.fullmatch(r"\(?([a-z])(?:[).:]+|\b(?=\s|$))\s*(.*)", given, re.DOTALL)
+    position = ord(letter[1]) - ord("a") if letter else len(options)
+    if position >= len(options) or (letter[1] in texts and letter[1] != texts[position]):  # the text of another option
+        return None
+    return position if plain(letter[2]) in ("", texts[position]) else None

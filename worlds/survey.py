@@ -1,31 +1,28 @@
 """The third embedded world: survey questions, groups that answer by their values, and a language model to align. [ours]
 
-It stands in for GlobalOpinionQA (`worlds/opinions.py` reads either) and a language model that answers its questions.
-
     what matters most for schools ?        family · work · faith · order        north 1: 0.41  0.07  0.38  0.14
 
 Groups have values v in the plane. They lie about four centres: north opposite south, east opposite west. Of an option
 o on issue i the people of a group think u = 2 (s_i ⊙ ℓ_o) · v + a_o + b_io, and they choose it with the odds exp(u):
 ℓ_o is what a word stands for, s_i how strongly the issue weighs each of the two values, a_o and b_io what everybody
-likes. A group is asked some of the questions, and of its people PEOPLE answer, so what it answered is a sample of what
+likes. A group is asked some of the questions, and PEOPLE of its people answer, so what it answered is a sample of what
 it thinks.
 
-Eight groups take part, two about every centre; six are asked only afterwards. Whoever has seen how a group answers some
-questions can tell its values, and so how it answers others: that is what the predictor has to learn in context.
+Eight groups take part, two about every centre; six are asked only afterwards. A group's answers to some questions show
+its values, and so its answers to others: that is what a predictor has to learn in context.
 
-The language model is pre-trained to answer with one of the options listed, whichever it may be. To align it is to move
-its answers to what groups prefer, and opposite groups pull in opposite directions. What a group thinks is known for
-every question (`Opinions.shares`), so that a policy is judged by the truth and not by the predictor that rewarded it.
-
-All but the two models is drawn from a seed: values, words' meanings, questions, samples.
+The language model is pre-trained to answer with any one of the listed options. Opposite groups pull its answers in
+opposite directions. What a group thinks is known for every question (`Opinions.shares`), so a policy is judged by the
+truth and not by the predictor that rewarded it.
+A seed draws values, words' meanings, questions and samples; the two models are the same for all seeds.
 """
 
 import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,10 +35,9 @@ CENTRES = {"north": (0.0, 1.0), "south": (0.0, -1.0), "east": (1.0, 0.0), "west"
 TRAIN_GROUPS = tuple(f"{centre} {i}" for i in (1, 2) for centre in CENTRES)
 UNSEEN_GROUPS = (*(f"{centre} 3" for centre in CENTRES), "north 4", "south 4")
 SPREAD = 0.2  # of the groups about their centre, in every direction
-QUESTIONS, PER_GROUP = 80, 48  # of the survey, and those of a group
-PEOPLE = 200
-OPTIONS = (3, 4, 5)
-PROMPTS = 320  # other questions, for the language model
+QUESTIONS, PER_GROUP, PEOPLE = 80, 48, 200  # in the survey; asked of each group; who answer in each group
+OPTIONS, PROMPTS = (3, 4, 5), 320  # how many options a question has; other questions, for the language model
+VOCABULARY = ["what", "matters", "most", "for", ":", ",", "or", "?", ".", *ISSUES, *WORDS]
 
 
 @dataclass(frozen=True)
@@ -55,49 +51,45 @@ class Opinions:
 
     @classmethod
     def drawn(cls, seed: int) -> "Opinions":
-        """The opinions of a seed."""
+        """Those of a seed."""
         rng = np.random.default_rng(seed)
         meaning, about = rng.normal(size=(len(WORDS), 2)), 1 + 0.3 * rng.normal(size=(len(ISSUES), 2))
         liked = 0.7 * rng.normal(size=len(WORDS)) + 0.3 * rng.normal(size=(len(ISSUES), len(WORDS)))
-        values = {
-            group: np.array(CENTRES[group.split()[0]]) + SPREAD * rng.normal(size=2)
-            for group in (*TRAIN_GROUPS, *UNSEEN_GROUPS)
-        }
+        groups = (*TRAIN_GROUPS, *UNSEEN_GROUPS)
+        values = {group: CENTRES[group.split()[0]] + SPREAD * rng.normal(size=2) for group in groups}
         return cls(meaning, about, liked, values)
 
     def shares(self, group: str, issue: str, options: Sequence[str]) -> np.ndarray:
-        """What share of a group's people would choose each option [k], were all of them asked."""
+        """The share of a group's people that would choose each option [k] if all of them were asked."""
         i, chosen = ISSUES.index(issue), [WORDS.index(option) for option in options]
         u = 2 * (self.about[i] * self.meaning[chosen]) @ self.values[group] + self.liked[i, chosen]  # [k]
         odds = np.exp(u - u.max())
         return odds / odds.sum()
 
 
-@lru_cache(maxsize=4096)
+def draw(rng: random.Random) -> tuple[str, tuple[str, ...]]:
+    """Any question with options."""
+    return f"what matters most for {rng.choice(ISSUES)} ?", tuple(rng.sample(WORDS, rng.choice(OPTIONS)))
+
+
 def issue_of(question: str) -> str:
-    """The issue of a question. Raises ValueError for one of another world."""
-    words = question.split()
-    if words[:4] == ["what", "matters", "most", "for"] and len(words) == 6 and words[4] in ISSUES:
-        return words[4]
-    raise ValueError(f"question outside the survey world: {question!r}")
+    """The issue of a question of this world."""
+    return question.removeprefix("what matters most for ").removesuffix(" ?")
 
 
 def questions(seed: int, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(question, options), no two of the same issue and options."""
+    """(question, options), no two with the same question and options, in whatever order these are."""
     rng, seen = random.Random(seed), set()
     while len(seen) < number:
-        issue, options = rng.choice(ISSUES), tuple(rng.sample(WORDS, rng.choice(OPTIONS)))
-        if (issue, frozenset(options)) not in seen:
-            seen.add((issue, frozenset(options)))
-            yield f"what matters most for {issue} ?", options
+        question, options = draw(rng)
+        if (question, frozenset(options)) not in seen:
+            seen.add((question, frozenset(options)))
+            yield question, options
 
 
 def prompt_text(question: str, options: Sequence[str]) -> str:
     """A question and its options, as the language model reads them."""
     return f"{question.removesuffix(' ?')} : {' , '.join(options[:-1])} or {options[-1]} ?"
-
-
-# ---- the files -------------------------------------------------------------------------------------------------
 
 
 def answers(seed: int) -> Iterator[dict]:
@@ -112,38 +104,27 @@ def answers(seed: int) -> Iterator[dict]:
 
 
 def prompts(seed: int) -> Iterator[dict]:
-    """Questions that are not in the survey, as prompts in HH-RLHF's form, with `question` and `options` beside it."""
+    """Questions outside the survey as prompts in HH-RLHF's form, with `question` and `options` beside it."""
     for question, options in list(questions(seed, QUESTIONS + PROMPTS))[QUESTIONS:]:
         dialogue = f"\n\nHuman: {prompt_text(question, options)}\n\nAssistant: {options[0]} ."
         yield {"chosen": dialogue, "question": question, "options": options}
 
 
-def vocabulary() -> list[str]:
-    """Every word of the world."""
-    return ["what", "matters", "most", "for", ":", ",", "or", "?", ".", *ISSUES, *WORDS]
-
-
 def pretrain(steps: int = 800, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: bool = True):
     """A fresh model that answers with one of the options, see `tiny_llama.pretrain`."""
-    rng = random.Random(seed)
-    pairs = [(prompt_text(question, options), f"{rng.choice(options)} .") for question, options in
-             (draw(rng) for _ in range(steps * batch_size))]  # fmt: skip
-    return tiny_llama.pretrain(vocabulary(), pairs, batch_size, lr, seed, progress)
-
-
-def draw(rng: random.Random) -> tuple[str, tuple[str, ...]]:
-    """Any question."""
-    return f"what matters most for {rng.choice(ISSUES)} ?", tuple(rng.sample(WORDS, rng.choice(OPTIONS)))
+    rng, pairs = random.Random(seed), []
+    for _ in range(steps * batch_size):
+        question, options = draw(rng)
+        pairs.append((prompt_text(question, options), f"{rng.choice(options)} ."))
+    return tiny_llama.pretrain(VOCABULARY, pairs, batch_size, lr, seed, progress)
 
 
 def make_encoder(width: int = 64, seed: int = 0):
-    """What embeds the questions, (model, tokenizer): a Llama without layers, so that a text is the mean of its words'
-    vectors, which are random. A contextual model's states would say less clearly which option is meant.
-    """
+    """What embeds the questions: a Llama without layers, for which a text is the mean of its words' random vectors."""
     import torch
     from transformers import LlamaConfig, LlamaModel
 
-    tokenizer = tiny_llama.make_tokenizer(vocabulary())
+    tokenizer = tiny_llama.make_tokenizer(VOCABULARY)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=0,
         num_attention_heads=1, max_position_embeddings=tiny_llama.MAX_LENGTH, initializer_range=1.0,
@@ -153,9 +134,8 @@ def make_encoder(width: int = 64, seed: int = 0):
         return LlamaModel(config).eval(), tokenizer
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where the world's files lie: checkpoint directories of the policy and of the encoder, answers, prompts."""
+class Files(NamedTuple):
+    """Checkpoint directories of the policy and of the encoder, answers, prompts."""
 
     model: Path
     encoder: Path
@@ -164,20 +144,17 @@ class Files:
 
 
 def prepare(seed: int = 0, cache_dir: Path | None = None, progress: bool = True, **settings) -> Files:
-    """The world's files: from the cache, or made now (about 15 s on one core).
+    """The world's files, from the cache or new (about 15 s on one core). settings: those of `pretrain`."""
 
-    seed: that of the opinions; settings are `pretrain`'s. Raises ValueError where the cache cannot be written.
-    """
-
-    def trained(directory: Path) -> None:
+    def fill_models(directory: Path) -> None:
         for name, parts in (("model", pretrain(**settings, progress=progress)), ("encoder", make_encoder())):
             for part in parts:
                 part.save_pretrained(directory / name)
 
-    def written(directory: Path) -> None:
+    def fill_rows(directory: Path) -> None:
         for name, rows in (("opinions", answers(seed)), ("prompts", prompts(seed))):
             (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
-    models = tiny_llama.cached(trained, __file__, settings, cache_dir)
-    files = tiny_llama.cached(written, __file__, {"seed": seed}, cache_dir)
+    models = tiny_llama.cached(fill_models, __file__, settings, cache_dir)
+    files = tiny_llama.cached(fill_rows, __file__, {"seed": seed}, cache_dir)
     return Files(models / "model", models / "encoder", files / "opinions.jsonl", files / "prompts.jsonl")
