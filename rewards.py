@@ -6,15 +6,14 @@ the function returns one finite number per completion. `columns` are the data's 
 value), completion_ids (token ids), messages (the prompt as a chat) and subset. `app/objectives.py` loads objectives.
 
 **A reward model** is a sequence classifier with one label; the reward is logits[0]. It reads prompt and response as one
-text. If its tokenizer has a chat template, the text is the rendered conversation, which holds its special tokens
-already. If not, the text is
+text, tokenised once: the conversation in the tokenizer's chat template, which writes the special tokens itself, or else
 
     \n\nHuman: ... \n\nAssistant: response
 
-with a space before the last marker [code: RiC], and the tokenizer adds its special tokens. A text that is too long
-loses its beginning, but not a leading BOS or [CLS] [ours]. GPT-2's and Llama's heads score the last token that is not
-config.pad_token_id. A checkpoint that names this token is read as it says. If it names none, the tokenizer's pad token
-becomes it, or else EOS; a final EOS then counts as padding, and the head scores the token before it.
+with the tokenizer's special tokens, a space before the last marker [code: RiC] and one behind it, as in HH-RLHF [ours].
+A text that is too long loses its beginning, but not a leading BOS or [CLS] [ours]. GPT-2's and Llama's heads score the
+last token that is not config.pad_token_id. A checkpoint that names this token is read as it says. If it names none, the
+tokenizer's pad token becomes it, or else EOS; then a final EOS counts as padding, and the token before it is scored.
 
 **Clients.** A function is called with one client's rows at a time; a reward model once for all clients, since it scores
 each text by itself. A client may hold only some of the objectives.

@@ -3,14 +3,13 @@
     rule:NAME               one of rewards.RULES
     hf:DIR_OR_HUB           a reward model: a sequence-classification checkpoint with one label
     py:FILE.py:FUNCTION     a user's function; FILE as seen from the current folder, else from the project's
-    group:PREDICTOR:GROUP   the share of a group that would choose as the response did (app/predictor.py adds this kind)
+    group:PREDICTOR:GROUP   the share of a group that would choose as the response did (app/predictor.py)
 
 **A user's file** may import its neighbours: modules, and packages with an __init__.py. Two folders may each have a
 helper.py, and a neighbour may be called data.py as the project's is, but Python knows a module by its name alone. So
 while code of a folder runs, and only then, the folder comes first on sys.path and its modules stand in sys.modules.
 """
 
-import hashlib
 import importlib
 import re
 import sys
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from app.loading import fingerprint, pretrained
+from app.predictor import group_objective
 from rewards import RULES, Objective, RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def reward_model(rest: str, device: str, dtype: str) -> Loaded:
     model, tokenizer = pretrained("AutoModelForSequenceClassification", rest, dtype, device)
     if model.config.num_labels != 1:
         raise ValueError(f"objectives: {rest} has {model.config.num_labels} labels, not one; wrap it in a py: function")
-    return RewardModel(model, tokenizer), fingerprint_of(model.named_parameters()), True
+    return RewardModel(model, tokenizer), fingerprint(rest), True
 
 
 def users_function(rest: str, device: str, dtype: str) -> Loaded:
@@ -90,8 +90,7 @@ def users_function(rest: str, device: str, dtype: str) -> Loaded:
     module = ".".join(path.relative_to(folder).with_suffix("").parts)  # worlds.toy, or the name of a user's file
     function = run_in(folder, rest, lambda: getattr(importlib.import_module(module), name))
     files = [path, *sorted(ROOT.glob("worlds/*.py")), *(file for part in neighbours(folder).values() for file in part)]
-    fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return lambda **given: run_in(folder, rest, lambda: list(function(**given))), fingerprint, False
+    return lambda **given: run_in(folder, rest, lambda: list(function(**given))), fingerprint(*files), False
 
 
 @cache
@@ -125,4 +124,6 @@ def taken_out(names: Collection[str]) -> dict[str, ModuleType]:
     return {full: sys.modules.pop(full) for full in list(sys.modules) if full.partition(".")[0] in names}
 
 
-KINDS: dict[str, Callable[[str, str, str], Loaded]] = {"rule": rule, "hf": reward_model, "py": users_function}
+KINDS: dict[str, Callable[[str, str, str], Loaded]] = {
+    "rule": rule, "hf": reward_model, "py": users_function, "group": group_objective,
+}  # fmt: skip

@@ -1,93 +1,54 @@
-"""What a reward model reads, that a batch changes nothing (rewards.py), that it learns what people chose (app/)."""
+"""What a reward model reads, that transformers reads the same, and that it learns what people chose."""
 
 import json
 import random
-import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    ModernBertConfig,
-    ModernBertForSequenceClassification,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification as Classifier
+from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 import rewards
-from app.reward_training import RewardTraining, accuracy, fit, frozen_backbone, main
-from rewards import RewardModel, load_objectives, load_reward_model
-
-torch.set_num_threads(1)
+from app.objectives import check_prompts, load_objectives
+from app.reward_training import RewardTraining, accuracy, encode_pairs, fit, freeze_backbone, main
+from data import to_messages
+from rewards import RewardModel
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "Human:", "Assistant:", *(f"w{i}" for i in range(40))]
-POSITIONS = 40
-ENCODERS, DECODERS = ["bert", "roberta", "distilbert"], ["gpt2", "llama"]
+KINDS = ["llama", "chat llama", "gpt2", "bert"]
+TEMPLATE = "[CLS] {% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+REFUSES_W2 = "{% if messages[0].content == 'w2' %}{{ raise_exception('no w2') }}{% endif %}x"
 
 
-def make_tokenizer(kind):
-    """One token a word. Encoders get [CLS] a [SEP] b [SEP]; decoders nothing, and have no pad token."""
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+def make_tokenizer(kind, template=None):
+    """One token a word. BERT's texts get [CLS] and [SEP], Llama's get [CLS] as BOS, GPT-2's nothing."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if kind not in ENCODERS:
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_input_names=names,
-    )
+    single = {"bert": "[CLS] $A [SEP]", "gpt2": "$A"}.get(kind, "[CLS] $A")
+    tokenizer.post_processor = processors.TemplateProcessing(single, None, [("[CLS]", 2), ("[SEP]", 3)])
+    first = {"cls_token" if kind == "bert" else "bos_token": "[CLS]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>", **first)
+    tokenizer.chat_template = TEMPLATE if kind == "chat llama" else template
+    return tokenizer
 
 
-def make_model(kind, labels=1):
+def make_model(kind, labels=1, pad=0):
     """A random model, its weights large enough for every token to count."""
     torch.manual_seed(0)
-    V, sizes = len(WORDS), {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    common = {"vocab_size": V, "num_labels": labels, "initializer_range": 0.3}
-    if kind == "bert":
-        config = BertConfig(**common, **sizes, intermediate_size=32, max_position_embeddings=POSITIONS, pad_token_id=0)
-        return BertForSequenceClassification(config)
-    if kind == "roberta":  # its first position is pad_token_id + 1
-        config = RobertaConfig(
-            **common, **sizes, intermediate_size=32, max_position_embeddings=POSITIONS + 1, pad_token_id=0
-        )
-        return RobertaForSequenceClassification(config)
-    if kind == "distilbert":
-        config = DistilBertConfig(
-            **common, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=POSITIONS, pad_token_id=0
-        )
-        return DistilBertForSequenceClassification(config)
-    if kind == "gpt2":
-        return GPT2ForSequenceClassification(
-            GPT2Config(**common, n_embd=16, n_layer=2, n_head=2, n_positions=POSITIONS)
-        )
-    config = LlamaConfig(**common, **sizes, intermediate_size=32, max_position_embeddings=POSITIONS, bos_token_id=None)
-    config.eos_token_id = WORDS.index("</s>")
-    return LlamaForSequenceClassification(config)
+    common = {"vocab_size": len(WORDS), "num_labels": labels, "initializer_range": 0.3, "pad_token_id": pad}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    form = {"gpt2": GPT2Config, "bert": BertConfig}.get(kind, LlamaConfig)
+    return Classifier.from_config(form(**common, **sizes, max_position_embeddings=40)).eval()
 
 
-def save(path, kind, labels=1, model=None):
-    (model or make_model(kind, labels)).save_pretrained(path)
-    make_tokenizer(kind).save_pretrained(path)
+def save(path, kind, template=None, **changes):
+    make_model(kind, **changes).save_pretrained(path)
+    make_tokenizer(kind, template).save_pretrained(path)
     return str(path)
 
 
@@ -99,329 +60,135 @@ def human(text):
     return f"\n\nHuman: {text}\n\nAssistant:"
 
 
+def encode(reward_model, prompt, reply):
+    return reward_model.encode([prompt], [reply], [to_messages(prompt)])[0]
+
+
 def make_pairs(n, seed=0):
     """People choose what says w1 and reject what says w2, at the end."""
-    rng = random.Random(seed)
-    pairs = []
-    for _ in range(n):
-        prompt, start = human(" ".join(rng.choices(WORDS[10:], k=4))), " ".join(rng.choices(WORDS[10:], k=3))
-        pairs.append((prompt, f"{start} w1", prompt, f"{start} w2"))
-    return pairs
+    texts = [f"{human(words(4, f'{seed} {i}'))} {words(3, f'{seed} {i} reply')}" for i in range(n)]
+    return [(f"pairs:{i}", {"chosen": f"{text} w1", "rejected": f"{text} w2"}) for i, text in enumerate(texts)]
 
 
 def write_pairs(path, pairs):
-    rows = [json.dumps({"chosen": f"{a} {b}", "rejected": f"{c} {d}"}) for a, b, c, d in pairs]
-    path.write_text("\n".join(rows) + "\n")
+    path.write_text("".join(json.dumps(row) + "\n" for _, row in pairs))
     return str(path)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ENCODERS + DECODERS)
-def test_the_score_is_the_models_logit_on_the_model_cards_pair_of_texts(tmp_path, kind):
-    (objective,) = load_objectives([f"hf:{save(tmp_path / 'rm', kind)}"])
-    prompt = human("w1 w2") + " w3" + human("w4")
-    texts = "\n\nHuman: w1 w2\n\nAssistant: w3\n\nHuman: w4 \n\nAssistant:", "w5 w6"
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+def read_by_transformers(where, prompt, reply):
+    """The logit of one text as transformers alone gives it for a saved checkpoint."""
+    model, tokenizer = Classifier.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where)
+    text = f"{prompt.removesuffix(rewards.REPLY)} \n\nAssistant: {reply}"
+    if tokenizer.chat_template:
+        chat = [*to_messages(prompt), {"role": "assistant", "content": reply}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    inputs = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
     with torch.no_grad():
-        expected = model(**make_tokenizer(kind)(*texts, return_tensors="pt")).logits[0].item()
-    assert objective.function(prompts=[prompt], completions=[" w5 w6\n"]) == [pytest.approx(expected, abs=1e-5)]
+        return model(**inputs).logits.item()
 
 
-def test_the_pair_of_texts_is_the_model_cards_to_the_space():
-    letters = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    letters.decoder = decoders.ByteLevel()
-    reward_model = RewardModel(
-        make_model("gpt2"), PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="Z"), 8, 200
-    )
-    reward_model.max_length = 200
-    (encoding,) = reward_model.encode([human("a ") + " b" + human("c  ")], [" d e \n"])
-    text = "\n\nHuman: a \n\nAssistant: b\n\nHuman: c \n\nAssistant:d e"
-    assert reward_model.tokenizer.decode(encoding["input_ids"]) == text
+@pytest.mark.parametrize("pad", [0, 9], ids=lambda pad: f"pad{pad}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_is_what_transformers_gives_for_the_one_text_alone_or_in_a_batch(tmp_path, kind, pad):
+    (objective,) = load_objectives([f"hf:{save(tmp_path / 'rm', kind, pad=pad)}"])
+    prompts = [human("w1 w2") + " w3" + human("w4"), *(human(words(1 + 3 * i % 20, i)) for i in range(40))]
+    replies = [" w5 w6\n", *(words(1 + 5 * i % 9, 100 + i) + " </s>" * (i % 3) for i in range(40))]
+    scores = objective.function(prompts=prompts, completions=replies, messages=[*map(to_messages, prompts)], tags=None)
+    expected = [read_by_transformers(tmp_path / "rm", p, r.strip()) for p, r in zip(prompts, replies, strict=True)]
+    assert objective.cohort and scores == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 4) for value in scores}) > 35  # they do differ
 
 
-@pytest.mark.parametrize("kind", ENCODERS + DECODERS)
-def test_scores_come_in_order_and_do_not_depend_on_the_batch(tmp_path, kind):
-    prompts = [human(words(1 + 7 * i % 30, i)) for i in range(20)]
-    completions = [words(1 + 5 * i % 9, 100 + i) + " </s>" * (i % 3) for i in range(20)]
-    where = save(tmp_path / "rm", kind)
-    alone, some, all_at_once = (load_reward_model(where, batch_size=b)(prompts, completions) for b in (1, 3, 20))
-    assert some == pytest.approx(alone, abs=1e-5) and all_at_once == pytest.approx(alone, abs=1e-5)
-    assert len({round(x, 4) for x in alone}) > 15  # they do differ
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-def test_where_pad_is_eos_the_score_sits_on_the_last_token_that_is_not_eos(tmp_path, kind):
-    reward_model = load_reward_model(save(tmp_path / "rm", kind))
-    assert reward_model.tokenizer.pad_token == "</s>" and reward_model.model.config.pad_token_id == 4
-    plain, ended, longer = (reward_model.encode([human("w1")], [c])[0] for c in ("w2", "w2 </s>", "w2 </s> </s> w3"))
-    assert ended["input_ids"] == [*plain["input_ids"], 4]
-    with torch.no_grad():
-        logits = reward_model.scores([plain, ended, longer]).tolist()
-        states = reward_model.model.base_model(torch.tensor([longer["input_ids"]]))[0]
-        by_hand = reward_model.model.score(states)[0, :, 0]
-    assert logits[0] == pytest.approx(logits[1], abs=1e-5)
-    assert logits[0] == pytest.approx(by_hand[-4].item(), abs=1e-5)
-    assert logits[2] == pytest.approx(by_hand[-1].item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ENCODERS + DECODERS)
-@pytest.mark.parametrize("n", [1, 30, 36, 37, 38, 40, 60])
-def test_a_long_input_loses_its_beginning_and_keeps_special_tokens_and_the_responses_end(tmp_path, kind, n):
-    reward_model = load_reward_model(save(tmp_path / "rm", kind))
-    prompt, response = words(50, 1), words(n, 2)
-    (encoding,) = reward_model.encode([human(prompt)], [response])
-    ids = encoding["input_ids"]
-    assert len(ids) == reward_model.max_length == POSITIONS
-    body = [WORDS.index(w) for w in ["Human:", *prompt.split(), "Assistant:"]]
-    tail = [WORDS.index(w) for w in response.split()]
-    if kind in DECODERS:
-        assert ids == (body + tail)[-POSITIONS:]
-    else:
-        room = POSITIONS - 3
-        kept = tail[-room:]
-        rest = body[len(body) - (room - len(kept)) :]
-        assert ids == [2, *rest, 3, *kept, 3]
-        assert kind != "bert" or encoding["token_type_ids"] == [0] * (len(rest) + 2) + [1] * (len(kept) + 1)
-    assert torch.isfinite(reward_model.scores([encoding])).all()
-
-
-def test_with_a_chat_template_the_model_reads_the_conversation(tmp_path):
-    where = save(tmp_path / "rm", "llama")
-    tokenizer = make_tokenizer("llama")
-    tokenizer.bos_token = "[CLS]"
-    tokenizer.chat_template = "[CLS] {% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    tokenizer.save_pretrained(where)
-    reward_model = load_reward_model(where)
-    by_text, by_messages = (
-        reward_model.encode([human("w1") + " w2" + human("w3")], [" w4"], messages)[0]["input_ids"]
-        for messages in (None, [[{"role": "user", "content": "w9"}]])
-    )
-    unknown = 1  # "user", "assistant"
-    assert by_text == [2, unknown, 8, unknown, 9, unknown, 10, unknown, 11]
-    assert by_messages == [2, unknown, 16, unknown, 11]
-    (long,) = reward_model.encode([human(words(60, 1))], ["w5 w6"])
-    assert len(long["input_ids"]) == POSITIONS and long["input_ids"][0] == 2 and long["input_ids"][-2:] == [12, 13]
-
-
-def test_what_is_no_reward_model_is_refused(tmp_path):
-    headless = BertModel(make_model("bert").config)
-    broken = tmp_path / "broken"
-    save(broken, "bert")
-    (broken / "model.safetensors").write_bytes(b"no")
-    cases = {
-        save(tmp_path / "headless", "bert", model=headless): "no trained reward model: it lacks classifier",
-        save(tmp_path / "two", "gpt2", labels=2): "has 2 labels",
-        str(broken): "cannot be loaded",
-        str(tmp_path): "cannot be loaded",
-    }
-    for where, complaint in cases.items():
-        with pytest.raises(ValueError, match=f"objective 'rm': {where} .*{complaint}") as caught:
-            load_objectives([f"rm=hf:{where}"])
-        assert "\n" not in str(caught.value)
-
-
-# ---- learning ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ENCODERS + DECODERS)
-def test_a_frozen_backbone_gives_the_same_scores_and_no_gradient_and_runs_again_afterwards(kind):
-    reward_model = RewardModel(make_model(kind), make_tokenizer(kind), batch_size=4)
-    chosen = make_pairs(9)
-    encodings = reward_model.encode([p[0] for p in chosen], [p[1] for p in chosen])
-    full = reward_model.scores(encodings)
-    with frozen_backbone(reward_model, encodings) as rows:
-        assert torch.allclose(reward_model.scores(rows), full, atol=1e-5)
-        reward_model.forward(rows).sum().backward()
-    moved = [n for n, p in reward_model.model.named_parameters() if p.grad is not None]
-    assert moved and all("pooler" in n for n in moved if n.startswith(reward_model.model.base_model_prefix))
-    assert torch.equal(reward_model.scores(encodings), full)
-
-
-def test_a_head_that_reads_more_than_one_token_cannot_be_trained_alone():
-    config = ModernBertConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        classifier_pooling="mean", num_labels=1, pad_token_id=0, max_position_embeddings=POSITIONS,
-    )  # fmt: skip
-    reward_model = RewardModel(ModernBertForSequenceClassification(config), make_tokenizer("roberta"))
-    encodings = reward_model.encode([human("w1 w2")], ["w3"])
-    before = reward_model.scores(encodings)
-    with pytest.raises(ValueError, match="freeze_backbone"), frozen_backbone(reward_model, encodings):
-        pass
-    assert torch.equal(reward_model.scores(encodings), before)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
-def test_training_learns_what_people_chose(tmp_path, kind, frozen):
-    reward_model = RewardModel(make_model(kind), make_tokenizer(kind))
-    before = {n: p.clone() for n, p in reward_model.model.base_model.named_parameters()}
-    settings = RewardTraining("", [], str(tmp_path / "out"), freeze_backbone=frozen, epochs=20, lr=1e-2, device="cpu")
-    pairs = make_pairs(64)
-    encodings = reward_model.encode(
-        [p[0] for p in pairs] + [p[2] for p in pairs], [p[1] for p in pairs] + [p[3] for p in pairs]
-    )
-    if frozen:
-        with frozen_backbone(reward_model, encodings) as rows:
-            fit(reward_model, rows, settings)
-    else:
-        fit(reward_model, encodings, settings)
-    assert accuracy(reward_model, make_pairs(200, seed=1)) > (0.8 if frozen else 0.95)
-    moved = {n for n, p in reward_model.model.base_model.named_parameters() if not torch.equal(p, before[n])}
-    assert all("pooler" in n for n in moved) if frozen else len(moved) > 10
-
-
-def test_one_bradley_terry_step_follows_the_gradient_of_minus_log_sigmoid(tmp_path):
+def test_the_text_without_a_chat_template_to_the_space():
     reward_model = RewardModel(make_model("gpt2"), make_tokenizer("gpt2"))
-    pairs = make_pairs(4)
-    encodings = reward_model.encode([p[0] for p in pairs] * 2, [p[1] for p in pairs] + [p[3] for p in pairs])
-    weight = reward_model.model.score.weight
-    start = weight.detach().clone()
-
-    def loss():
-        r = reward_model.scores(encodings).double()
-        return torch.log1p(torch.exp(r[4:] - r[:4])).mean()  # = -log sigmoid(chosen - rejected)
-
-    numeric = torch.empty(16)
-    for k in range(16):
-        losses = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                weight[0, k] += sign * 1e-2
-            losses.append(loss())
-            with torch.no_grad():
-                weight.copy_(start)
-        numeric[k] = (losses[0] - losses[1]) / 2e-2
-    fit(reward_model, encodings, RewardTraining("", [], str(tmp_path / "o"), epochs=1, lr=1e-4, device="cpu"))
-    clear = numeric.abs() > 0.05 * numeric.abs().max()
-    assert clear.sum() > 8
-    assert torch.equal(
-        (weight.detach() - start)[0].sign()[clear], -numeric.sign()[clear]
-    )  # Adam's first step: the sign
+    reward_model.tokenizer = Mock(chat_template=None, return_value={"input_ids": [[1]]})
+    encode(reward_model, human("a ") + " b" + human("c  "), " d e \n")
+    (texts,) = reward_model.tokenizer.call_args.args
+    assert texts == ["\n\nHuman: a \n\nAssistant: b\n\nHuman: c \n\nAssistant: d e"]
 
 
-def test_ties_count_half():
-    reward_model = RewardModel(make_model("bert"), make_tokenizer("bert"))
-    a, b = human("w1"), human("w2")
-    better, worse = sorted(["w3", "w9"], key=lambda c: -reward_model([a], [c])[0])
-    assert accuracy(reward_model, [(a, better, a, worse)]) == 1
-    assert accuracy(reward_model, [(a, worse, a, better)]) == 0
-    assert accuracy(reward_model, [(b, "w3", b, "w3"), (a, better, a, worse)]) == 0.75
+def test_only_a_checkpoint_without_a_pad_token_gets_one():
+    for pad, own, expected in [(9, None, 9), (0, "</s>", 0), (None, "w1", WORDS.index("w1")), (None, None, 4)]:
+        tokenizer = make_tokenizer("llama")
+        tokenizer.pad_token = own
+        assert RewardModel(make_model("llama", pad=pad), tokenizer).model.config.pad_token_id == expected
 
 
-# ---- the command line ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [30, 38, 60])
+def test_a_long_text_loses_its_beginning_and_keeps_special_tokens_and_the_end(kind, n):
+    reward_model, reply = RewardModel(make_model(kind), make_tokenizer(kind)), words(n, 2)
+    ids = encode(reward_model, human(words(50, 1)), reply)
+    first = [] if kind == "gpt2" else [2]
+    last = {"bert": [3], "chat llama": [4]}.get(kind, [])
+    end = [WORDS.index(word) for word in reply.split()][-(40 - len(first + last)) :]
+    assert len(ids) == 40 and ids[: len(first)] == first and ids[-len(end + last) :] == end + last
+    assert torch.isfinite(reward_model.scores([ids])).all()
 
 
-def test_the_command_trains_tests_and_saves_what_hf_loads(tmp_path, capsys):
-    backbone = save(tmp_path / "backbone", "bert", model=BertModel(make_model("bert").config))
-    pairs, test = (
-        write_pairs(tmp_path / "a.jsonl", make_pairs(100)),
-        write_pairs(tmp_path / "b.jsonl", make_pairs(50, 1)),
-    )
-    out = tmp_path / "made" / "rm"
-    command = ["--backbone", backbone, "--pairs", pairs, "--test-pairs", test, "--out", str(out), "--freeze-backbone"]
-    main([*command, "--max-pairs", "64", "--epochs", "20", "--lr", "0.01", "--device", "cpu"])
-    printed, record = capsys.readouterr().out, json.loads((out / "reward_training.json").read_text())
-    assert printed.count("\n") == 1 and f"test accuracy {record['test_accuracy']:.3f} ± 0.071 on 50 pairs" in printed
-    assert record["train_pairs"] == 64 and record["settings"]["epochs"] == 20
-    assert record["standard_errors_over_chance"] == pytest.approx((record["test_accuracy"] - 0.5) / 0.5 * 50**0.5)
-    reward_model = load_objectives([f"hf:{out}"])[0].function
-    assert accuracy(reward_model, make_pairs(50, 1)) == record["test_accuracy"] > 0.8
-    assert [p.name for p in out.parent.iterdir()] == ["rm"]
-    assert not list(out.glob("*.bin")) and list(out.glob("*.safetensors"))
+def test_several_labels_and_prompts_that_a_chat_template_refuses_are_found_before_a_run(tmp_path):
+    with pytest.raises(ValueError, match="has 2 labels"):
+        load_objectives([f"hf:{save(tmp_path / 'two', 'gpt2', labels=2)}"])
+    objectives = load_objectives([f"hf:{save(tmp_path / 'rm', 'llama', REFUSES_W2)}", "rule:length"])
+    prompts = [SimpleNamespace(text=human(w), messages=to_messages(human(w))) for w in ("w1", "w2")]
+    check_prompts(objectives, prompts[:1])
+    with pytest.raises(ValueError, match="prompts: .* cannot read '.*Human: w2.*no w2"):
+        check_prompts(objectives, prompts)
 
 
-def test_without_test_pairs_a_tenth_is_held_out_and_equal_seeds_give_equal_models(tmp_path, capsys):
-    backbone, pairs = save(tmp_path / "b", "gpt2"), write_pairs(tmp_path / "a.jsonl", make_pairs(40))
-    for out in "xy":
-        main(["--backbone", backbone, "--pairs", pairs, "--out", str(tmp_path / out), "--device", "cpu"])
-    assert capsys.readouterr().out.count("on 4 pairs") == 2
-    assert (tmp_path / "x/model.safetensors").read_bytes() == (tmp_path / "y/model.safetensors").read_bytes()
-    assert json.loads((tmp_path / "x/reward_training.json").read_text())["train_pairs"] == 36
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_backbone_gives_the_same_scores_and_no_gradient(kind):
+    reward_model = RewardModel(make_model(kind), make_tokenizer(kind), batch_size=4)
+    rows, base = encode_pairs(reward_model, make_pairs(9)), reward_model.model.base_model
+    full = reward_model.scores(rows)
+    numbers = freeze_backbone(reward_model, rows)
+    assert torch.allclose(reward_model.scores(numbers), full, atol=1e-5)
+    reward_model.forward(numbers).sum().backward()
+    assert all("pooler" in name for name, p in base.named_parameters() if p.grad is not None)
+    assert any(p.grad is not None for p in reward_model.model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (["--out", "HERE"], "out: .* exists and is not empty; name another directory"),
-        (["--pairs", "HERE/no.jsonl"], "no.jsonl: no such file"),
-        (["--pairs", "HERE/bad.jsonl"], r"bad.jsonl:1: no text in 'rejected'"),
-        (["--backbone", "HERE/none"], "none cannot be loaded"),
-        (["--lr", "0"], "lr: 0.0"),
-        (["--epochs", "0"], "epochs: 0"),
-        (["--max-length", "3"], "max_length: 3"),
-        (["--freeze"], "unknown option --freeze"),
-        (["--device", "cuda:9"], "device"),
-    ],
-)
-def test_bad_input_to_the_command_ends_in_one_line_and_leaves_files_alone(tmp_path, capsys, change, complaint):
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"chosen": human("w1")}) + "\n")
-    backbone, pairs = save(tmp_path / "b", "bert"), write_pairs(tmp_path / "a.jsonl", make_pairs(20))
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    command = ["--backbone", backbone, "--pairs", pairs, "--out", str(tmp_path / "out"), "--device", "cpu"]
-    try:
-        assert main([*command, *(word.replace("HERE", str(tmp_path)) for word in change)]) == 2
-    except SystemExit as stopped:
-        assert stopped.code == 2
-    message = capsys.readouterr().err
-    assert "rewards.py: error: " in message
-    assert re.search(complaint, message.partition("rewards.py: error: ")[2])
-    assert message.partition("error: ")[2].count("\n") == 1
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+def test_one_step_goes_against_the_gradient_of_minus_log_sigmoid():
+    reward_model = RewardModel(make_model("gpt2"), make_tokenizer("gpt2"))
+    rows, weight = encode_pairs(reward_model, make_pairs(4)), reward_model.model.score.weight
+    r = reward_model.forward(rows).double()
+    loss = torch.log1p(torch.exp(r[4:] - r[:4])).mean()  # = -log sigmoid(chosen - rejected)
+    (gradient,), start = torch.autograd.grad(loss, weight)[0], weight.detach().clone()
+    fit(reward_model, rows, RewardTraining("", [], "", epochs=1, lr=1e-4))
+    clear = gradient.abs() > 1e-3 * gradient.abs().max()
+    assert clear.sum() > 8  # Adam's first step is minus the gradient's sign
+    assert torch.equal((weight.detach() - start)[0].sign()[clear], -gradient.sign()[clear])
 
 
-def test_a_training_that_diverges_is_refused_and_saves_nothing(tmp_path, capsys):
-    backbone, pairs = save(tmp_path / "b", "gpt2"), write_pairs(tmp_path / "a.jsonl", make_pairs(20))
-    command = ["--backbone", backbone, "--pairs", pairs, "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert main([*command, "--lr", "1e30", "--epochs", "3"]) == 2
-    assert re.search(r"error: lr: the loss is \w+ in step \d+; lower lr", capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()
+def test_accuracy_counts_ties_half():
+    constant = SimpleNamespace(scores=lambda rows: torch.tensor([1.0, 2.0, 5.0, 5.0, 0.0, 5.0]))
+    assert accuracy(constant, []) == 0.5  # right, wrong and a tie
 
 
-def test_an_out_that_cannot_be_written_is_found_before_any_training(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert main(["--backbone", "nowhere", "--pairs", "nowhere", "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "error: out: " in capsys.readouterr().err
+def test_a_row_that_cannot_be_used_is_named_before_any_training(tmp_path):
+    pairs = write_pairs(tmp_path / "a", make_pairs(20))
+    test = write_pairs(tmp_path / "b", [("", {"chosen": human(w) + " w3", "rejected": human(w)}) for w in ("w1", "w2")])
+    command = ["--backbone", save(tmp_path / "base", "llama", REFUSES_W2), "--pairs", pairs, "--test-pairs", test]
+    command = [sys.executable, rewards.__file__, *command, "--out", str(tmp_path / "rm"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"rewards.py: error: {test}:2: TemplateError in 'chosen': no w2" in done.stderr
+    assert "training" not in done.stderr and not (tmp_path / "rm").exists()
 
 
-def test_the_command_shows_its_own_bars_and_none_of_the_librarys_lines(tmp_path, capfd):
-    backbone = save(tmp_path / "b", "bert", model=BertModel(make_model("bert").config))
-    pairs = write_pairs(tmp_path / "a.jsonl", make_pairs(20))
-    capfd.readouterr()
-    main(["--backbone", backbone, "--pairs", pairs, "--out", str(tmp_path / "out"), "--device", "cpu"])
-    assert {line.split(":")[0] for line in re.split(r"[\r\n]+", capfd.readouterr().err) if line} == {
-        "training",
-        "testing",
-    }
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-def test_a_config_that_pads_with_another_token_than_the_tokenizer_changes_no_score(kind):
-    model, tokenizer = make_model(kind), make_tokenizer(kind)
-    tokenizer.pad_token = "[PAD]"
-    model.config.pad_token_id = WORDS.index("w30")
-    reader = RewardModel(model, tokenizer)
-    short, long = "\n\nHuman: w1\n\nAssistant:", "\n\nHuman: w1 w2 w3 w4 w5 w6\n\nAssistant:"
-    alone = reader(prompts=[short], completions=["w7 w8"])[0]
-    together = reader(prompts=[short, long], completions=["w7 w8", "w9"])[0]
-    assert together == pytest.approx(alone, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "first"),
-    [
-        (["--help"], 0, "usage: rewards.py "),
-        (
-            ["--backbone", "x", "--pairs", "y", "--out", "z", "--epoch", "3"],
-            2,
-            "rewards.py: error: unknown option --ep",
-        ),
-    ],
-)
-def test_rewards_py_is_the_command_and_a_bad_flag_gets_one_line(arguments, status, first):
-    done = subprocess.run([sys.executable, rewards.__file__, *arguments], capture_output=True, text=True)
-    shown = done.stdout + done.stderr
-    assert done.returncode == status and shown.startswith(first)
-    assert status == 0 or shown.count("\n") == 1
+@pytest.mark.parametrize("frozen", [False, True], ids=["whole", "frozen"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_learns_what_people_chose_and_saves_what_transformers_reads_alike(tmp_path, capsys, kind, frozen):
+    pairs, test = write_pairs(tmp_path / "a", make_pairs(64)), write_pairs(tmp_path / "b", make_pairs(200, 1))
+    command = ["--backbone", save(tmp_path / "base", kind, pad=None), "--pairs", pairs, "--test-pairs", test]
+    command += ["--epochs", "20", "--lr", "0.01", "--device", "cpu"] + ["--freeze-backbone"] * frozen
+    outs = [tmp_path / "new" / "rm", tmp_path / "again"]
+    for out in outs:
+        main([*command, "--out", str(out)])
+    record = json.loads((outs[0] / "reward_training.json").read_text())
+    assert f"{record['accuracy']:.3f} ± 0.035 on 200 pairs" in capsys.readouterr().out
+    assert record["accuracy"] > (0.8 if frozen else 0.95) and record["trained_on"] == 64
+    assert len({(out / "model.safetensors").read_bytes() for out in outs}) == 1
+    (objective,) = load_objectives([f"hf:{outs[0]}"])
+    for prompt, reply in [(human("w5 w6"), "w7 w1"), (human("w8"), "w9 w9 w2"), (human("w1"), "w3 </s>")]:
+        (score,) = objective.function(prompts=[prompt], completions=[reply], messages=[to_messages(prompt)])
+        assert score == pytest.approx(read_by_transformers(outs[0], prompt, reply), abs=1e-5)
