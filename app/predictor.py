@@ -4,14 +4,10 @@
     python run.py --preset pluralllm --opinions FILE --encoder DIR_OR_HUB      on GlobalOpinionQA
 
 A run trains it federated and, beside that, with all groups in one place. Both sides take equally many steps; a central
-step goes over all groups. The run directory holds config.json, metrics.jsonl (a line a round), summary.json,
-checkpoint.safetensors, curves.png, groups.png, and predictor/, the federated side's:
+step goes over all groups. The run directory holds what `run.py`'s does, curves.png, groups.png, and predictor/:
 
-    predictor.safetensors     its weights
+    predictor.safetensors     the federated side's weights
     predictor.json            its width, its encoder, and every group's context: questions, and the group's answers
-
-    saved = predictor.load("runs/pluralllm-tiny/predictor")
-    saved.ask("north 1", "what matters most for schools ?", ["family", "faith", "order"])     the share of each option
 
 The contexts leave their groups: a reward made from the predictor brings them to every client that scores by it, once
 (`context_bytes` of summary.json is the size of one).
@@ -22,7 +18,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pluralllm
-from app.files import free_directory, read_lines, rows_of, to_json, write_tensors, write_text
+from app import checkpoint
+from app.files import free_directory, rows_of, to_json, write_tensors, write_text
 from app.loading import pretrained
 from app.options import PRESETS
 from app.tables import aligned
@@ -214,8 +211,11 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     torch.set_num_threads(1)  # more would not pay, and sums would depend on their number
     start = {side: figures_of(scores)["alignment"] for side, scores in scores_of(sides, unseen).items()}
     out = free_directory(str(resume) if resume else config.out, config.preset, resume=bool(resume))
-    lines = restore(out, sides) if resume else []
-    write_text(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    answers = hashlib.sha256(repr([(q, y.tolist()) for own in data.answers.values() for q, y in own.items()]).encode())
+    inputs = {"the answers": answers.hexdigest(), "rounds, over which the rate decays,": config.rounds}
+    identity = checkpoint.identity(config, inputs)
+    lines = restore(out, sides, identity)
+    write_text(out / "config.json", json.dumps(vars(config), indent=2) + "\n")
     if progress:
         print(f"{len(data.questions)} questions; {len(groups)} groups train, {len(unseen)} are held out; run {out}")
     with tqdm(total=config.rounds, initial=len(lines), desc="round", disable=not progress) as bar:
@@ -224,7 +224,9 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
             if len(lines) == config.rounds or (config.eval_every and len(lines) % config.eval_every == 0):
                 for side, scores in scores_of(sides, unseen).items():
                     lines[-1] |= {f"{name}/{side}": value for name, value in figures_of(scores).items()}
-                keep(out, sides, lines)
+                write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
+                tensors = {f"{side}/{name}": x for side, f in sides.items() for name, x in f.state().items()}
+                checkpoint.write(out, tensors, {"identity": identity, "lines": lines})
             bar.update()
     summary = {"encoder": encoder} | summarise(sides, groups, unseen, start, lines)
     summary["seconds"] = time.perf_counter() - started
@@ -251,28 +253,18 @@ def do_round(sides: dict[str, PredictorFederation]) -> dict[str, float]:
     return line
 
 
-def keep(out: Path, sides: dict[str, PredictorFederation], lines: list[dict]) -> None:
-    """Write what --resume goes on from: the figures so far, then all that changes."""
-    write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
-    tensors = {f"{side}/{name}": tensor for side, f in sides.items() for name, tensor in f.state().items()}
-    write_tensors(out / "checkpoint.safetensors", tensors)
-
-
-def restore(out: Path, sides: dict[str, PredictorFederation]) -> list[dict]:
-    """Take back what `keep` wrote, if it did so before the end; returns the figures so far.
-
-    Raises ValueError if the run began with another number of rounds.
+def restore(out: Path, sides: dict[str, PredictorFederation], identity: dict[str, Any]) -> list[dict]:
+    """Take back what the last checkpoint holds, if there is one; returns the figures so far. Raises ValueError if the
+    settings or the answers are others than when the run began.
     """
-    planned = json.loads((out / "config.json").read_text("utf-8"))["rounds"]
-    if planned != sides["federated"].config.rounds:
-        raise ValueError(f"rounds: the learning rate decays over {planned} rounds; resume with as many")
-    if not (out / "checkpoint.safetensors").exists():
+    if not (out / checkpoint.FILE).is_file():
         return []
-    tensors = safetensors.torch.load_file(out / "checkpoint.safetensors")
+    tensors, values = checkpoint.read(out)
+    checkpoint.check_same(values["identity"], identity)
     for side, federation in sides.items():
         names = [name for name in tensors if name.startswith(f"{side}/")]
         federation.restore({name.removeprefix(f"{side}/"): tensors[name] for name in names})
-    return read_lines(out / "metrics.jsonl", federation.rounds_done)
+    return values["lines"]
 
 
 def scores_of(sides: dict[str, PredictorFederation], groups: list[str]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """Small real checkpoints for the tests: a Llama with rotary positions and a GPT-2 with learned ones."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -68,7 +66,7 @@ def sketched(request, monkeypatch) -> None:
     and, since those come before this, by fixtures of a whole module.
     """
     if request.module.__name__ != "test_plots":
-        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: Path(file).write_bytes(b"\x89PNG"))
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(b"\x89PNG"))
 
 
 @pytest.fixture(params=["llama", "gpt2"])
