@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose wei
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with an adapter beside it; A and B are float32 whatever the base's type."""
+    """A frozen linear layer with an adapter beside it; A and B are float32 also over 16-bit weights."""
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -172,9 +172,9 @@ def inject(model: nn.Module, rank: int, scale: float, targets: Sequence[str], se
             names = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise ValueError(f"lora_targets: no linear layer is called {target!r}; choose from {', '.join(names)}")
         chosen |= matches
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same θ
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: every device starts from the same θ
     layers = {}
-    for name, base in linears.items():  # the model's own order, whatever the order of the targets
+    for name, base in linears.items():  # in the model's order, not in that of the targets
         if name in chosen:
             parent, _, child = name.rpartition(".")
             layers[name] = LoRALinear(base, rank, scale, generator)

@@ -1,11 +1,11 @@
 """From prompts to responses and their log-probabilities.
 
-Sampling (`sampler.py`) turns uniforms into tokens. A client draws its uniforms from a stream of its own
+Sampling (`sampler.py`) turns uniforms into tokens. A client draws its uniforms from its own stream
 (`clients.stream`), so its responses do not depend on who shares its batch, on early stops, or on a restart. [ours]
 The exception is rounding: if a uniform lies within rounding of an edge of the CDF, another batch may draw another
 token. In float32 that hardly ever happens. In 16 bits most longer responses meet it; their distribution is the same.
 
-    prompts   [N, P]  left-padded, so that every row's last prompt token stands at P − 1
+    prompts   [N, P]  left-padded: every row's last prompt token stands at P − 1
     responses [N, L]  right-padded; mask [N, L] is 1 up to and including the first EOS, which is trained like any token
     logp      [B, L]  log π(response token | everything before), float32, at the sampling temperature
 
@@ -116,7 +116,7 @@ class Policy:
     def logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass over prompts and responses.
 
-        Returns logp [B, L] and entropy [B, L] (nats, float32, 0 where masked) and the hidden states [B, L, H] from
+        Returns logp [B, L] and entropy [B, L] (nats, float32, 0 if masked) and the hidden states [B, L, H] from
         which each response token was predicted, detached: what a critic may read of the past and nothing more. Only
         logp carries a gradient.
         """
@@ -171,7 +171,7 @@ class Policy:
 
 
 def assemble(rollout: Rollout, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The results of micro-batches, (rows, [b, l, ...]) each, as one [B, L, ...]; 0 where a piece was cut off."""
+    """The results of micro-batches, (rows, [b, l, ...]) each, as one [B, L, ...]; 0 beyond a piece's width."""
     first = pieces[0][1]
     whole = first.new_zeros(*rollout.mask.shape, *first.shape[2:])
     for rows, values in pieces:
@@ -245,7 +245,7 @@ def check(policy: Policy) -> None:
 
     Three computations of the same three tokens have to agree, for a short row beside a long one: the sampler's, from a
     table that is nearly empty; the model's own, row by row; and `Policy.logprobs`, with left padding. Models that
-    ignore position_ids, look ahead, need another cache, or scale or cap their logits are found.
+    ignore position_ids, look ahead, need another cache, or scale or cap their logits fail.
     """
     model, V = policy.model, len(policy.model.get_output_embeddings().weight)
     words = [V * i // 16 for i in range(16)]
@@ -261,7 +261,7 @@ def check(policy: Policy) -> None:
         alone = (logits / policy.temperature).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
         padded = pad_left(prompts, policy.pad, policy.device)
         computed, _, _ = policy.logprobs(Rollout(*padded, tokens, mask.long(), sampled, ended=~alive))
-    except Exception as error:  # whatever a model's own code raises on a cache that it does not expect
+    except Exception as error:  # a model's own code may raise anything on a cache that it does not expect
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{who} cannot be sampled from and trained here ({reason}); {remedy}") from error
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2

@@ -50,7 +50,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -
 def inverse_cdf(logp: Tensor, u: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds u. logp [N, V], u [N] in [0, 1) -> ids [N].
 
-    A token of probability 0 is never chosen. Summed in float64, so that V = 32,000 terms still add up to 1.
+    A token of probability 0 is never chosen. The sum is in float64, in which V = 32,000 terms still add up to 1.
     """
     cdf = logp.double().exp().cumsum(-1)
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_max(logp.shape[1] - 1)
@@ -103,7 +103,6 @@ class Decoder:
         for buffer in (self.t, self.position, self.seen, self.mask):
             buffer.zero_()
         self.column.fill_(self.P)
-        self.seen[:, self.P - 1] = True  # rows without a prompt see something: attention to nothing would be NaN
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(tuple(prompt), []).append(row)
@@ -151,7 +150,7 @@ class Decoder:
             counter.add_(1)
 
     def run(self, prompts: Sequence[Sequence[int]], uniforms: Tensor, cuda_graph: bool) -> Drawn:
-        """N ≤ rows prompts, uniforms [N, at most L] -> what was drawn, up to where the last row ends."""
+        """N ≤ rows prompts, uniforms [N, at most L] -> what was drawn, up to the end of the longest row."""
         N, L = uniforms.shape
         self.prefill(prompts)
         if cuda_graph and self.graph is None:
@@ -211,11 +210,11 @@ class Sampler:
         self.eos = torch.tensor(eos, device=self.device)
         self.decoder: Decoder | None = None
         self.cuda_graph = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream() if self.cuda_graph else None  # one, so that libraries keep one workspace
+        self.stream = torch.cuda.Stream() if self.cuda_graph else None  # one: libraries keep a workspace for each
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[Sequence[int]], uniforms: Tensor, cuda_graph: bool = True) -> Drawn:
-        """One response to each of N token lists, from uniforms [N, L] float64, cut where the last row ends.
+        """One response to each of N token lists, from uniforms [N, L] float64, cut at the end of the longest row.
 
         cuda_graph=False: without the captured step, if the model has been switched to another since (adapter off).
         """
