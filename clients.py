@@ -3,9 +3,6 @@
 FIRM has one local training a round, on all the objectives that a client holds. Some methods combine objectives first
 (k < M rewards), or train several times from the same θ_t, once per objective. `fedavg.Upload` says what a client sends;
 what a training keeps stays at home.
-
-Random streams depend on (seed, purpose, round, client) and on nothing else: a client's draws do not depend on who else
-takes part, on the order of calls, or on a restart. [ours]
 """
 
 from collections.abc import Sequence
@@ -38,7 +35,9 @@ class Purpose(IntEnum):
 
 
 def stream(seed: int, *keys: int) -> np.random.Generator:
-    """An independent random stream per (seed, purpose, …); further keys are the round and the client, or a prompt."""
+    """An independent random stream per (seed, purpose, round, client), or (seed, purpose, prompt): a client's draws do
+    not depend on who else takes part, on the order of calls, or on a restart. [ours]
+    """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=keys))
 
 
@@ -109,7 +108,7 @@ class Step:
 class Update:
     """One local training of one client, for the log."""
 
-    mix: Tensor  # [m, k]
+    mix: Tensor  # [m, k], as in Context
     batch: Batch  # without hidden states
     advantages: Advantages
     steps: list[Step]

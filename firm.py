@@ -20,8 +20,8 @@ training has k rewards; d adapter parameters; B responses of at most L tokens, S
 
 A method is a few swappable parts on this engine (`Method`); `baselines.py` and `fedmoa.py` have the others.
 
-Responses are sampled in one batch for the whole cohort, since its clients share θ_t, and a reward model may score in
-one batch. Neither changes what a client would get alone, up to rounding (`rollout.py`). All else is client by client.
+Responses are sampled in one batch for the whole cohort, since its clients share θ_t. That changes what a client would
+get alone by rounding at most (`rollout.py`). All else is client by client.
 
 Faults [ours]. A client may vanish from a round (`client_dropout`), or a number of its update may not be finite. The
 average, κ's mean KL and the log are then those of the other clients, and its own state stays as it was. If the server
@@ -186,9 +186,8 @@ class Alone:
 class Federation:
     """The server and its clients, simulated one after another. `round` is Algorithm 1's outer loop body.
 
-    prompts_of: each client's prompts; objectives_of: the numbers of each client's objectives, all if not given;
-    tasks_of: each client's task, a number. score(prompts, rollout, holdings) gives raw rewards [n, M], see
-    `rewards.score`; nothing here knows of texts.
+    Of each client, prompts_of: its prompts; objectives_of: their numbers, all if not given; tasks_of: its task, a number.
+    score(prompts, rollout, holdings) gives raw rewards [n, M], see `rewards.score`.
     State: theta [d], kl_coef, calibration, rounds_done, server.state, and `kept` of every client.
     """
 
@@ -217,14 +216,14 @@ class Federation:
         self.calibration: rewards.Calibration | None = None
 
     def calibrate(self) -> None:
-        """Fix every objective's mean and scale, once, from base-policy samples. Raises ValueError for rewards that the
-        method cannot use.
-        """
+        """Fix every objective's mean and scale, once, from samples of the base policy."""
         clients, sums = self.exchange.mine(self.clients), {}
         with self.policy.adapter.disabled():
             responses = self.respond(clients, Purpose.CALIBRATION)
         for client, (_, raw) in zip(clients, responses, strict=True):
-            self.method.aggregation.numbers(client, raw, 1)  # raises here, before any training
+            self.method.aggregation.numbers(
+                client, raw, 1
+            )  # raises for rewards that it cannot use, before any training
             sums[client.index] = rewards.calibration_sums(raw)
         self.calibration = rewards.combine_sums(list(self.exchange.merged(sums).values()))
 
