@@ -27,6 +27,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,9 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
         session.save(out, before, held_out, lines, seconds)
     ranks.barrier()
-    phases, begun, first = profile.watch() if config.profile else {}, time.perf_counter(), len(lines)
     try:
-        after = do_rounds(session, before, held_out, lines, out, title, seconds - started)
-        rounds_took = time.perf_counter() - begun
+        with profile.watch(session, lines, say) if config.profile else nullcontext():
+            after = do_rounds(session, before, held_out, lines, out, title, seconds - started)
         after = after or session.evaluate("trained model")
         personal = session.personalised(out) if config.personal_rounds and config.rounds else []
     except BaseException:
@@ -74,23 +74,16 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         raise
     if not ranks.first():
         return {}
-
     summary = report.summarise(session, before, after, lines, seconds + time.perf_counter() - started)
+    summary["best"] = report.best_round(session, before, held_out | {config.rounds: after.scores})
     if personal or session.federation.method.primary:
         summary["by_client"] = report.by_client(session, before, after, personal)
-    summary["worst_served"] = report.worst_served(session, lines)
-    summary["best"] = report.best_round(session, before, held_out | {config.rounds: after.scores})
     samples = report.samples(session, before, after)
     peft_files.save(session.policy.adapter, out / "adapter", session.base_model)
     write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
     draw(session, summary, lines, samples, out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
-    say(report.table(session, summary))
-    if "by_client" in summary:
-        say(report.client_table(session, summary["by_client"]))
-    say(report.show_samples(samples))
-    if phases:
-        say(profile.table(phases, rounds_took, len(lines) - first) + "\n")
+    say(report.table(session, summary) + "\n" + report.show_samples(samples))
     say(f"{out}: adapter/ (PEFT format), samples.jsonl, metrics.jsonl, summary.json, pictures")
     return summary
 

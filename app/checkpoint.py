@@ -58,8 +58,8 @@ def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[st
     tensors = {"theta": federation.theta} | {f"server.{name}": x for name, x in federation.server.state.items()}
     tensors |= {f"calibration.{name}": x for name, x in vars(federation.calibration).items()}
     for client in federation.clients:
-        for i, kept in enumerate(client.kept):
-            tensors |= {f"client{client.index}.{i}.{name}": x for name, x in kept.items()}
+        for i, state in enumerate(client.kept):
+            tensors |= {f"client{client.index}.{i}.{name}": x for name, x in state.items()}
     return tensors, {"rounds_done": federation.rounds_done, "kl_coef": federation.kl_coef}
 
 
@@ -75,9 +75,9 @@ def restore_federation(federation: Federation, tensors: dict[str, Tensor], value
     federation.server.state = {n: x.to(device) if x.shape[-1:] == (d,) else x for n, x in under("server.").items()}
     federation.calibration = Calibration(**under("calibration."))
     for client in federation.clients:
-        own = under(f"client{client.index}.")
-        client.kept = [{} for _ in {name.partition(".")[0] for name in own}]
-        for name, x in own.items():
+        state = under(f"client{client.index}.")
+        client.kept = [{} for _ in {name.partition(".")[0] for name in state}]
+        for name, x in state.items():
             i, _, key = name.partition(".")
             client.kept[int(i)][key] = x
     federation.policy.adapter.assign(federation.theta)

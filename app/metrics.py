@@ -8,7 +8,8 @@ These figures are only logged. Of them a real server could compute only `kl`, th
 
 Means over clients are plain, except in the averaging residual, which weighs clients as the server does. All figures
 are of the clients whose uploads arrived; `rejected` says why others were left out. `zero_spread/NAME` is the share of
-groups whose responses all have the same reward, and so no advantage. `first_order_gain` is that of a method's losses.
+groups whose responses all have the same reward, and so no advantage. `first_order_gain` is what a step promises to the
+loss that gains least (`clients.Step`).
 """
 
 from collections import defaultdict
@@ -81,7 +82,7 @@ def by_loss(record: Round, clients: Sequence[Client], names: Sequence[str]) -> d
     The explained variance is 1 − Var(R − V) / Var(R), R the Monte Carlo return and V what the critic said before it was
     fitted to it, with the variances over all tokens of a client, averaged over clients.
     """
-    figures = defaultdict(list)
+    figures, variances = defaultdict(list), defaultdict(list)
     for c, part in record.arrived.items():
         for update in part.updates:
             scores, S, real = update.batch.scores, update.batch.rollout.group_size, update.batch.rollout.mask.bool()
@@ -96,10 +97,12 @@ def by_loss(record: Round, clients: Sequence[Client], names: Sequence[str]) -> d
                     returns, values = (
                         x[real][:, j].double() for x in (update.advantages.returns, update.advantages.values)
                     )
-                    pair = [float(x.var(correction=0)) for x in (returns - values, returns)]
-                    figures[f"explained_variance/{label}"].append(pair)
-    means = {name: np.mean(values, axis=0) for name, values in figures.items()}
-    return {name: float(1.0 - x[0] / x[1] if np.ndim(x) else x) for name, x in means.items()}
+                    variances[label].append([x.var(correction=0) for x in (returns - values, returns)])
+    means = {name: float(np.mean(values)) for name, values in figures.items()}
+    for label, pairs in variances.items():
+        unexplained, total = torch.tensor(pairs, dtype=torch.float64).mean(0)
+        means[f"explained_variance/{label}"] = float(1.0 - unexplained / total)  # NaN if the return does not vary
+    return means
 
 
 def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter: Adapter) -> dict[str, float]:
@@ -143,10 +146,10 @@ def by_client(record: Round, clients: Sequence[Client], names: Sequence[str]) ->
     metrics = {}
     for (c, part), share in zip(record.arrived.items(), record.shares.tolist(), strict=True):
         lam = objective_weights(clients[c], part, record.mixing, len(names)).mean(0)  # [M]
-        own = {"kl": part.upload.numbers["kl"], "share": share}
+        figures = {"kl": part.upload.numbers["kl"], "share": share}
         for j in clients[c].objectives:
-            own |= {f"reward/{names[j]}": float(part.raw[:, j].mean()), f"lambda/{names[j]}": float(lam[j])}
-        metrics |= {f"{figure}/client{c}": value for figure, value in own.items()}
+            figures |= {f"reward/{names[j]}": float(part.raw[:, j].mean()), f"lambda/{names[j]}": float(lam[j])}
+        metrics |= {f"{figure}/client{c}": value for figure, value in figures.items()}
     return metrics
 
 

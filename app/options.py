@@ -1,16 +1,15 @@
 """The registry of methods and parts, the presets, and the command line that fills `settings.Config`. [ours]
 
-Every setting is a flag. A preset overrides defaults, and a flag the preset. A flag that the chosen method would not
-read is refused, since the run would look as if it had an effect.
+Every setting is a flag. A preset overrides defaults, and a flag overrides the preset. A flag that the chosen method
+does not read is refused, since it would look as if it had an effect.
 """
 
 import argparse
 import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import baselines
@@ -32,10 +31,15 @@ PARTS = {  # what a flag of that name puts into a method: the field of `Method`,
     "weights": ("weights", {part.name: part for part in (firm.MIN_NORM, firm.FIXED, fedmoa.HYPERGRADIENT)}),
     "aggregation": ("aggregation", {part.name: part for part in (FEDAVG, fedmoa.ACCURACY)}),
 }
+EMBEDDED = ("toy", "reasoning", "survey")  # values of --model that are worlds
 PREDICTOR = "pluralllm"  # the one value of --method that trains no policy
 PREDICTOR_READS = {f.name for f in fields(PredictorSettings)} | {
     "preset", "method", "model", "rounds", "clients_per_round", "lr", "max_grad_norm", "seed", "device", "threads",
     "eval_every", "out",
+}  # fmt: skip
+COMMON = {  # in a comparison: what base model and held-out prompts depend on, and what is given in another place
+    "preset", "seed", "out", "eval_samples", "model", "dtype", "max_new_tokens", "temperature", "prompts", "objectives",
+    "held_out", "max_prompt_tokens", "method", "preference", "resume", "sweep", "compare",
 }  # fmt: skip
 TINY = {"max_new_tokens": 12, "lora_rank": 8, "lr": 3e-3, "kl_coef": 0.01, "kl_target": 0.0, "threads": 1}
 PRESETS = {
@@ -122,11 +126,8 @@ def method_of(config: Config) -> Method:
 
 def settings_of(method: Method) -> set[str]:
     """The settings that this method's parts read, of those that only some parts read."""
-    return {
-        name
-        for part in (method.trainings, method.estimator, method.weights, method.aggregation)
-        for name in part.settings
-    }
+    parts = (method.trainings, method.estimator, method.weights, method.aggregation)
+    return {name for part in parts for name in part.settings}
 
 
 def check(config: Config) -> None:
@@ -144,7 +145,7 @@ def check(config: Config) -> None:
         raise ValueError(f"personal_rounds: {method.name} leaves a client nothing to train alone; use 0")
     if config.severity and (config.model != "reasoning" or config.split != "client"):
         raise ValueError("severity: only the reasoning world has poor clients; add --model reasoning --split client")
-    if config.model not in ("toy", "reasoning", "survey") and not config.prompts:
+    if config.model not in EMBEDDED and not config.prompts:
         raise ValueError("prompts: name the files that go with --model, as --prompts FILE...")
     firm.responses_per_prompt(config, method.estimator)
 
@@ -182,27 +183,37 @@ def configured(given: dict[str, Any], resume: str | None, sweep: list | None, co
     if resume is not None:
         if given.keys() - {"rounds"} or sweep or compare:
             raise ValueError("resume: a run goes on with its own settings; only --rounds may stand beside --resume")
-        return replace(saved_settings(Path(resume)), **given)
+        try:
+            return Config(**json.loads(Path(resume, "config.json").read_text("utf-8")) | given)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"resume: {resume} holds no settings ({error}); name a run directory") from error
     if compare and "method" in given:
         raise ValueError("compare: it names the methods itself; leave --method out")
     if sweep and "preference" in given:
         raise ValueError("sweep: it names the preferences itself; leave --preference out")
-    worlds_own = given.get("model", "toy") in ("toy", "reasoning", "survey")
-    preset = given.get("preset", "tiny" if worlds_own else "paper")
+    preset = given.get("preset", "tiny" if given.get("model", "toy") in EMBEDDED else "paper")
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} is none of {', '.join(PRESETS)}")
     config = Config(**PRESETS[preset] | given | {"preset": preset})
+    if config.method == PREDICTOR and (sweep or compare):
+        raise ValueError(
+            f"method: {PREDICTOR} trains no policy; leave --sweep and --compare out, or take another preset"
+        )
     if not compare:
         refuse_idle(config, set(given))
-    return absolute(config)
+    return config
 
 
 def variant(config: Config, text: str) -> Config:
-    """The settings of a comparand, `METHOD NAME=VALUE …`, lists with commas. Raises ValueError for an idle one."""
+    """The settings of a comparand, `METHOD NAME=VALUE …`, lists with commas. Raises ValueError for an idle one, and for
+    one that must be the same in all runs of a comparison.
+    """
     name, *changes = text.split()
     pairs = [change.partition("=") for change in changes]
     flags = [word for flag, _, value in pairs for word in (f"--{flag}", *value.split(","))]
     given = vars(flag_parser().parse_args(flags))
+    if common := given.keys() & COMMON:
+        raise ValueError(f"compare: {text!r} sets {min(common)}, which all runs share; give it as --{min(common)}")
     changed = replace(config, method=name, **given)
     refuse_idle(changed, set(given))
     return changed
@@ -211,31 +222,6 @@ def variant(config: Config, text: str) -> Config:
 def front_is_known(config: Config) -> bool:
     """Whether this is the toy world with its own two objectives, whose exact Pareto front is known."""
     return config.model == "toy" and config.objectives == PRESETS["tiny"]["objectives"]
-
-
-def saved_settings(run: Path) -> Config:
-    """The settings in a run directory. Raises ValueError if there are none."""
-    try:
-        return Config(**json.loads((run / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"resume: {run} holds no settings ({error}); name a run directory") from error
-
-
-def absolute(config: Config) -> Config:
-    """The same settings with the user's files named from the root: --resume may then be given from anywhere."""
-    project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-    def path(name: str | None) -> str | None:
-        outside = name and os.path.exists(name) and not os.path.abspath(name).startswith(project + "/worlds/")
-        return os.path.abspath(name) if outside else name
-
-    spec = re.compile(r"((?:[^=:]*=)?(?:hf|py|group):)(.+?)((?::[^:/]+)?)$")
-    return replace(
-        config,
-        objectives=[spec.sub(lambda m: m[1] + path(m[2]) + m[3], text) for text in config.objectives],
-        prompts=[path(name) for name in config.prompts],
-        **{name: path(getattr(config, name)) for name in ("model", "opinions", "encoder", "adapter", "out")},
-    )
 
 
 def flag_parser() -> argparse.ArgumentParser:
@@ -256,22 +242,19 @@ def flag_parser() -> argparse.ArgumentParser:
         "--compare", nargs="+", metavar="METHOD", help="side by side: firm linear soups 'firm beta=1'; --sweep too"
     )
     explained = {flag: [f"{p.name}: {p.help}" for p in choices.values()] for flag, (_, choices) in PARTS.items()}
-    explained["method"] = [
-        *(f"{m.name}: {m.help}" for m in METHODS.values()),
-        f"{PREDICTOR}: a predictor of preferences",
-    ]
-    explained["preset"] = [", ".join(PRESETS)]
+    methods = [f"{method.name}: {method.help}" for method in METHODS.values()]
+    explained |= {"method": [*methods, f"{PREDICTOR}: a predictor of preferences"], "preset": [", ".join(PRESETS)]}
+    defaults = Config()
     for group in GROUPS:
         titled, hints = parser.add_argument_group(group.__doc__), get_type_hints(group)
-        for f in (f for f in fields(group) if f.name in group.__annotations__):
-            kind = next((k for k in (hints[f.name], *get_args(hints[f.name])) if get_origin(k) is list), hints[f.name])
-            many = get_origin(kind) is list
-            scalar = next(k for k in (*get_args(kind), kind) if k is not type(None) and get_origin(k) is None)
-            default = getattr(Config(), f.name)
+        for f in fields(group):
+            default = getattr(defaults, f.name)
             text = "; ".join([f.metadata["help"], *explained.get(f.name, [])])
-            shown = "" if default in (None, "", [], False) else f" (default: {default})"
-            more = {"nargs": "+"} if many else {"nargs": "?", "const": True} if scalar is bool else {}
-            read = {"type": lambda x: {"true": True, "false": False}[x.lower()]} if scalar is bool else {"type": scalar}
-            metavar = {int: "N", float: "X", bool: "BOOL"}.get(scalar, "TEXT")
-            titled.add_argument(f"--{f.name}", help=(text + shown).replace("%", "%%"), metavar=metavar, **more | read)
+            text += f" (default: {default})" if default not in (None, [], False) else ""
+            hint = get_args(hints[f.name])[0] if get_origin(hints[f.name]) is UnionType else hints[f.name]  # X | None
+            kind = get_args(hint)[0] if get_origin(hint) is list else hint
+            form = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+            form |= {"nargs": "+"} if get_origin(hint) is list else {}
+            form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
+            titled.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **form)
     return parser

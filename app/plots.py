@@ -144,15 +144,15 @@ def by_task(metrics: Sequence[dict], primary: str, tasks: Sequence[str], out: Pa
     """
 
     def of(kind: str, clients: Sequence[int]) -> tuple[list[int], list[float], None]:
-        own = [[m[key] for c in clients if (key := f"{kind}/client{c}") in m] for m in metrics]
-        return [m["round"] + 1 for m in metrics], [float(np.mean(v)) if v else np.nan for v in own], None
+        values = [[m[key] for c in clients if (key := f"{kind}/client{c}") in m] for m in metrics]
+        return [m["round"] + 1 for m in metrics], [float(np.mean(v)) if v else np.nan for v in values], None
 
-    by = {task: [c for c, own in enumerate(tasks) if own == task] for task in sorted(set(tasks))}
+    by = {task: [c for c, of_client in enumerate(tasks) if of_client == task] for task in sorted(set(tasks))}
     weights, shares = (
-        {f"client {c}, {task}": of(kind, [c]) for task, own in by.items() for c in own}
+        {f"client {c}, {task}": of(kind, [c]) for task, members in by.items() for c in members}
         for kind in (f"lambda/{primary}", "share")
     )
-    rewards = {task: of(f"reward/{primary}", own) for task, own in by.items()}
+    rewards = {task: of(f"reward/{primary}", members) for task, members in by.items()}
     panels([
         Panel("round", f"mean {primary}", "On the clients' own prompts, by task", rewards),
         Panel("round", f"λ of {primary}", "What it weighs with the clients", weights),

@@ -4,9 +4,11 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -14,45 +16,49 @@ import firm
 import ppo
 from app.session import Session
 from app.tables import aligned
-from fedavg import Server
-from rollout import Policy
-
-PHASES = (
-    (Policy, "sample", "sample"),
-    (Session, "score", "score"),
-    (ppo, "prepare", "reference"),
-    (firm, "local_update", "update"),
-    (Server, "step", "aggregate"),
-)
 
 
-def watch() -> dict[str, float]:
-    """Wrap the phases of a round; returns the seconds of each, which grow while the program runs."""
-    seconds: dict[str, float] = defaultdict(float)
+@contextmanager
+def watch(session: Session, lines: Sequence[Any], say: Callable[[str], None]) -> Iterator[None]:
+    """Time the phases of a session's rounds inside the context, and say them at its end; lines: one for each round."""
+    phases = {
+        "sample": [(session.policy, "sample")],
+        "score": [(session.federation, "score"), (session, "score")],  # the latter between the rounds
+        "reference": [(ppo, "prepare")],
+        "update": [(firm, "local_update")],
+        "aggregate": [(session.federation.server, "step")],
+    }
+    done, started, seconds = len(lines), time.perf_counter(), defaultdict(float)
+    with ExitStack() as patches:
+        for phase, functions in phases.items():
+            for owner, name in functions:
+                patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), phase, seconds)))
+        yield
+    if len(lines) > done:
+        say(table(seconds, time.perf_counter() - started, len(lines) - done))
 
-    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        @wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-            wait()
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            wait()
-            seconds[name] += time.perf_counter() - started
-            return result
 
-        return run
+def timed(function: Callable[..., Any], phase: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    """`function`, whose time is added to seconds[phase]."""
 
-    for owner, attribute, name in PHASES:
-        setattr(owner, attribute, timed(getattr(owner, attribute), name))
-    return seconds
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+        wait()
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        wait()
+        seconds[phase] += time.perf_counter() - started
+        return result
+
+    return run
 
 
 def table(seconds: dict[str, float], total: float, rounds: int) -> str:
     """Where the time of `rounds` rounds went, `total` seconds, and the peak memory so far."""
     rows = [["phase", "s/round", "share"]]
-    for name, spent in [*seconds.items(), ("rest", total - sum(seconds.values()))]:
-        rows.append([name, f"{spent / rounds:.3f}", f"{spent / total:.0%}"])
+    for phase, spent in [*seconds.items(), ("rest", total - sum(seconds.values()))]:
+        rows.append([phase, f"{spent / rounds:.3f}", f"{spent / total:.0%}"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if torch.cuda.is_initialized():
         peak = torch.cuda.max_memory_allocated()

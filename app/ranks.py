@@ -88,7 +88,7 @@ def from_first(value: T) -> T:
 
 
 def _exchange(value: Any) -> list[Any]:
-    """Everybody's, in the order of ranks. Records travel as what they hold, and nothing that arrives is executed."""
+    """The values of all processes, by rank. They travel as tensors and plain values; reading them executes no code."""
     buffer, parts = io.BytesIO(), [b""] * size()
     torch.save(value, buffer)
     dist.all_gather_object(parts, buffer.getvalue())

@@ -21,22 +21,18 @@ from app.tables import aligned, clustered, plus_minus
 
 def header(session: Session, out: Path) -> str:
     """What is about to run, in a few lines."""
-    config, policy, counts, federation = session.config, session.policy, session.counts, session.federation
+    config, counts = session.config, session.counts
     sizes = sorted(map(len, session.prompts_of))
-    dropped = [f"{n} {what.replace('_', ' ')}" for what, n in counts.items() if what not in ("rows", "kept") and n]
-    clients = shorten(", ".join(session.client_names), 90)
-    parts = [part for part in (config.advantages, config.weights, config.aggregation) if part]
+    parts = [part for part in (config.method, config.advantages, config.weights, config.aggregation) if part]
     return "\n".join([
-        " · ".join([config.method, *parts, config.model]),
-        f"  device      {session.device}, {config.dtype}, seed {config.seed}, processes {ranks.size()}",
-        f"  adapter     {policy.adapter.size:,} parameters, rank {config.lora_rank}"
-        + (f", from {config.adapter}" if config.adapter else ""),
+        f"{' '.join(parts)} on {config.model}, {session.device}, {config.dtype}, seed {config.seed}"
+        + f", {ranks.size()} processes" * (ranks.size() > 1),
         f"  objectives  {', '.join(session.names)}; preference {config.preference or 'uniform'}",
-        f"  prompts     {counts['kept']:,} kept of {counts['rows']:,} rows"
-        + (f" ({', '.join(dropped)})" if dropped else "") + f", {len(session.held_out)} of them held out",
-        f"  federation  {len(sizes)} clients of {sizes[0]} to {sizes[-1]} prompts ({config.split})"
-        + (f": {clients}" if clients else ""),
-        f"  rounds      {config.rounds}, {config.batch_size} responses each, {federation.group_size} to a prompt",
+        f"  prompts     {counts['kept']:,} kept of {counts['rows']:,} rows ({counts['duplicates']} duplicates, "
+        f"{counts['too_long']} too long), {len(session.held_out)} of them held out",
+        f"  clients     {len(sizes)} of {sizes[0]} to {sizes[-1]} prompts ({config.split}) "
+        + shorten(", ".join(session.client_names), 90),
+        f"  rounds      {config.rounds} of {config.batch_size} responses, {session.federation.group_size} to a prompt",
         f"  run         {out}",
     ])  # fmt: skip
 
@@ -86,7 +82,7 @@ def point(
 ) -> dict[str, Any]:
     """A run as one row of a comparison; lists are by objective, in raw units. `mean_lambda` is None without a log."""
     of = lambda stage, key: [objective[stage][key] for objective in summary["objectives"].values()]  # noqa: E731
-    names = summary["objectives"]
+    names, inputs = summary["objectives"], summary["inputs"].items()
     return {
         "preference": preference,
         "mean_lambda": [float(np.nanmean([m[f"lambda/{name}"] for m in lines])) for name in names] if lines else None,
@@ -100,7 +96,7 @@ def point(
         "base": of("before", "mean"),
         "base_error": of("before", "standard_error"),
         "scale": of("calibration", "scale"),
-        "inputs": summary["inputs"],
+        "inputs": {name: x for name, x in inputs if name != "the clients' prompts"},  # these may differ
     }
 
 
@@ -108,45 +104,22 @@ def held_out_figures(session: Session, evaluation: Evaluation) -> dict[str, floa
     """What an evaluation during the training adds to its round's line."""
     figures = {"held_out_kl": float(evaluation.kl.mean())}
     for j, name in enumerate(session.names):
-        own = clustered(evaluation.scores[..., j])
-        figures |= {f"held_out/{name}": own["mean"], f"held_out_error/{name}": own["standard_error"]}
+        score = clustered(evaluation.scores[..., j])
+        figures |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
     return figures
 
 
-def worst_served(session: Session, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Find the client and objective with the lowest mean reward over the last quarter of rounds, in base-policy
-    standard deviations, on the client's own prompts. Objectives that were constant under the base policy are skipped.
-
-    None for fewer than two clients. Prompts differ before any training, and the least of many noisy means is too low.
-    """
-    last, calibration, means = lines[-max(len(lines) // 4, 1) :], session.federation.calibration, {}
-    for client in session.federation.clients:
-        for j in (j for j in client.objectives if not calibration.constant[j]):
-            key = f"reward/{session.names[j]}/client{client.index}"
-            if own := [line[key] for line in last if key in line]:
-                means[client.index, j] = sum(own) / len(own)
-    if len({client for client, _ in means}) < 2:
-        return None
-    c, j = min(means, key=lambda k: float((means[k] - calibration.mean[k[1]]) / calibration.scale[k[1]]))
-    others = [mean for (i, k), mean in means.items() if k == j and i != c]
-    return {
-        "client": c, "objective": session.names[j], "reward": means[c, j],
-        "mean_of_others": sum(others) / len(others) if others else math.nan,
-    }  # fmt: skip
-
-
 def best_round(session: Session, before: Evaluation, held_out: dict[int, Tensor]) -> dict[str, Any] | None:
-    """Of the rounds whose adapters were kept, and the last one, the best by its worst-served objective: chosen on one
-    half of the held-out prompts, by the least gain in base-policy standard deviations, and reported on the rest.
+    """The best of the evaluated rounds. A round is as good as its least gain, in base-policy standard deviations, on
+    one half of the held-out prompts; the gains returned are those on the other half.
     """
-    varying, n = ~session.federation.calibration.constant, len(session.held_out)
+    calibration, n = session.federation.calibration, len(session.held_out)
+    varying = ~calibration.constant
     if len(held_out) < 2 or n < 4 or not varying.any():
         return None
     chosen, rest = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tensor_split(2)
     gains = {t: scores - before.scores for t, scores in held_out.items()}  # [n, S, M]
-    worst = {
-        t: (g[chosen].mean((0, 1)) / session.federation.calibration.scale)[varying].min() for t, g in gains.items()
-    }
+    worst = {t: (gain[chosen].mean((0, 1)) / calibration.scale)[varying].min() for t, gain in gains.items()}
     best = max(worst, key=worst.get)
     return {"round": best, "gain": {name: clustered(gains[best][rest][..., j]) for j, name in enumerate(session.names)}}
 
@@ -154,8 +127,8 @@ def best_round(session: Session, before: Evaluation, held_out: dict[int, Tensor]
 def by_client(
     session: Session, before: Evaluation, after: Evaluation, personal: Sequence[Evaluation]
 ) -> list[dict[str, Any]]:
-    """Of every client: its task, what it holds, and the primary objective on held-out prompts of its kind, under the
-    base model, the global adapter and, if there is one, its own.
+    """Each client's task and objectives, and the primary objective on held-out prompts of its kind: under the base
+    model, under the global adapter, and under its own adapter if it has one.
     """
     lines = []
     for client, task in zip(session.federation.clients, session.tasks, strict=True):
@@ -171,15 +144,15 @@ def by_client(
     return lines
 
 
-def client_table(session: Session, lines: Sequence[dict[str, Any]]) -> str:
+def client_table(session: Session, lines: Sequence[dict[str, Any]]) -> list[str]:
     """The primary objective by task, a plain mean over its clients, then by client."""
     stages = list(lines[0]["primary"])
     rows = [["", "trains on", "holds", "asked", *stages]]
     for task in sorted(set(session.tasks)):
-        own = [line for line in lines if line["task"] == task]
-        means = [sum(line["primary"][stage]["mean"] for line in own) / len(own) for stage in stages]
-        rows.append([task, str(sum(line["prompts"] for line in own)), "", "", *(f"{mean:.3f}" for mean in means)])
-        for line in own:
+        group = [line for line in lines if line["task"] == task]
+        means = [sum(line["primary"][stage]["mean"] for line in group) / len(group) for stage in stages]
+        rows.append([task, str(sum(line["prompts"] for line in group)), "", "", *(f"{mean:.3f}" for mean in means)])
+        for line in group:
             kind = line["subsets"][0] if len(line["subsets"]) == 1 else f"{len(line['subsets'])} subsets"
             figures = [plus_minus(line["primary"][stage], "") for stage in stages]
             held = "+".join(line["objectives"])
@@ -187,7 +160,7 @@ def client_table(session: Session, lines: Sequence[dict[str, Any]]) -> str:
                 [f"  client {line['client']}: {kind}", str(line["prompts"]), held, str(line["held_out"]), *figures]
             )
     title = f"{session.names[0]} on held-out prompts of the clients' kinds, under the base model, the global adapter"
-    return "\n".join(["", title + ", the client's own" * ("personal" in stages), *aligned(rows)])
+    return ["", title + ", the client's own" * ("personal" in stages), *aligned(rows)]
 
 
 def table(session: Session, summary: dict[str, Any]) -> str:
@@ -198,11 +171,6 @@ def table(session: Session, summary: dict[str, Any]) -> str:
         ratio, scaled = gain / error if error else math.nan, gain / o["calibration"]["scale"]
         rows.append([name, *(plus_minus(o[k]) for k in ("before", "after", "gain")), f"{ratio:.1f}", f"{scaled:+.2f}"])
     notes = ["gains are over the base model without --adapter"] if session.config.adapter else []
-    if worst := summary["worst_served"]:
-        notes.append(
-            "worst served on its own prompts, in the last quarter of the rounds: client {client}, {objective} "
-            "{reward:.3f}; the others' mean is {mean_of_others:.3f}".format(**worst)
-        )
     if best := summary["best"]:
         gains = ", ".join(f"{name} {plus_minus(gain)}" for name, gain in best["gain"].items())
         notes.append(f"best after round {best['round']}, chosen on half of the held-out prompts; on the rest: {gains}")
@@ -216,6 +184,7 @@ def table(session: Session, summary: dict[str, Any]) -> str:
         f"uploads {summary['upload_bytes_per_client_round']:,.0f} bytes per client and round (downloads "
         f"{summary['download_bytes_per_client_round']:,.0f}), {summary['upload_bytes_total']:,.0f} in all; "
         f"{summary['seconds']:.0f} s",
+        *(client_table(session, summary["by_client"]) if "by_client" in summary else []),
     ])  # fmt: skip
 
 
@@ -232,11 +201,9 @@ def samples(session: Session, before: Evaluation, after: Evaluation) -> list[dic
 
 
 def show_samples(samples: Sequence[dict[str, Any]], n: int = 4) -> str:
-    """A few of the samples, of different subsets first."""
-    subsets = [sample["subset"] for sample in samples]
-    order = sorted(range(len(subsets)), key=lambda i: (subsets.index(subsets[i]) < i, i))
+    """The first samples, as text."""
     lines = [""]
-    for sample in (samples[i] for i in order[:n]):
+    for sample in samples[:n]:
         lines.append(sample["question"].strip())
         for stage in ("before", "after"):
             scores = ", ".join(f"{name} {score:.2f}" for name, score in sample[stage]["scores"].items())

@@ -7,7 +7,7 @@ no client trains on.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -76,8 +76,8 @@ class Session:
         check_prompts(self.objectives, prompts)
         self.prompts_of, self.held_out = data.share_out(prompts, config.clients, config, config.seed)
         by_chance = config.split in ("iid", "dirichlet")
-        self.client_names = [] if by_chance else [str(own[0].owner(config.split)) for own in self.prompts_of]
-        self.tasks = [Counter(p.task for p in own).most_common(1)[0][0] for own in self.prompts_of]
+        self.client_names = [] if by_chance else [str(share[0].owner(config.split)) for share in self.prompts_of]
+        self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.prompts_of]
         self.objectives_of = objectives_of(config.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config, config.seed)
         self.federation = self.federate(config)
@@ -153,8 +153,8 @@ class Session:
         """Each client's adapter after local rounds on its own: saved, and measured on held-out prompts of its kind."""
         theta, exchange, evaluations = self.federation.theta, ranks.Exchange(), []
         bar = tqdm(exchange.mine(self.federation.clients), "personalisation", disable=not self.progress, leave=False)
-        own = {client.index: fedmoa.personalise(self.federation, client) for client in bar}
-        for c, adapter in exchange.merged(own).items():
+        thetas = {client.index: fedmoa.personalise(self.federation, client) for client in bar}
+        for c, adapter in exchange.merged(thetas).items():
             self.policy.adapter.assign(adapter)
             if ranks.first():
                 peft_files.save(self.policy.adapter, out / "personal" / f"client{c}", self.base_model)
@@ -164,13 +164,18 @@ class Session:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Hashes of what the settings name: prompts and their owners, the base model, the objectives."""
-        prompts = hashlib.sha256()
-        for share in (*self.prompts_of, self.held_out):
-            rows = [[p.token_ids, {k: v for k, v in p.columns.items() if v is not None}] for p in share]
-            prompts.update(json.dumps(rows, default=str).encode())
-        hashes = {"the prompts": prompts.hexdigest(), "the base model": fingerprint(self.base_model)}
-        return hashes | {f"objective {o.name}": o.fingerprint for o in self.objectives}
+        """Hashes of what the settings name: prompts with their columns, the base model, the objectives."""
+
+        def digest(prompts: Iterable[Prompt]) -> str:
+            rows = [[p.token_ids, {k: v for k, v in p.columns.items() if v is not None}] for p in prompts]
+            return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+        return {
+            "the clients' prompts": digest(chain.from_iterable(self.prompts_of)),
+            "the held-out prompts": digest(self.held_out),
+            "the base model": fingerprint(self.base_model),
+            **{f"objective {objective.name}": objective.fingerprint for objective in self.objectives},
+        }
 
     def save(
         self, out: Path, before: Evaluation, held_out: dict[int, Tensor], lines: list[dict], seconds: float
@@ -202,22 +207,23 @@ class Session:
 def objectives_of(specs: Sequence[str], names: Sequence[str], tasks: Sequence[str]) -> list[list[int]]:
     """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
 
-    A client goes by its number, else by its task, else it holds all. Raises ValueError for a WHO that is neither or
-    both or is named twice, and for a NAME that is not an objective or comes twice.
+    A client goes by its number, else by its task, else it holds all. Raises ValueError for a WHO that is neither a
+    client nor a task, or both, or comes twice; and for a NAME that is not an objective, or comes twice.
     """
     numbers, lists = [str(client) for client in range(len(tasks))], {}
     for spec in specs:
         who, _, listed = spec.rpartition("=")
-        own = listed.split(",")
-        if who in lists or (who in tasks) == (who in numbers) or not set(own) <= set(names) or len(set(own)) < len(own):
+        chosen = listed.split(",")
+        unclear = who in lists or (who in tasks) == (who in numbers)
+        if unclear or not set(chosen) <= set(names) or len(set(chosen)) < len(chosen):
             raise ValueError(
                 f"client_objectives: {spec!r}; write WHO=NAME,NAME once for a client (0 to {len(tasks) - 1}) "
                 f"or a task ({', '.join(sorted(set(tasks)))}), with objectives from {', '.join(names)}"
             )
-        lists[who] = [names.index(name) for name in own]
+        lists[who] = [names.index(name) for name in chosen]
     everything = list(range(len(names)))
     held = [lists.get(client, lists.get(task, everything)) for client, task in zip(numbers, tasks, strict=True)]
     for j, name in enumerate(names):
-        if not any(j in own for own in held):
+        if not any(j in objectives for objectives in held):
             raise ValueError(f"client_objectives: no client holds {name}; leave it out of the objectives")
     return held

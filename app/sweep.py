@@ -97,15 +97,17 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
     M, runs = len(config.objectives), {}
     centre, asked = (mgda.preference_vector(p, M).tolist() for p in (None, config.preference))
     preferences = sorted(parse_preference(text, M) for text in sweep) if sweep else [asked]
+    if len(set(map(label, preferences))) < len(preferences):
+        raise ValueError(f"sweep: {' '.join(sweep)} names a preference twice; name each once")
     for text in compare or [config.method]:
         variant = options.variant(config, text) if compare else config
         method = options.method_of(variant)
-        followed = method.mixes_runs or "preference" in options.settings_of(method)
+        follows = method.mixes_runs or "preference" in options.settings_of(method)
         if text in runs or not variant.rounds:
             raise ValueError(f"compare: {text!r} is named twice, or trains no round")
-        runs[text] = [replace(variant, preference=p) for p in (preferences if followed else [centre])]
-        options.check(replace(runs[text][0], method=SPECIALIST) if method.mixes_runs else runs[text][0])
-    if sweep and all(len(ones) == 1 for ones in runs.values()) and len(preferences) > 1:
+        runs[text] = [replace(variant, preference=p) for p in (preferences if follows else [centre])]
+        options.check(replace(variant, method=SPECIALIST) if method.mixes_runs else variant)
+    if sweep and all(len(configs) == 1 for configs in runs.values()) and len(preferences) > 1:
         raise ValueError(f"sweep: {', '.join(runs)} takes no preference, so there is nothing to sweep")
     return runs
 
@@ -124,13 +126,16 @@ def sweep(
             raise ValueError(f"out: {out} holds a sweep with another {changed[0]}; name another directory")
     else:
         write_text(out / "sweep.json", json.dumps({"settings": shared}, indent=2) + "\n")
+    print(f"{out}: if it is stopped, the same command with --out {out} goes on")
     names = [parse_spec(spec)[0] for spec in config.objectives]
-    for text, ones in runs.items():
+    for text, configs in runs.items():
         home = out / text.replace(" ", ",")
-        if options.METHODS[ones[0].method].mixes_runs:
-            soups(ones, names, home, train)
-        for one in () if options.METHODS[ones[0].method].mixes_runs else ones:
-            finish(replace(one, out=str(home / label(one.preference))), train)
+        runs[text] = [replace(one, out=str(home / label(one.preference))) for one in configs]
+        if options.METHODS[configs[0].method].mixes_runs:
+            soups(runs[text], names, home, train)
+        else:
+            for one in runs[text]:
+                finish(one, train)
     conclude(config, runs, names, out)
 
 
@@ -148,16 +153,16 @@ def finish(config: Config, train: Callable[..., dict[str, Any]]) -> None:
         raise ValueError(f"{title}: {error}") from error
 
 
-def soups(ones: Sequence[Config], names: Sequence[str], home: Path, train: Callable[..., dict[str, Any]]) -> None:
-    """Rewarded Soups: specialists, trained one per objective, then Σ_m p_m θ_m, measured at every p."""
-    one_hot = np.eye(len(names)).tolist()
-    specialists = [
-        replace(ones[0], method=SPECIALIST, preference=p, out=str(home / f"specialist-{name}"))
-        for name, p in zip(names, one_hot, strict=True)
-    ]
-    for specialist in specialists:
-        finish(specialist, train)
-    missing = [one for one in ones if not (home / label(one.preference) / "summary.json").exists()]
+def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Callable[..., dict[str, Any]]) -> None:
+    """Rewarded Soups in the directory home: specialists, trained one per objective, then Σ_m p_m θ_m, measured at every
+    p, one for each config.
+    """
+    specialists = []
+    for name, p in zip(names, np.eye(len(names)).tolist(), strict=True):
+        out = str(home / f"specialist-{name}")
+        specialists.append(replace(configs[0], method=SPECIALIST, preference=p, out=out))
+        finish(specialists[-1], train)
+    missing = [one for one in configs if not (home / label(one.preference) / "summary.json").exists()]
     if not missing:
         return
     session, lines, thetas = Session(specialists[-1]), [], []
@@ -181,10 +186,7 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     """
     from app import plots  # here: matplotlib takes its time to import
 
-    rows: Rows = {}
-    for text, ones in runs.items():
-        homes = [out / text.replace(" ", ",") / label(one.preference) for one in ones]
-        rows[text] = [report.point(*saved(home), one.preference) for home, one in zip(homes, ones, strict=True)]
+    rows = {text: [report.point(*saved(one.out), one.preference) for one in configs] for text, configs in runs.items()}
     first, *others = [row for group in rows.values() for row in group]
     if any(row["inputs"] != first["inputs"] for row in others):
         raise ValueError(f"out: prompts, weights or code changed between the runs in {out}; name another directory")
@@ -199,21 +201,20 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
         unit = "0 is the base model, 1 the exact front" if front is not None else "of gains in base-policy deviations"
         print(f"hypervolume ({unit}): " + ", ".join(f"{name} {volume:.3f}" for name, volume in volumes.items()))
     plots.trade_off(rows, front, names, out / "pareto.png")
-    swept = {text: group for text, group in rows.items() if len(group) > 1 and group[0]["mean_lambda"]}
-    if swept:
-        lines = {
-            text: ([row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None)
-            for text, group in swept.items()
-        }
+    lines = {}
+    for text, group in rows.items():
+        if len(group) > 1 and group[0]["mean_lambda"]:
+            lines[text] = [row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None
+    if lines:
         axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")
         plots.panels([plots.Panel(*axes, lines, diagonal=True)], out / "weights.png")
     print(f"\n{out}: pictures, sweep.json, and every run in METHOD/")
 
 
-def saved(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def saved(run: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary and the log of a finished run; soups have no log."""
-    log = run / "metrics.jsonl"
-    return read_json((run / "summary.json").read_text("utf-8")), read_lines(log) if log.is_file() else []
+    log = Path(run, "metrics.jsonl")
+    return read_json(Path(run, "summary.json").read_text("utf-8")), read_lines(log) if log.is_file() else []
 
 
 def comparison(rows: Rows, names: Sequence[str], config: Config) -> str:
@@ -247,10 +248,11 @@ def hypervolumes(rows: Rows, front: np.ndarray | None) -> dict[str, float]:
 
     Without an exact front: of gains in base-policy deviations, above the worst of the base model and all points.
     """
-    base = np.array(next(iter(rows.values()))[0]["base"])
-    several = {text: group for text, group in rows.items() if len(group) > 1 and len(base) == 2}
+    first = next(iter(rows.values()))[0]
+    several = {text: group for text, group in rows.items() if len(group) > 1 and len(first["base"]) == 2}
     if front is not None:
-        return {t: normalised_hypervolume([row["mean"] for row in group], base, front) for t, group in several.items()}
-    gains = {text: np.array([row["gain"] for row in group]) / group[0]["scale"] for text, group in several.items()}
-    reference = np.minimum(np.concatenate(list(gains.values())).min(0), 0.0) if gains else base
+        means = {text: [row["mean"] for row in group] for text, group in several.items()}
+        return {text: normalised_hypervolume(m, np.array(first["base"]), front) for text, m in means.items()}
+    gains = {text: np.array([row["gain"] for row in group]) / first["scale"] for text, group in several.items()}
+    reference = np.min([gain.min(0) for gain in gains.values()], axis=0, initial=0.0)
     return {text: hypervolume(gain, reference) for text, gain in gains.items()}

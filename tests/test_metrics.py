@@ -1,133 +1,109 @@
 """What a round leaves in the log, on cases small enough to do by hand."""
 
 import math
-import re
 
 import numpy as np
 import pytest
+import test_run
 import torch
-from test_firm import NAMES, federation
+from test_faults import federation
 
 from app import metrics
-from baselines import MORLHF
-from rewards import parse_spec
+
+world = test_run.world  # the fixture
+HELD = [[0], [0, 1], [1]]  # the objectives of three clients
 
 
-def test_disagreement_is_the_mean_distance_to_the_mean():
+@pytest.fixture(scope="module")
+def round_of(world):
+    """The third round of clients that hold different objectives: federation, record, line."""
+    built = federation(world, client_objectives=["0=even", "2=short"], beta=0.3)
+    built.round(), built.round()
+    record = built.round()
+    return built, record, metrics.line(record, built.clients, built.names, built.policy.adapter)
+
+
+def test_disagreement_is_the_mean_distance_to_the_mean_of_what_clients_hold():
     assert metrics.disagreement(torch.tensor([[1.0, 0.0], [0.0, 1.0]])) == pytest.approx(math.sqrt(0.5))
-
-
-def test_clients_that_agree_do_not_disagree():
-    assert metrics.disagreement(torch.tensor([[0.3, 0.7]] * 4)) == pytest.approx(0.0, abs=1e-7)
-
-
-def test_an_objective_that_a_client_does_not_hold_counts_neither_in_the_mean_nor_in_the_distance():
-    nan = float("nan")
-    lambdas = torch.tensor([[1.0, nan], [0.5, 0.5], [0.0, 1.0]])  # means (½, ¾), distances ½, ¼, √(¼ + 1/16)
+    lambdas = torch.tensor([[1.0, math.nan], [0.5, 0.5], [0.0, 1.0]])  # means (½, ¾), distances ½, ¼, √(¼ + 1/16)
     assert metrics.disagreement(lambdas) == pytest.approx((0.5 + 0.25 + math.sqrt(0.3125)) / 3)
 
 
-def test_dispersion_is_the_mean_distance_of_the_adapters():
-    assert metrics.disagreement(torch.tensor([[3.0, 4.0], [-3.0, -4.0]])) == 5.0
+def test_the_cosines_are_those_of_every_pair_and_zero_with_a_zero_gradient():
+    J = torch.tensor([[1.0, 2.0], [-2.0, -4.0], [2.0, -1.0], [0.0, 0.0]])
+    assert metrics.pair_cosines(J @ J.T).tolist() == pytest.approx([-1.0, 0.0, 0.0, 0.0, 0.0, 0.0], abs=1e-7)
 
 
-def test_cosine_of_opposed_gradients_is_minus_one():
-    J = torch.tensor([[1.0, 2.0], [-2.0, -4.0]])
-    assert float(metrics.pair_cosines(J @ J.T)) == pytest.approx(-1.0)
+def test_figures_are_means_over_the_clients_that_hold_the_objective_and_each_client_has_its_own(round_of):
+    built, record, line = round_of
+    parts = list(record.arrived.values())
+    lambdas = [torch.stack([step.lam for step in part.updates[0].steps]).mean(0).tolist() for part in parts]
+    for j, name in enumerate(built.names):
+        holders = [c for c in range(3) if j in HELD[c]]
+        rewards = [parts[c].raw[:, j].numpy() for c in holders]
+        assert line[f"reward/{name}"] == pytest.approx(np.mean(rewards))
+        assert line[f"reward_sd/{name}"] == pytest.approx(np.std(rewards))
+        of_clients = [lambdas[c][HELD[c].index(j)] for c in holders]
+        assert line[f"lambda/{name}"] == pytest.approx(np.mean(of_clients))
+        assert {key: x for key, x in line.items() if key.startswith(f"lambda/{name}/")} == pytest.approx(
+            {f"lambda/{name}/client{c}": x for c, x in zip(holders, of_clients, strict=True)}
+        )
+        assert [line[f"reward/{name}/client{c}"] for c in holders] == pytest.approx(np.mean(rewards, axis=1))
+    prompts = np.array([len(client.prompts) for client in built.clients])
+    assert [line[f"share/client{c}"] for c in range(3)] == pytest.approx(prompts / prompts.sum())
+    assert line["kl"] == pytest.approx(np.mean([line[f"kl/client{c}"] for c in range(3)]))
 
 
-def test_cosine_with_a_zero_gradient_is_zero():
-    assert metrics.pair_cosines(torch.diag(torch.tensor([1.0, 0.0]))).tolist() == [0.0]
+def test_explained_variance_is_pooled_over_the_real_tokens_of_the_clients(round_of):
+    built, record, line = round_of
+    for j, name in enumerate(built.names):
+        variances = []
+        for c in (c for c in range(3) if j in HELD[c]):
+            (update,), column = record.arrived[c].updates, HELD[c].index(j)
+            both = torch.stack([update.advantages.returns, update.advantages.values])[..., column].double()
+            lengths = update.batch.rollout.mask.sum(1).tolist()
+            R, V = np.concatenate([both[:, row, :n] for row, n in enumerate(lengths)], axis=1)
+            variances.append([np.var(R - V), np.var(R)])
+        unexplained, total = np.mean(variances, axis=0)
+        assert line[f"explained_variance/{name}"] == pytest.approx(1 - unexplained / total, rel=1e-5)
 
 
-def test_no_objective_can_have_a_name_that_another_metric_has():
-    # Every column of a round with one-letter objectives, with that name put in for the letter.
-    line = federation(M=2).round()
-    kinds = {key.split("/")[0] for key in line if key.endswith(f"/{NAMES[0]}")}
-    taken = {key.split("/")[1] for key in line if key.split("/")[0] in kinds} - set(NAMES)
-    assert taken == {"disagreement"}
-    with pytest.raises(ValueError, match="disagreement"):
-        parse_spec("disagreement=rule:length")
+def test_a_group_of_equal_rewards_is_counted_as_one_without_spread(world):
+    built = federation(world, advantages="group", group_size=2)
+    record = built.round()
+    line = metrics.line(record, built.clients, built.names, built.policy.adapter)
+    scores = torch.cat([part.raw for part in record.arrived.values()]).reshape(-1, 2, 2)  # [groups, S, M]
+    silent = (scores[:, 0] == scores[:, 1]).double().mean(0).tolist()
+    assert [line[f"zero_spread/{name}"] for name in built.names] == pytest.approx(silent) and any(silent)
 
 
-@pytest.mark.parametrize("name", ["drift", "movement"])
-def test_an_objective_called_like_a_figure_keeps_its_own_column(name):
-    built = federation()
-    built.names = [name, "low"]
-    line = built.round()
-    assert line[f"lambda/{name}"] + line["lambda/low"] == pytest.approx(1.0)
+@pytest.mark.parametrize(("method", "vectors", "numbers"), [("firm", 1, 2), ("fsmgda", 2, 2), ("adaptive", 1, 4)])
+def test_the_bill_is_four_bytes_a_parameter_and_eight_a_named_number(world, method, vectors, numbers):
+    built = federation(world, method=method)
+    line, d = metrics.line(built.round(), built.clients, built.names, built.policy.adapter), built.policy.adapter.size
+    assert line["upload_bytes"] == 4 * vectors * d + 8 * numbers
+    assert line["download_bytes"] == 4 * d + 8 + (16 if method == "adaptive" else 0)  # θ, κ, and α
+    assert ("advantage_scale/even+short" in line) == (method == "adaptive")  # its one loss is on both objectives
 
 
-def test_the_column_of_a_loss_on_several_objectives_is_no_name_that_an_objective_may_have():
-    line = federation(method=MORLHF).round()
-    (column,) = (key for key in line if key.startswith("advantage_scale/"))
-    assert not re.fullmatch(r"[A-Za-z0-9_-]+", column.split("/")[1])
-
-
-def test_rewards_are_means_over_the_clients_that_hold_the_objective():
-    built = federation(held=[[0], [0, 1], [1]])
-    line = built.round()
-    raw = torch.cat(built.record.raw)
-    assert line["reward/even"] == pytest.approx(float(raw[:12, 0].mean()))
-    assert line["reward_sd/low"] == pytest.approx(float(np.std(raw[6:, 1].numpy())))
-
-
-def test_lambda_is_the_mean_over_the_clients_that_hold_the_objective():
-    built = federation(held=[[0], [0, 1], [1]], beta=0.3)
-    line = built.round()
-    own = torch.stack([step.lam for step in built.record.updates[1][0].steps]).mean(0)
-    assert line["lambda/even"] == pytest.approx((1.0 + float(own[0])) / 2)
-    assert line["lambda/low"] == pytest.approx((1.0 + float(own[1])) / 2)
-
-
-def test_every_client_has_its_own_figures_of_what_it_holds():
-    built = federation(held=[[0], [0, 1], [1]], beta=0.3)
-    line = built.round()
-    for c, (held, raw) in enumerate(zip(([0], [0, 1], [1]), built.record.raw, strict=True)):
-        for j, name in enumerate(("even", "low")):
-            assert (f"reward/{name}/client{c}" in line) == (f"lambda/{name}/client{c}" in line) == (j in held)
-            if j in held:
-                assert line[f"reward/{name}/client{c}"] == pytest.approx(float(raw[:, j].mean()))
-        lam = torch.stack([step.lam for step in built.record.updates[c][0].steps]).mean(0)
-        assert [line[f"lambda/{('even', 'low')[j]}/client{c}"] for j in held] == pytest.approx(lam.tolist())
-        assert line[f"kl/client{c}"] == built.record.uploads[c].kl
-        assert line[f"share/client{c}"] == pytest.approx((4 + c) / 15)
-
-
-# Averaging A and B apart
-
-
-def adapters(C=4):
-    """Each client's [A₀, B₀, A₁, B₁], two layers of different shapes in float64, and weights of sum 15."""
+def adapters() -> tuple[list, torch.Tensor]:
+    """Four clients' [A₀, B₀, A₁, B₁], two layers of different shapes in float64, and weights of sum 15."""
     g = torch.Generator().manual_seed(0)
     shapes = [(3, 7), (5, 3), (3, 4), (9, 3)]
-    thetas = [[torch.randn(shape, dtype=torch.float64, generator=g) for shape in shapes] for _ in range(C)]
-    return thetas, 2.0 ** torch.arange(C, dtype=torch.float64)
-
-
-def with_whole_matrices(thetas, weights, scale):
-    """‖mean(ΔW) − scale · mean(B) mean(A)‖ and ‖mean(ΔW)‖, every ΔW written out."""
-    w = (weights / weights.sum()).tolist()
-    lost = kept = 0.0
-    for i in range(0, len(thetas[0]), 2):
-        A, B = (sum(share * theta[i + k] for share, theta in zip(w, thetas, strict=True)) for k in (0, 1))
-        mean = sum(share * scale * theta[i + 1] @ theta[i] for share, theta in zip(w, thetas, strict=True))
-        lost += float((mean - scale * B @ A).square().sum())
-        kept += float(mean.square().sum())
-    return math.sqrt(lost), math.sqrt(kept)
+    thetas = [[torch.randn(shape, dtype=torch.float64, generator=g) for shape in shapes] for _ in range(4)]
+    return thetas, 2.0 ** torch.arange(4, dtype=torch.float64)
 
 
 def test_the_averaging_residual_is_that_of_the_whole_matrices():
     thetas, weights = adapters()
-    ours = metrics.averaging_residual(thetas, weights, 1.7)
-    assert ours == pytest.approx(with_whole_matrices(thetas, weights, 1.7), rel=1e-12)
-
-
-def test_equal_clients_lose_nothing_by_averaging():
-    thetas, _ = adapters(C=1)
-    residual, norm = metrics.averaging_residual(thetas * 3, torch.tensor([1.0, 2.0, 4.0]).double(), 1.7)
-    assert residual == pytest.approx(0.0, abs=1e-12)
-    assert norm == pytest.approx(with_whole_matrices(thetas, torch.ones(1), 1.7)[1], rel=1e-12)
+    residual = norm = 0.0
+    for A, B in ((0, 1), (2, 3)):
+        mean = sum(w / 15 * 1.7 * theta[B] @ theta[A] for w, theta in zip(weights, thetas, strict=True))
+        apart = [sum(w / 15 * theta[i] for w, theta in zip(weights, thetas, strict=True)) for i in (A, B)]
+        residual += (mean - 1.7 * apart[1] @ apart[0]).square().sum()
+        norm += mean.square().sum()
+    figures = metrics.averaging_residual(thetas, weights, 1.7)
+    assert figures == pytest.approx((math.sqrt(residual), math.sqrt(norm)), rel=1e-12)
 
 
 @pytest.mark.parametrize("shared", [0, 1])
@@ -137,18 +113,3 @@ def test_clients_with_one_factor_in_common_lose_nothing_by_averaging(shared):
         theta[shared::2] = thetas[0][shared::2]
     residual, norm = metrics.averaging_residual(thetas, weights, 1.7)
     assert residual == pytest.approx(0.0, abs=1e-12) and norm > 1
-
-
-def test_explained_variance_is_pooled_over_the_real_tokens_of_all_clients_objective_by_objective():
-    built = federation()
-    built.round()  # so that the critics know something
-    line = built.round()
-    batches = [update for (update,) in built.record.updates]
-    for j, name in enumerate(NAMES[:2]):
-        returns, values = [], []
-        for update in batches:
-            for row, n in enumerate(update.batch.rollout.mask.sum(1).tolist()):
-                returns += update.advantages.returns[row, :n, j].tolist()
-                values += update.advantages.values[row, :n, j].tolist()
-        residual = np.array(returns) - np.array(values)
-        assert line[f"explained_variance/{name}"] == pytest.approx(1 - residual.var() / np.var(returns), rel=1e-5)
