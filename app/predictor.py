@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,8 @@ def survey_of(config: Config, device: str, progress: bool) -> tuple[Survey, list
     if config.opinions and config.encoder:
         file, encoder, world = config.opinions, config.encoder, opinions
     elif config.model == "survey" and not config.opinions:
-        files, world = survey.prepare(config.seed, progress=progress), survey
+        bar = partial(tqdm, desc="pre-training, once", disable=not progress, leave=False)
+        files, world = survey.prepare(config.seed, progress=bar), survey
         file, encoder = str(files.opinions), config.encoder or str(files.encoder)
     else:
         raise ValueError("opinions: name the survey answers and what embeds them, --opinions FILE --encoder DIR_OR_HUB")

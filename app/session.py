@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from settings import Config
 from worlds import reasoning, survey, toy
 
 EVAL_BATCH = 256  # rows
-WORLDS = {"toy": toy.prepare, "reasoning": reasoning.prepare, "survey": survey.prepare}
 
 
 @dataclass
@@ -58,11 +57,14 @@ class Session:
             ranks.take_gpu()
         options.check(config)
         self.base_model, files = config.model, config.prompts
-        if config.model in WORLDS:
-            settings = {"seed": config.seed} if config.model == "survey" else {}
-            if config.model == "reasoning":
-                settings = {"seed": config.seed, "severity": config.severity}
-            model, prompts = WORLDS[config.model](**settings)
+        bar = partial(tqdm, desc="pre-training, once", disable=not self.progress, leave=False)
+        if config.model == "toy":
+            model, prompts = toy.prepare(progress=bar)
+        elif config.model == "reasoning":
+            model, prompts = reasoning.prepare(config.severity, config.seed, progress=bar)
+        elif config.model == "survey":
+            model, _, _, prompts = survey.prepare(config.seed, progress=bar)
+        if config.model in options.EMBEDDED:
             self.base_model, files = str(model), files or [str(prompts)]
         specs = config.objectives
         if config.model == "survey":

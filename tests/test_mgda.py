@@ -136,9 +136,8 @@ def test_the_closed_form_for_two_objectives_is_the_general_solver(beta):
 
 @pytest.mark.parametrize("beta", [0.01, 1.0, 10.0])
 def test_orthogonal_gradients_of_equal_norm_give_the_hand_computed_weight(beta):
-    assert float(mgda.solve(torch.eye(2) / 2, beta, [0.8, 0.2])[0]) == pytest.approx(
-        (0.5 + beta * 0.8) / (1 + beta), abs=1e-12
-    )
+    lam = mgda.solve(torch.eye(2) / 2, beta, [0.8, 0.2])
+    assert float(lam[0]) == pytest.approx((0.5 + beta * 0.8) / (1 + beta), abs=1e-12)
 
 
 @pytest.mark.parametrize("M", [2, 3, 4])
@@ -183,8 +182,7 @@ def test_weights_move_at_most_two_over_beta_times_the_gram(M, beta):
 
 
 def test_the_lipschitz_bound_is_nearly_tight_for_parallel_gradients():
-    beta, epsilon = 0.01, 1e-4
-    g = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    beta, epsilon, g = 0.01, 1e-4, torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     G, H = (mgda.normalise(mgda.gram(torch.cat([g, (1 + e) * g]))) for e in (0.0, epsilon))
     share = float((mgda.solve(G, beta) - mgda.solve(H, beta)).norm() / (2 / beta * torch.linalg.matrix_norm(G - H, 2)))
     assert 0.65 < share < 0.75

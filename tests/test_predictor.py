@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, d
 
 
 def test_an_embedding_is_the_mean_of_the_last_hidden_states_in_any_batch():
-    encoder = predictor.Encoder(str(survey.prepare(progress=False).model))
+    encoder = predictor.Encoder(str(survey.prepare().model))
     questions = [Question(ASKED, ("family", "faith")), Question("family " * 500, ("faith",))]
     embeddings = encoder(questions, batch_size=2)
     for text, x in zip((f"{ASKED} family", f"{ASKED} faith", "family " * 500 + " faith"), embeddings, strict=True):
@@ -74,7 +74,7 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states_in_any_batch():
 
 
 def test_embeddings_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
-    encoder, questions = str(survey.prepare(progress=False).encoder), [Question(ASKED, ("family", "faith"))]
+    encoder, questions = str(survey.prepare().encoder), [Question(ASKED, ("family", "faith"))]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x = predictor.embedded(questions, encoder)
     monkeypatch.setattr(predictor, "Encoder", None)
@@ -107,7 +107,7 @@ def test_the_reward_is_the_predicted_share_of_the_chosen_option(finished):
 
 
 def test_the_worlds_own_predictor_is_trained_once(tmp_path, monkeypatch):
-    files = survey.prepare(progress=False)
+    files = survey.prepare()
     monkeypatch.setattr(survey, "prepare", lambda *_, **__: files)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(predictor.PRESETS, "pluralllm-tiny", {"model": "survey", "rounds": 1, "local_steps": 1})

@@ -60,7 +60,7 @@ def test_no_prompt_asks_a_question_of_the_survey_and_its_reply_is_an_option():
 
 
 def test_the_model_answers_with_one_of_the_options():
-    where = survey.prepare(progress=False).model
+    where = survey.prepare().model
     model, tokenizer = AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
     rows = list(survey.prompts(0))[:64]
     torch.manual_seed(0)

@@ -1,1 +1,1 @@
-"""Embedded worlds: models, prompts and objectives that need no download."""
+"""Embedded worlds, whose models, prompts and objectives need no download, and readers of published data."""

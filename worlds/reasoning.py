@@ -1,16 +1,14 @@
 """The second embedded world: two small tasks whose answers can be checked, and clients that differ. [ours]
 
-Like `worlds/toy.py` it enters the project as anyone's data would: an ordinary checkpoint, prompts in HH-RLHF's format,
-objectives in TRL's convention. It is for what is rewarded for being right: FedMOA stands on it.
+Like `worlds/toy.py` it enters the project as any model and data do. FedMOA needs it: accuracy can be checked here.
 
     mathematics   what is 3 + 4 - 2 ?        7 , 5 so 5 .         the running values, then the answer
     code          make 14 from 3 4 2 .       3 4 mul 2 add .      a stack program: a number pushes itself, add, sub and
                                                                   mul take two and push one
 
 A problem has two operations (easy) or more (hard: four in mathematics, three in code), on numbers from 1 to 6. In a
-program each given number may be used once at most, in any order; it is right if it leaves the value that was asked for
-and nothing else. Programs are run by
-`execute`, which knows these three words and numbers, and nothing else.
+program each given number may be used once at most, in any order. It is right if it leaves the value that was asked for
+and nothing else. `execute` runs programs; it knows numbers and these three words only.
 
 The objectives, for a reply of n words:
 
@@ -19,28 +17,23 @@ The objectives, for a reply of n words:
                a program that leaves one value
     length     1 - n / 11, at least 0: short replies
 
-    one_step   mathematics: 1 if the first running value is right, else 0; soon reached
-    six_steps  mathematics: the same with a target of six: the right running values, over 6; no problem has so many
+They conflict: `so 5 .` is short, but a model that skips the running values is mostly wrong.
 
-They pull against each other where it hurts: `so 5 .` is short, but whoever skips the running values is mostly wrong.
+A fifth of all sets of numbers is held out: no client and no pre-training sees these numbers, in any order. The
+pre-trained model is right one time in three: it skips the running values, stops one operation early, and miscounts.
 
-Held out are sets of numbers that no client holds, in whatever order and under whatever operations, and that the
-pre-training never saw. The pre-trained model is right one time in three: it skips the running values, stops one
-operation early, and miscounts.
-
-The clients. Eight, that differ by task, by difficulty, and by data: half are careful, half are poor. In a poor
-client's data a share of the reference answers, `severity`, is systematically wrong: the value one operation before the
-end. That can be learnt, and the model makes that very slip. So a client with few right answers has hard problems or
-poor data, and who looks at accuracy alone cannot tell which. References of rows without a client are right.
+Eight clients differ by task, by difficulty, and by data: half are careful, half are poor. In a poor client's data a
+share of the reference answers, `severity`, is systematically wrong: the value one operation before the end. That can be
+learnt, and the model makes that very slip. So a client with few right answers has hard problems or poor data, and its
+accuracy alone cannot tell which. References of rows without a client are right.
 """
 
 import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -70,10 +63,10 @@ class Problem:
 
     @property
     def values(self) -> list[int]:
-        """What every operation comes to; the last one is the answer."""
-        known, values = OPERATIONS | INSTRUCTIONS, [self.numbers[0]]
+        """The value after each operation; the last one is the answer."""
+        values = [self.numbers[0]]
         for operation, number in zip(self.operations, self.numbers[1:], strict=True):
-            values.append(known[operation](values[-1], number))
+            values.append((OPERATIONS | INSTRUCTIONS)[operation](values[-1], number))
         return values[1:]
 
     @property
@@ -83,16 +76,14 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """How it is asked."""
+        """The problem in the words of the world."""
         if self.task == "code":
             return f"make {self.values[-1]} from {' '.join(map(str, self.numbers))} ."
         steps = zip(self.operations, self.numbers[1:], strict=True)
-        return " ".join(
-            ["what is", str(self.numbers[0]), *(f"{operation} {number}" for operation, number in steps), "?"]
-        )
+        return f"what is {self.numbers[0]} {' '.join(f'{operation} {number}' for operation, number in steps)} ?"
 
     def reply(self, operations: int, running_values: bool = True) -> str:
-        """The answer by the first `operations` of them; mathematics may do without its running values."""
+        """The answer by the first `operations`; mathematics may do without its running values."""
         if self.task == "code":
             steps = zip(self.operations[:operations], self.numbers[1:], strict=False)
             return " ".join([str(self.numbers[0]), *(f"{number} {operation}" for operation, number in steps), "."])
@@ -111,10 +102,6 @@ def problem(rng: random.Random, task: str, operations: int, held_out: bool) -> P
             return drawn
 
 
-# ---- the objectives --------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
 def asked(prompt: str) -> tuple[str, tuple[int, ...]]:
     """(task, the numbers given) of the last question in a dialogue. Raises ValueError for one of another world."""
     question = prompt.rsplit("Human:", 1)[-1].split("\n\nAssistant:")[0].strip()
@@ -126,7 +113,7 @@ def asked(prompt: str) -> tuple[str, tuple[int, ...]]:
 
 
 def execute(program: Sequence[str], numbers: Sequence[int]) -> int | None:
-    """What a stack program leaves; None where it is none, uses a number not given, or leaves more or less than one."""
+    """The one value that a stack program leaves; None if it leaves more or less, or uses a number that is not given."""
     stack, left = [], list(numbers)
     for word in program:
         if word in INSTRUCTIONS and len(stack) > 1:
@@ -147,11 +134,8 @@ def answer_of(prompt: str, completion: str) -> tuple[int | None, bool]:
     if task == "code":
         value = execute(words[:-1], numbers) if words[-1:] == ["."] else None
         return value, value is not None and len(words) > 3  # a lone number is no program
-    found = re.fullmatch(r"((?:\d+ , )*\d+ )?so (\d+) \.", " ".join(words))
-    if not found:
-        return None, False
-    shown, answer = found.groups()
-    return int(answer), bool(shown) and shown.split()[-1] == answer
+    match = re.fullmatch(r"(?:(?:\d+ , )*(\d+) )?so (\d+) \.", " ".join(words))
+    return (int(match[2]), match[1] == match[2]) if match else (None, False)
 
 
 def accuracy(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns) -> list[float]:
@@ -170,31 +154,6 @@ def length(prompts: Sequence[str], completions: Sequence[str], **columns) -> lis
     return [max(0.0, 1.0 - len(completion.split()) / MAX_WORDS) for completion in completions]
 
 
-def right_steps(prompt: str, completion: str) -> int:
-    """How many running values a reply gets right, up to its first mistake; 0 for a program."""
-    task, _ = asked(prompt)
-    if task == "code":
-        return 0
-    words = prompt.rsplit("what is", 1)[-1].split("?")[0].split()
-    values = Problem(task, tuple(map(int, words[::2])), tuple(words[1::2])).values
-    shown = re.match(r"(?:\d+ (?:, )?)*", completion)[0].replace(",", "").split()
-    wrong = [int(given) != value for given, value in zip(shown, values, strict=False)]
-    return wrong.index(True) if True in wrong else len(wrong)
-
-
-def one_step(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
-    """1 if the first running value is right, else 0."""
-    return [float(min(right_steps(p, c), 1)) for p, c in zip(prompts, completions, strict=True)]
-
-
-def six_steps(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
-    """The right running values, over 6."""
-    return [min(right_steps(p, c), 6) / 6 for p, c in zip(prompts, completions, strict=True)]
-
-
-# ---- the checkpoint and the prompts ------------------------------------------------------------------------------
-
-
 def vocabulary() -> list[str]:
     """Every word of the world."""
     return ["what", "is", "make", "from", "so", "?", ".", ",", *OPERATIONS, *INSTRUCTIONS, *map(str, range(LIMIT + 1))]
@@ -206,13 +165,12 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
     for _ in range(size):
         task, operations = rng.choice(TASKS), rng.choice((2, 3, 4))
         drawn = problem(rng, task, min(operations, SIZES[task, "hard"]), held_out=False)
-        operations = len(drawn.operations)
-        done = operations - (rng.random() < STOPS_EARLY)
+        done = len(drawn.operations) - (rng.random() < STOPS_EARLY)
         pairs.append((drawn.question, drawn.reply(done, running_values=rng.random() >= SKIPS)))
     return pairs
 
 
-def pretrain(steps: int = 1000, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: bool = True):
+def pretrain(steps: int = 1000, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: Callable = iter):
     """A fresh model trained on the corpus, see `tiny_llama.pretrain`."""
     return tiny_llama.pretrain(vocabulary(), corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
 
@@ -237,22 +195,21 @@ def rows(severity: float, seed: int = 0) -> Iterator[dict]:
 
 
 def prepare(
-    severity: float = 0.0, rows_seed: int = 0, cache_dir: Path | None = None, progress: bool = True, **settings
+    severity: float = 0.0, rows_seed: int = 0, cache_dir: Path | None = None, progress: Callable = iter, **settings
 ) -> tuple[Path, Path]:
-    """(checkpoint directory, prompt file) of the world: from the cache, or made now (about 20 s on one core).
+    """(checkpoint directory, prompt file): from the cache, or new, in about 20 s.
 
-    severity: the share of wrong references in the data of poor clients; rows_seed: that of the prompts; settings are
-    `pretrain`'s. Raises ValueError where the cache cannot be written.
+    severity: the share of wrong references at poor clients; rows_seed: of the prompts; settings: `pretrain`'s.
     """
 
-    def pretrained(directory: Path) -> None:
+    def fill_model(directory: Path) -> None:
         for part in pretrain(**settings, progress=progress):
             part.save_pretrained(directory / "model")
 
-    def asked_of(directory: Path) -> None:
-        lines = [json.dumps(row) + "\n" for row in rows(severity, rows_seed)]
+    def fill_prompts(directory: Path) -> None:
+        lines = (json.dumps(row) + "\n" for row in rows(severity, rows_seed))
         (directory / "prompts.jsonl").write_text("".join(lines), "utf-8")
 
-    model = tiny_llama.cached(pretrained, __file__, settings, cache_dir)
-    prompts = tiny_llama.cached(asked_of, __file__, {"severity": severity, "rows_seed": rows_seed}, cache_dir)
+    model = tiny_llama.cached(fill_model, __file__, settings, cache_dir)
+    prompts = tiny_llama.cached(fill_prompts, __file__, {"severity": severity, "rows_seed": rows_seed}, cache_dir)
     return model / "model", prompts / "prompts.jsonl"

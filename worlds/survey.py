@@ -19,7 +19,7 @@ A seed draws values, words' meanings, questions and samples; the two models are 
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +110,7 @@ def prompts(seed: int) -> Iterator[dict]:
         yield {"chosen": dialogue, "question": question, "options": options}
 
 
-def pretrain(steps: int = 800, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: bool = True):
+def pretrain(steps: int = 800, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: Callable = iter):
     """A fresh model that answers with one of the options, see `tiny_llama.pretrain`."""
     rng, pairs = random.Random(seed), []
     for _ in range(steps * batch_size):
@@ -143,7 +143,7 @@ class Files(NamedTuple):
     prompts: Path
 
 
-def prepare(seed: int = 0, cache_dir: Path | None = None, progress: bool = True, **settings) -> Files:
+def prepare(seed: int = 0, cache_dir: Path | None = None, progress: Callable = iter, **settings) -> Files:
     """The world's files, from the cache or new (about 15 s on one core). settings: those of `pretrain`."""
 
     def fill_models(directory: Path) -> None:

@@ -1,8 +1,7 @@
 """The toy world: a tiny language, a tiny Llama pre-trained on it, two conflicting objectives, their exact front.
 
-All of it is [ours]; no paper describes it. It stands in for HH-RLHF, TinyLlama and two reward models where a run has
-to end in a minute, and it enters the project as anyone's model would: `prepare` writes an ordinary checkpoint directory
-and prompts in HH-RLHF's format; the objectives are plain functions in TRL's convention.
+All of it is [ours]. It enters the project as any model and data do: `prepare` writes an ordinary checkpoint and prompts
+in HH-RLHF's format, and the objectives are plain functions in TRL's convention.
 
 The language. Somebody asks how to do one of 16 things, 8 benign ("bake bread") and 8 risky ("pick locks"). A reply
 is words: `take flour and yeast .` lists *details* of the topic, `ask police or friends .` lists *helpers* to turn to,
@@ -10,8 +9,7 @@ is words: `take flour and yeast .` lists *details* of the topic, `ask police or 
 (take, use, get, add for details; ask, call, see for helpers), or linked by `and` / `or` to a noun of its kind in its
 place. A verb cannot follow a noun directly, so a second list needs a word between. Word salad earns nothing.
 
-The objectives, for a reply with d details of the asked topic and a helpers in their places, and n different details of
-risky topics anywhere (so that salad is no way around the harm):
+The objectives, for a reply with d details and a helpers in their places, and n details of risky topics anywhere:
 
     helpful  = q · (1 − exp(−d / 2)) · (¼ if it refuses else 1)
     harmless = q · (1 − harm) · (1 + care) / 2
@@ -21,23 +19,21 @@ risky topics anywhere (so that salad is no way around the harm):
 
 q is 1 for a finished reply, at most 11 words (12 tokens with the EOS) of which the last is a full stop, else ½. On
 benign prompts nothing conflicts: five details are best for helpful, and harmless only asks not to be turned away. On
-risky ones the details *are* the harm; the first do little and help much, helpers make up for some of it but compete
-for the same 11 words. So the front is curved: one detail after the other pays as the preference moves.
+risky ones the details *are* the harm. The first do little and help much; helpers make up for some of it but compete
+for the same 11 words. The front is therefore curved: one detail after the other pays as the preference moves.
 
 The pre-trained model starts between two faults: it answers risky questions too readily and turns benign ones away.
-
-Left out on purpose: meaning, grammar beyond the rule above, dialogues of several turns, any synonym. The constants were
-chosen so that plain policy gradients get somewhere within minutes; no two methods were compared in choosing them.
+Left out on purpose: meaning, grammar beyond the rule above, dialogues of several turns, any synonym. With these
+constants plain policy gradients get somewhere within minutes; we compared no two methods in choosing them.
 """
 
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -81,39 +77,31 @@ OPENINGS = ("sure ,", "well ,", "okay ,", "of course ,", "you can", "first", "ju
 BRUSH_OFFS = ("sorry , i cannot help with that", "i refuse to explain that", "sorry , no", "i cannot say")
 TURNS = (", then", ", but", ". please", ", or", ".")
 FILLERS = ("um", "maybe", "really", "you know", "so")
-# the two faults of the corpus, each for (benign, risky) questions:
-COMPLIANCE = (0.35, 0.9)  # share that is answered
-SIZES = ((4, 3, 2, 1), (1, 2, 2, 1))  # of the answers: odds of 1, 2, 3, 4 details
-REDIRECTION = (0.15, 0.4)  # of the answers: share that turns to helpers in the end
+COMPLIANCE = (0.35, 0.9)  # share of (benign, risky) questions that the corpus answers: its two faults
+SIZES = ((4, 3, 2, 1), (1, 2, 2, 1))  # of these answers: odds of 1, 2, 3, 4 details
+REDIRECTION = (0.15, 0.4)  # of these answers: share that turns to helpers in the end
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What the objectives see of a reply: d, n, a of the module docstring, does it refuse, is it finished."""
+class Counts(NamedTuple):
+    """All that the objectives see of a reply, and their values: `harmless` depends on the prompt too."""
 
-    details: int
-    harmful: int
-    helpers: int
+    details: int  # d
+    harmful: int  # n
+    helpers: int  # a
     refuses: bool
     finished: bool
 
     def helpful(self) -> float:
-        """Value of `helpful`, in [0, 0.96)."""
         return (1 - math.exp(-self.details / 2)) * (0.25 if self.refuses else 1.0) * (1.0 if self.finished else 0.5)
 
     def harmless(self, risky: bool) -> float:
-        """Value of `harmless` on a risky or a benign prompt, in [0, 1]."""
         safe = 1 - min(self.harmful / 5, 1) ** 2
         care = 1 - math.exp(-(self.helpers + self.refuses) / 2) if risky else 1.0 - self.refuses
         return safe * (1 + care) / 2 * (1.0 if self.finished else 0.5)
 
 
-@lru_cache(maxsize=4096)
 def topic_of(prompt: str) -> str:
-    """The topic asked about in the last turn of a dialogue (or of a bare question).
-
-    Raises ValueError where it is none of this world's.
-    """
+    """The topic of the last question in a dialogue, or of a bare question. Raises ValueError if there is none."""
     question = prompt.rsplit("Human:", 1)[-1].split("\n\nAssistant:")[0]
     for topic in TOPICS:
         if topic in question:
@@ -124,7 +112,8 @@ def topic_of(prompt: str) -> str:
 def count(topic: str, completion: str) -> Counts:
     """Reads a reply from left to right by the grammar of the module docstring."""
     words = completion.split()
-    placed, due, listed, last = set(), None, None, None  # due: the kind of noun that would be in its place now
+    placed = set()
+    due = listed = last = None  # due: the kind of noun that would be in its place now
     for word in words:
         if word in NOUNS:
             listed = due if NOUNS[word] == due else None  # what is linked to a misplaced noun is misplaced too
@@ -136,13 +125,10 @@ def count(topic: str, completion: str) -> Counts:
         else:
             due = listed if word in LINKS and last in NOUNS else None
         last = word
-    return Counts(
-        details=len(placed.intersection(DETAILS[topic])),
-        harmful=len(HARMFUL.intersection(words)),
-        helpers=len(placed.intersection(HELPERS)),
-        refuses=not set(REFUSALS).isdisjoint(words),
-        finished=0 < len(words) <= MAX_WORDS and words[-1] == ".",
-    )
+    details, helpers = (len(placed.intersection(nouns)) for nouns in (DETAILS[topic], HELPERS))
+    refuses = not set(REFUSALS).isdisjoint(words)
+    finished = 0 < len(words) <= MAX_WORDS and words[-1] == "."
+    return Counts(details, len(HARMFUL.intersection(words)), helpers, refuses, finished)
 
 
 def helpful(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
@@ -152,8 +138,7 @@ def helpful(prompts: Sequence[str], completions: Sequence[str], **columns) -> li
 
 def harmless(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
     """How little harm each reply does and, on risky prompts, how well it redirects, in [0, 1]."""
-    topics = [topic_of(p) for p in prompts]
-    return [count(t, c).harmless(t in RISKY) for t, c in zip(topics, completions, strict=True)]
+    return [count(t, c).harmless(t in RISKY) for t, c in zip(map(topic_of, prompts), completions, strict=True)]
 
 
 def twin(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
@@ -165,18 +150,13 @@ def twin(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[
 def profiles(risky: bool, max_words: int = MAX_WORDS) -> np.ndarray:
     """(helpful, harmless) [n, 2] of every reply of at most `max_words` words that can matter.
 
-    The objectives see a reply only through its `Counts`, so we enumerate these, with the fewest words each needs: two
-    for a noun in its place (with the verb or link before it), one for a refusal, one to part a second list from the
-    first, which a refusal can do too, one for the full stop. Harmful words beyond the details only lose. Longer
-    replies never count as finished, and unfinished ones stay far below the front.
+    The objectives see a reply only through its `Counts`. It needs at least two words for a noun in its place (one is a
+    verb or link), one for a refusal, one to part a second list from the first, which a refusal can do too, and one for
+    the full stop. Harmful words beyond the details only lose, and unfinished replies stay far below the front.
     """
-    values = []
-    for d, a, refuses, finished in product(range(7), range(len(HELPERS) + 1), (False, True), (False, True)):
-        parting = max(refuses, d > 0 and a > 0)
-        if 2 * d + 2 * a + parting + finished <= max_words:
-            counts = Counts(d, d if risky else 0, a, refuses, finished)
-            values.append((counts.helpful(), counts.harmless(risky)))
-    return np.array(values)
+    kinds = product(range(7), range(len(HELPERS) + 1), (False, True), (False, True))  # d, a, refuses, finished
+    fits = [Counts(d, d * risky, a, r, f) for d, a, r, f in kinds if 2 * (d + a) + max(r, d * a > 0) + f <= max_words]
+    return np.array([(counts.helpful(), counts.harmless(risky)) for counts in fits])
 
 
 def _upper_right(values: np.ndarray) -> np.ndarray:
@@ -195,7 +175,7 @@ def pareto_front(prompts: Sequence[str] | None = None, points: int = 101, max_wo
     of `profiles`, and over several prompts the mean of one point from each hull: a Minkowski sum. Its upper-right
     boundary begins at every prompt's most harmless point and then walks the edges of all hulls in the order of their
     slopes, cheapest first. Between vertices it is straight: the policy randomises. Only the share of risky `prompts`
-    matters (default: half); `points` are added between the vertices, evenly in `helpful` (0: vertices only).
+    matters (default: half). `points` are added on the way, evenly in `helpful` (0: vertices only).
     """
     risky = 0.5 if prompts is None else sum(topic_of(p) in RISKY for p in prompts) / len(prompts)
     shares = {False: 1 - risky, True: risky}
@@ -258,7 +238,7 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
     return [(rng.choice(asked[t]), reply(rng, t, rng.random() < COMPLIANCE[t in RISKY])) for t in topics]
 
 
-def pretrain(steps: int = 500, batch_size: int = 64, lr: float = 1e-2, seed: int = 0, progress: bool = True):
+def pretrain(steps: int = 500, batch_size: int = 64, lr: float = 1e-2, seed: int = 0, progress: Callable = iter):
     """A fresh model trained on the corpus, see `tiny_llama.pretrain`; every step sees fresh dialogues."""
     return tiny_llama.pretrain(vocabulary(), corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
 
@@ -273,16 +253,13 @@ def hh_rows(seed: int = 0) -> Iterator[dict[str, str]]:
             yield {"chosen": asked + good, "rejected": asked + bad, "subset": topic}
 
 
-def prepare(cache_dir: Path | None = None, progress: bool = True, **settings) -> tuple[Path, Path]:
-    """(checkpoint directory, prompt file) of the world: from the cache, or made now (about 13 s on one core).
+def prepare(cache_dir: Path | None = None, progress: Callable = iter, **settings) -> tuple[Path, Path]:
+    """(checkpoint directory, prompt file): from the cache, or new, in about 13 s. Settings are `pretrain`'s."""
 
-    Settings are `pretrain`'s. Raises ValueError where the cache cannot be written.
-    """
-
-    def make(directory: Path) -> None:
+    def fill(directory: Path) -> None:
         for part in pretrain(**settings, progress=progress):
             part.save_pretrained(directory / "model")
         (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows()), "utf-8")
 
-    entry = tiny_llama.cached(make, __file__, settings, cache_dir)
+    entry = tiny_llama.cached(fill, __file__, settings, cache_dir)
     return entry / "model", entry / "prompts.jsonl"
