@@ -5,7 +5,7 @@ apart for colour-blind readers: Okabe and Ito's first, then Tol's "muted". More 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from textwrap import shorten
@@ -26,16 +26,21 @@ COLOURS = [
     "#FF00FF", "#882255", "#44AA99", "#CC6677", "#117733", "#88CCEE", "#999933", "#AA4499",
 ]  # fmt: skip
 MARKERS = "osD^vP*Xph<>"
-BLACK = {"color": "black"}  # the exact front, and the base model
-BASE = BLACK | {"marker": "x", "markersize": 9, "markeredgewidth": 2, "linestyle": "", "label": "base model"}
+FRONT, BASE = "exact Pareto front", "base model"
+BLACK = {
+    FRONT: {"color": "black", "linestyle": "-"},
+    BASE: {"color": "black", "marker": "x", "markersize": 9, "markeredgewidth": 2, "linestyle": ""},
+}
 
 
 def style(label: str, position: int) -> dict[str, Any]:
     """Colour, marker and line of one label, as matplotlib's keyword arguments.
 
     A method's label has that method's pair. A variant, `firm beta=1`, has it on a broken line with a hollow marker, by
-    position. Any other label (an objective, a setting) has a pair by position.
+    position. Any other label (an objective, a setting) has a pair by position; the front and the base model are black.
     """
+    if label in BLACK:
+        return BLACK[label] | {"label": label}
     name, _, variant = label.partition(" ")
     known = name in METHODS
     turn, i = divmod(list(METHODS).index(name) if known else position + len(METHODS), len(COLOURS))
@@ -47,67 +52,64 @@ def style(label: str, position: int) -> dict[str, Any]:
     return drawn | {"linestyle": ("--", ":", "-.")[position % 3], "fillstyle": filled, "markerfacecoloralt": "white"}
 
 
-def save(figure: plt.Figure, path: Path) -> None:
-    """Write the PNG whole or not at all, and close the figure."""
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=150, bbox_inches="tight")
-    write_bytes(path, picture.getvalue())
-    plt.close(figure)
-
-
-def tidy(ax: plt.Axes, x: str, y: str, title: str) -> None:
-    """Axis labels, a light grid, no box."""
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    ax.set_title(title, fontsize=10)
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
 @dataclass
 class Panel:
-    """One pair of axes: `lines` maps a label to (x values, y values, half-widths of y or None).
+    """One pair of axes: `lines` maps a label to (x values, y values, half-widths of y or None, perhaps those of x).
 
-    With `ticks` x values are positions of these names; `diagonal` adds the line y = x; `limits` are those of y.
+    With `ticks` x values are positions of these names; `diagonal` adds the line y = x; `limits` are those of y. `dots`
+    leaves out the lines between the points; `notes` are texts at points, in a label's order.
     """
 
     x: str
     y: str
     title: str
-    lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]
+    lines: dict[str, tuple]
     ticks: Sequence[str] | None = None
     diagonal: bool = False
     limits: tuple[float | None, float | None] = (None, None)
+    dots: bool = False
+    notes: dict[str, Sequence[str]] = field(default_factory=dict)
 
 
-def panels(contents: Sequence[Panel], path: Path, note: str = "") -> None:
-    """Lines with error bars, side by side; one legend under them all; a note above."""
+def panels(contents: Sequence[Panel], path: Path, note: str = "", size: float = 3.8) -> None:
+    """Lines with error bars, side by side, each panel `size` inches wide; one legend under them all; a note above."""
     columns = 2 if len(contents) == 4 else min(3, len(contents))
     rows = -(-len(contents) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    inches = (size * columns, 0.9 * size * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, layout="constrained")
     for ax in axes.flat[len(contents) :]:
         ax.set_visible(False)
     labels, handles = list(dict.fromkeys(label for panel in contents for label in panel.lines)), {}
     for ax, panel in zip(axes.flat, contents, strict=False):
         if panel.diagonal:
             ax.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
-        for label, (x, y, half) in panel.lines.items():
-            drawn = style(label, labels.index(label)) | ({} if len(x) > 1 and not panel.ticks else {"linestyle": ""})
-            handles[label] = ax.errorbar(x, y, yerr=half, capsize=3, clip_on=False, **drawn)  # whole at the limits
+        for label, (x, y, half, *wide) in panel.lines.items():
+            drawn = style(label, labels.index(label))
+            if len(x) == 1 or panel.ticks or (panel.dots and label != FRONT):
+                drawn |= {"linestyle": ""}
+            bars = {"yerr": half, "xerr": wide[0] if wide else None, "capsize": 2, "elinewidth": 0.8}
+            handles[label] = ax.errorbar(x, y, **bars, clip_on=False, **drawn)  # whole at the limits
+            for text, *point in zip(panel.notes.get(label, ()), x, y, strict=False):
+                ax.annotate(text, point, xytext=(5, 5), textcoords="offset points", fontsize=7, color=drawn["color"])
         if panel.ticks:
             turned = {"rotation": 40, "ha": "right"} if sum(map(len, panel.ticks)) > 26 else {}
             ax.set_xticks(range(len(panel.ticks)), panel.ticks, **turned)
             ax.set_xlim(-0.4, len(panel.ticks) - 0.6)
         elif panel.x.startswith("round"):
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_ylim(*panel.limits)
-        tidy(ax, panel.x, panel.y, panel.title)
+        ax.set(ylim=panel.limits, xlabel=panel.x, ylabel=panel.y)
+        ax.set_title(panel.title, fontsize=10)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
     if note:
         figure.suptitle(note, fontsize=8, color="0.3")
     if len(labels) > 1:
         ncol = min(len(labels), 2 * columns)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=ncol, frameon=False)
-    save(figure, path)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150, bbox_inches="tight")
+    write_bytes(path, picture.getvalue())
+    plt.close(figure)
 
 
 def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
@@ -216,33 +218,23 @@ def pareto(
     units; kl, gain and their errors kl_error, gain_error [n], gain in the unit that the axis label `gain` states. over:
     what the errors, standard errors, are taken over. base [M] is the base model, exact [K, 2] the exact front.
     """
-    M = len(names)
-    figure, axes = plt.subplots(1, M, figsize=(4.8 * M, 4.2), layout="constrained", squeeze=False)
-    *trades, last = axes[0]
-    for j, ax in enumerate(trades, start=1):
-        if exact is not None:
-            ax.plot(*exact.T, label="exact Pareto front", **BLACK)
-        ax.plot(base[0], base[j], **BASE)
-        title = f"Held-out prompts; bars: one standard error over {over}" * (j == 1)
-        tidy(ax, f"{names[0]} (raw units)", f"{names[j]} (raw units)", title)
-    last.plot(0, 0, **BASE)
-    last.axhline(0, color="0.8", linewidth=1, zorder=0)
-    tidy(last, "KL to the base model (nats per response)", gain, "What the worst-served objective gains; bars alike")
-    for i, (label, group) in enumerate(groups.items()):
-        drawn = style(label, i) | {"linewidth": 1}
-        line = {} if M == 2 and len(group["kl"]) > 1 else {"linestyle": ""}
-        for j, ax in enumerate(trades, start=1):
+    first, notes = next(iter(groups)), {}
+    if "p" in groups[first]:
+        ps = groups[first]["p"]
+        shown = {0, len(ps) // 2, len(ps) - 1}
+        notes = {first: [f"p = {p:g}" if k in shown else "" for k, p in enumerate(ps)]}
+    contents = []
+    for j in range(1, len(names)):
+        lines = {} if exact is None else {FRONT: (*exact.T, None)}
+        lines[BASE] = ([base[0]], [base[j]], None)
+        for label, group in groups.items():
             (x, y), (dx, dy) = (group[key][:, [0, j]].T for key in ("mean", "error"))
-            ax.errorbar(x, y, xerr=dx, yerr=dy, elinewidth=0.8, capsize=2, **drawn | line)
-        bars = {"xerr": group["kl_error"], "yerr": group["gain_error"], "elinewidth": 0.6}
-        last.errorbar(group["kl"], group["gain"], **bars, **drawn | {"linestyle": ""})  # a line would only zigzag
-        ps = group.get("p", ()) if i == 0 else ()
-        for k in {0, len(ps) // 2, len(ps) - 1} if len(ps) else ():
-            place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7, "color": drawn["color"]}
-            last.annotate(f"p = {ps[k]:g}", (group["kl"][k], group["gain"][k]), **place)
-            for ax in trades[:1]:
-                ax.annotate(f"p = {ps[k]:g}", group["mean"][k][:2], **place | {"xytext": (-32, -9)})  # under the front
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    columns = len(labels) if len(labels) < 7 else -(-len(labels) // 2)
-    figure.legend(handles, labels, loc="outside lower center", ncol=columns, frameon=False)
-    save(figure, path)
+            lines[label] = (x, y, dy, dx)
+        axes = (f"{names[0]} (raw units)", f"{names[j]} (raw units)", f"Bars: one standard error over {over}")
+        contents.append(Panel(*axes, lines, dots=len(names) > 2, notes=notes))
+    gains = {
+        label: (group["kl"], group["gain"], group["gain_error"], group["kl_error"]) for label, group in groups.items()
+    }
+    axes = ("KL to the base model (nats per response)", gain, "What the worst-served objective gains")
+    contents.append(Panel(*axes, {BASE: ([0.0], [0.0], None)} | gains, dots=True, notes=notes))
+    panels(contents, path, size=4.8)
