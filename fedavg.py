@@ -26,7 +26,10 @@ def average(updates: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the clients' vectors: updates [C, d], weights [C] ≥ 0 of any positive sum -> [d].
 
     The sum runs in client order in float64. An update of weight 0 leaves no trace, even if it is NaN.
+    Raises ValueError for weights that cannot be normalised.
     """
+    if not ((weights >= 0).all() and weights.sum() > 0):
+        raise ValueError(f"average: the weights {weights.tolist()} must be non-negative with a positive sum")
     total = torch.zeros(updates.shape[1], dtype=torch.float64, device=updates.device)
     for share, update in zip((weights.double() / weights.double().sum()).tolist(), updates, strict=True):
         if share > 0:
@@ -111,7 +114,7 @@ class Server:
 
     def mixing(self, updates: Tensor, weights: Tensor) -> Tensor:
         """How much each local training counts [trainings]; updates θ_{c,i} − θ_t [C, trainings, d], weights [C]."""
-        return torch.ones(updates.shape[1], dtype=torch.float64)
+        return torch.full((updates.shape[1],), 1.0 / updates.shape[1], dtype=torch.float64)
 
     def step(self, theta: Tensor, uploads: Sequence[Upload]) -> tuple[Tensor, Tensor, Tensor]:
         """The next θ [d], the clients' shares [C] in it, of sum 1, and the trainings' mixing.

@@ -55,6 +55,7 @@ from clients import Client, Context, Purpose
 from fedavg import Aggregation, Upload, prompts_held
 from firm import LINEAR, Federation, Weights, contexts, local_update
 from grpo import GRPO
+from ppo import NotFinite
 from settings import Config
 
 HYPER_PULL = 0.1  # how far log w returns to the preference's in a round [ours]
@@ -170,7 +171,7 @@ def personalise(federation: Federation, client: Client) -> Tensor:
     """The adapter [d] of a client after `personal_rounds` local rounds on its own from θ, each on fresh responses.
 
     Its weights go on moving and its critic goes on being fitted, on copies: neither the federation nor what the client
-    keeps changes, and the adapter is left at θ.
+    keeps changes, and the adapter is left at θ. A client stops before a step that is not finite.
     """
     policy, method, theta, kept = federation.policy, federation.method, federation.theta, client.kept
     config = replace(federation.config, lr=PERSONAL_LR * federation.config.lr)
@@ -178,7 +179,10 @@ def personalise(federation: Federation, client: Client) -> Tensor:
         policy.adapter.assign(theta)
         ((_, batch, _),) = federation.batches([client], Purpose.PERSONAL, i)
         (context,) = contexts(replace(client, kept=kept), batch, {"theta": theta}, method, config, i)
-        local_update(policy, context, method)
+        try:
+            local_update(policy, context, method)
+        except NotFinite:
+            break
         theta, kept = context.theta, [context.kept]
     policy.adapter.assign(federation.theta)
     return theta

@@ -202,7 +202,7 @@ class Federation:
         p = mgda.preference_vector(config.preference, len(names))
         self.clients = []
         for c, prompts in enumerate(prompts_of):
-            own = list(objectives_of[c] if objectives_of else range(len(names)))
+            own = sorted(objectives_of[c] if objectives_of else range(len(names)))  # servers compare rows
             if len(own) < len(names) and method.server.equal_objectives:
                 raise ValueError(f"client_objectives: {method.name} compares clients on all objectives; leave it out")
             if method.primary and 0 not in own:
