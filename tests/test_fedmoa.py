@@ -287,12 +287,12 @@ def test_a_run_leaves_a_picture_of_tasks_and_every_clients_own_adapter(finished)
 
 def test_the_summary_and_the_closing_table_have_every_clients_primary_before_after_and_personal(finished):
     summary = json.loads((finished[0] / "summary.json").read_text("utf-8"))
-    assert [client["task"] for client in summary["clients"]] == ["mathematics"] * 4 + ["code"] * 4
-    assert all(set(client["primary"]) == {"before", "after", "personal"} for client in summary["clients"])
-    assert [client["objectives"] for client in summary["clients"]][3:5] == [
+    assert [client["task"] for client in summary["by_client"]] == ["mathematics"] * 4 + ["code"] * 4
+    assert all(set(client["primary"]) == {"before", "after", "personal"} for client in summary["by_client"])
+    assert [client["objectives"] for client in summary["by_client"]][3:5] == [
         ["accuracy", "format", "length"], ["accuracy", "format"]
     ]  # fmt: skip
-    everybody = np.mean([client["primary"]["after"]["mean"] for client in summary["clients"]])
+    everybody = np.mean([client["primary"]["after"]["mean"] for client in summary["by_client"]])
     assert everybody == pytest.approx(summary["objectives"]["accuracy"]["after"]["mean"])  # four kinds of equal size
     table = finished[1].split("accuracy on held-out prompts of the clients' kinds")[1]
     assert table.index("code  ") < table.index("client 4: code, easy") < table.index("mathematics  ")
