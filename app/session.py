@@ -28,7 +28,7 @@ from app.objectives import check_prompts, load_objectives
 from clients import Purpose, stream
 from data import Prompt
 from firm import Federation
-from rollout import Policy, Rollout
+from rollout import Policy, Rollout, context_of
 from settings import Config
 from worlds import reasoning, survey, toy
 
@@ -72,7 +72,8 @@ class Session:
         self.objectives = load_objectives(specs, self.device, config.dtype)
         self.names = [objective.name for objective in self.objectives]
         model, tokenizer = load_model(self.base_model, config.dtype, self.device)
-        room = model.config.get_text_config(decoder=True).max_position_embeddings - config.max_new_tokens
+        context = context_of(model.config)
+        room = None if context is None else context - config.max_new_tokens
         rows = chain.from_iterable(map(rows_of, files))
         prompts, self.counts = data.prompts_from(rows, tokenizer, config.max_prompt_tokens, room)
         check_prompts(self.objectives, prompts)

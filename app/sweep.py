@@ -6,19 +6,12 @@
     python run.py --sweep 0.1 0.5 0.9 --compare firm mgda linear soups
 
 A method that takes no preference (mgda, say) is run once, at uniform p. Rewarded Soups train a specialist per objective
-once (`baselines.py`), and every p only mixes their adapters. The directory holds
-
-    sweep.json                        the settings, and at the end the table's figures
-    firm/p0.30-0.70/                  an ordinary run directory, see run.py
-    soups/specialist-helpful/         likewise: morlhf on this objective alone
-    soups/p0.30-0.70/summary.json     the mixed adapter, measured
-    pareto.png, weights.png           the trade-off; requested p₁ against the mean λ₁ of the run
-
-The same command with --out naming the directory goes on with it: finished runs stay, a half-done run is resumed.
+once (`baselines.py`), and every p only mixes their adapters. METHOD/p0.30-0.70/ and soups/specialist-NAME/ are ordinary
+run directories. The same command with --out naming the directory goes on with it: finished runs stay.
 
 Hypervolume is the area that a method's points dominate above a reference point, so one number for a whole trade-off;
-more points dominate more, so only sweeps of equally many points compare. Left out on purpose: hypervolume for M ≠ 2,
-the hull of mixtures of two policies, several seeds (one seed's ± is over prompts, not over training runs).
+more points dominate more, so only sweeps of equally many points compare. Left out on purpose: hypervolume without an
+exact front, the hull of mixtures of two policies, several seeds (one seed's ± is over prompts, not over training runs).
 """
 
 import gc
@@ -193,13 +186,14 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     front = None
     if options.front_is_known(config):
         front = toy.pareto_front([line["prompt"] for line in read_lines(next(out.glob("*/*/samples.jsonl")))])
-    volumes = hypervolumes(rows, front)
+    several = {text: group for text, group in rows.items() if len(group) > 1 and front is not None}
+    base = np.array(first["base"])
+    volumes = {t: normalised_hypervolume([row["mean"] for row in group], base, front) for t, group in several.items()}
     results = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
     write_text(out / "sweep.json", to_json(results, indent=2) + "\n")
     print(comparison(rows, names, config))
     if volumes:
-        unit = "0 is the base model, 1 the exact front" if front is not None else "of gains in base-policy deviations"
-        print(f"hypervolume ({unit}): " + ", ".join(f"{name} {volume:.3f}" for name, volume in volumes.items()))
+        print("hypervolume (1 is the exact front): " + ", ".join(f"{text} {v:.3f}" for text, v in volumes.items()))
     plots.trade_off(rows, front, names, out / "pareto.png")
     lines = {}
     for text, group in rows.items():
@@ -220,39 +214,19 @@ def saved(run: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def comparison(rows: Rows, names: Sequence[str], config: Config) -> str:
     """The closing table: the base model, then one row per comparand and preference."""
     shares = lambda values: "/".join(f"{x:.2f}" for x in values) if values else "–"  # noqa: E731
-
-    def cells(figures: dict[str, Any], gains: Sequence[str]) -> list[str]:
-        parts = zip(figures["mean"], figures["error"], gains, strict=True)
-        return [cell for mean, error, gain in parts for cell in (f"{mean:+.3f} ± {error:.3f}", gain)]
-
     first = next(iter(rows.values()))[0]
-    base = {"mean": first["base"], "error": first["base_error"]}
-    lines = [["", "p", "mean λ", *(head for name in names for head in (name, "gain")), "KL", "MB up"]]
-    lines.append(["base model", "", "", *cells(base, [""] * len(names)), "", ""])
+    base = [f"{mean:+.3f} ± {error:.3f}" for mean, error in zip(first["base"], first["base_error"], strict=True)]
+    lines = [["", "p", "mean λ", *names, "KL", "MB up"], ["base model", "", "", *base, "", ""]]
     for text, group in rows.items():
         for row in group:
-            middle = cells(row, [f"{gain:+.3f}" for gain in row["gain"]])
+            parts = zip(row["gain"], row["gain_error"], strict=True)
+            gains = [f"{gain:+.3f} ± {error:.3f}" for gain, error in parts]
             ends = [f"{row['kl']:.2f}", f"{row['upload_bytes_per_client'] / 1e6:.2f}"]
-            lines.append([text, shares(row["preference"]), shares(row["mean_lambda"]), *middle, *ends])
+            lines.append([text, shares(row["preference"]), shares(row["mean_lambda"]), *gains, *ends])
     return "\n".join([
         "",
-        f"held out: {config.held_out} prompts x {config.eval_samples} responses; ± is a standard error clustered by "
-        "prompt, KL nats per response",
+        f"gains over the base model on {config.held_out} held-out prompts x {config.eval_samples} responses; ± is a "
+        "standard error clustered by prompt",
         *aligned(lines),
-        "gains are over the base model; MB up: by one client in the whole run (soups: in the runs that its rows share)",
+        "KL in nats per response; MB up: by one client in the whole run (soups: in the runs that its rows share)",
     ])  # fmt: skip
-
-
-def hypervolumes(rows: Rows, front: np.ndarray | None) -> dict[str, float]:
-    """Hypervolume of every comparand with several points; nothing for M ≠ 2.
-
-    Without an exact front: of gains in base-policy deviations, above the worst of the base model and all points.
-    """
-    first = next(iter(rows.values()))[0]
-    several = {text: group for text, group in rows.items() if len(group) > 1 and len(first["base"]) == 2}
-    if front is not None:
-        means = {text: [row["mean"] for row in group] for text, group in several.items()}
-        return {text: normalised_hypervolume(m, np.array(first["base"]), front) for text, m in means.items()}
-    gains = {text: np.array([row["gain"] for row in group]) / first["scale"] for text, group in several.items()}
-    reference = np.min([gain.min(0) for gain in gains.values()], axis=0, initial=0.0)
-    return {text: hypervolume(gain, reference) for text, gain in gains.items()}

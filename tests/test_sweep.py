@@ -184,9 +184,3 @@ def test_normalised_hypervolume_is_zero_at_the_base_and_one_on_the_whole_front()
     # The reference is (0.2, 0.4). Above it the front has 0.2 × 0.6 on its left and half of 0.6 × 0.6 under it.
     assert sweep.normalised_hypervolume([[0.6, 0.7]], base, front) == pytest.approx(0.4 * 0.3 / 0.30)
     assert sweep.normalised_hypervolume([[0.25, 0.45]], np.array([0.5, 0.5]), front) < 0.0
-
-
-def test_without_a_front_hypervolume_is_of_calibrated_gains_above_the_worst_point():
-    rows = lambda *gains: [{"gain": list(gain), "scale": [2.0, 0.5], "base": [0.0, 0.0]} for gain in gains]  # noqa: E731
-    groups = {"firm": rows((2.0, 0.5), (4.0, -0.5)), "mgda": rows((0.0, 0.5))}  # calibrated: (1, 1), (2, −1), (0, 1)
-    assert sweep.hypervolumes(groups, None) == {"firm": 2.0}
