@@ -102,8 +102,8 @@ class Server:
     exchanged = (0, 0)  # bytes up and down of a client's exchanges with `broadcast` in this round
 
     def broadcast(self, federation: Any, work: Sequence[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
-        """What it sends to every client beside θ and κ. A server that asks clients first finds them, with their
-        batches at θ_t, in work; it adds those that fail to faults.
+        """What it sends to every client beside θ and κ. work: the round's clients, each with its batch at θ_t, for a
+        server that asks them before the local runs. It adds the clients that fail to faults.
         """
         return {}
 

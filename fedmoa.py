@@ -13,11 +13,11 @@ If the product is positive, more of g_i would have helped. So w descends on L_P 
 the primary's own gradients: g_i, g_P are those of the last step that this client took, in whatever round, and g̃_P is
 the primary's gradient now, before the first step of this round,
 
-    h_i = ⟨g̃_P, g_i⟩ / (‖g̃_P‖ max(‖g_i‖, ‖g_P‖))             their cosine, less where g_i is shorter than g_P; or 0
+    h_i = ⟨g̃_P, g_i⟩ / (‖g̃_P‖ max(‖g_i‖, ‖g_P‖))             their cosine, scaled down if g_i is shorter than g_P
     w   ← softmax((1 − pull) log w + pull log w⁰ + rate h)     w⁰: the preference p; the first round has w⁰
 
 Between the two gradients lie an average over clients and several steps of Adam, so h only resembles a derivative. g̃_P
-is on fresh responses, because on those that were stepped on the product would measure how far the step overshot. It is
+is on fresh responses, because on the responses of that last step the product would measure its overshoot. It is
 a row of the first step's J and costs nothing; the client keeps the last step's J, k·d numbers, for it.
 
 If h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from where the preference has it. An auxiliary

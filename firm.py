@@ -25,7 +25,7 @@ get alone by rounding at most (`rollout.py`). All else is client by client.
 
 Faults [ours]. A client may vanish from a round (`client_dropout`), or a number of its update may not be finite. The
 average, κ's mean KL and the log are then those of the other clients, and its own state stays as it was. If the server
-picks λ before the local runs, a client that fails in its local run has had its say in λ.
+picks λ before the local runs, λ still counts a client that fails later, in its local run.
 
 [ours] fresh Adam on every client and round (its moments are never averaged), η_s, the critic that stays at home.
 Left out on purpose: secure aggregation, stragglers, differential privacy.
@@ -144,6 +144,7 @@ def contexts(
     trainings = []
     for mix, kept in zip(mixes, client.kept or [{} for _ in mixes], strict=True):
         rewarded = replace(batch, scores=method.trainings.combine(batch.scores, mix.to(batch.scores)))  # [B, k]
+        # a reward weighs what the objectives in it weigh
         p = mgda.preference_vector(mix.to(client.preference).T @ client.preference, mix.shape[1])  # [k]
         trainings.append(Context(config, t, message, mix, rewarded, p, primary, dict(kept)))
     return trainings

@@ -7,8 +7,8 @@ For response i of a group, its objective j and its token t:
     Â_{j,t}  = A_{j,t} / max(σ_j, 0.1)                                        `GROUP`
     Â_{j,t}  = (R_j − mean of the group) / max(s_j, 0.1) − κ KL_t             `GRPO`
 
-σ_j is the deviation of A_j over the real tokens of the client's batch, s_j that of the group's scores alone. So
-σ_j scales the KL too, s_j does not: one κ is two weights of the KL. Floors are in calibrated units.
+σ_j is the deviation of A_j over the real tokens of the client's batch, s_j that of the group's scores alone. `GROUP`
+divides the KL by σ_j and `GRPO` does not, so equal κ weigh it differently. Floors are in calibrated units.
 
 All responses to a prompt share the prompt's own level. A critic must learn that level; within a group it cancels.
 D_j is S / (S − 1) times R_j − mean of the group, and unbiased until it is divided.
@@ -41,7 +41,7 @@ def leave_one_out(scores: Tensor, S: int) -> Tensor:
 
 
 def per_token(batch: Batch, relative: Tensor) -> Tensor:
-    """A [B, L, k]: D [B, k] on every token, and the KL reward that it still has before it."""
+    """A [B, L, k]: D [B, k] on every token, and the KL rewards from this token to the end."""
     return to_go(token_rewards(replace(batch, scores=relative)))  # 0 after the last token: there is none to come
 
 

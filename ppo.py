@@ -90,7 +90,7 @@ def token_rewards(batch: Batch) -> Tensor:
 
 
 def to_go(rewards: Tensor) -> Tensor:
-    """Σ_{u ≥ t} r_u, what every token still has before it: the Monte Carlo return. rewards [B, L, ...] -> alike."""
+    """Σ_{u ≥ t} r_u, the sum of the rewards from each token to the end, a Monte Carlo return. [B, L, ...] -> alike."""
     return rewards.flip(1).cumsum(1).flip(1)
 
 
@@ -258,7 +258,7 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, config: U
         ("gradient", J),
     ):
         if not x.isfinite().all():
-            raise NotFinite(f"its {what} cannot be used: not finite; lower lr or kl_coef, or use dtype float32")
+            raise NotFinite(f"its {what} are not finite; lower lr or kl_coef, or use dtype float32")
     ratio = assemble(rollout, ratios).masked_fill(rollout.mask == 0, 1.0)  # [B, L]
     return Gradients(
         J,
