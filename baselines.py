@@ -46,9 +46,9 @@ It averages A and B apart, so the served update is not the average of the specia
 Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261): groups' rewards become one on the reward side, as
 Σ_j R_j / M does in MORLHF. The extremes compare raw rewards, which must be in one unit; because of the KL penalty one
 mean and scale then calibrates all M [ours]. α = softmax(−h / T), h_j the running mean of objective j's raw reward: the
-objective that was served worst so far counts most. h uses raw rewards, the sum Σ_j α_j R_j calibrated ones. [paper: the three, abstracts only.
-ours: h moves by 0.3 a round, T = 0.1 in the rewards' unit, the first round has equal α. The published rule is
-softmax((1 − h) / T) behind a gate: the plain mean while the fairness index is at least 0.9]
+objective that was served worst so far counts most. h uses raw rewards, the sum Σ_j α_j R_j calibrated ones. [paper: the
+three, abstracts only. ours: h moves by 0.3 a round, T = 0.1 in the rewards' unit, the first round has equal α. The
+published rule is softmax((1 − h) / T) behind a gate: the plain mean while the fairness index is at least 0.9]
 
 Left out on purpose: FedCMOO-Pref, its top-k compression and momentum (0 in the code), FSMGDA's compressed uploads.
 """

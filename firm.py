@@ -187,7 +187,7 @@ class Alone:
 class Federation:
     """The server and its clients, simulated one after another. `round` is Algorithm 1's outer loop body.
 
-    Of each client, prompts_of: its prompts; objectives_of: their numbers, all if not given; tasks_of: its task, a number.
+    prompts_of, objectives_of, tasks_of: each client's prompts, numbers of objectives (all if not given), and task.
     score(prompts, rollout, holdings) gives raw rewards [n, M], see `rewards.score`.
     State: theta [d], kl_coef, calibration, rounds_done, server.state, and `kept` of every client.
     """

@@ -258,7 +258,7 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, config: U
         ("gradient", J),
     ):
         if not x.isfinite().all():
-            raise NotFinite(f"its {what} are not finite; lower lr or kl_coef, or use dtype float32")
+            raise NotFinite(f"not finite: its {what}; lower lr or kl_coef, or use dtype float32")
     ratio = assemble(rollout, ratios).masked_fill(rollout.mask == 0, 1.0)  # [B, L]
     return Gradients(
         J,
