@@ -89,9 +89,6 @@ def optimizer_step(
     optimizer.zero_grad()
 
 
-# ---- what a round leaves ---------------------------------------------------------------------------------------
-
-
 @dataclass
 class Step:
     """One optimizer step of a local training."""
