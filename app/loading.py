@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, logging
+
+logging.set_verbosity_error()  # the user sees our lines, not the loading bars of libraries
+logging.disable_progress_bar()
 
 
 def pretrained(

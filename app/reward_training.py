@@ -25,7 +25,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
-from app import quiet_libraries
 from app.files import rows_of
 from app.loading import pretrained
 from data import split_dialogue, to_messages
@@ -152,7 +151,6 @@ def train(settings: RewardTraining) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of `python rewards.py`. Bad input ends the program with status 2 and one line."""
-    quiet_libraries()
     parser = argparse.ArgumentParser("rewards.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(RewardTraining):
         flag, hint = "--" + f.name.replace("_", "-"), get_type_hints(RewardTraining)[f.name]
