@@ -80,7 +80,7 @@ SCALARISED = Trainings("one, on Σ p_j R_j", lambda p, message: [p[:, None]], se
 UNIFORM = replace(SCALARISED, settings=())
 MORLHF = replace(LINEAR, name="morlhf", help="the one reward Σ p_j R_j", trainings=SCALARISED, weights=ONE_LOSS)
 SOUPS = replace(
-    MORLHF, name="soups", help="a specialist per objective, mixed by p (with --sweep or --compare)", mixes_runs=True
+    MORLHF, name="soups", help="a specialist per objective, mixed by p (with --sweep or --compare)", several_runs=True
 )
 
 
@@ -97,7 +97,7 @@ class FSMGDAServer(Server):
 
     equal_objectives = True
 
-    def mixing(self, updates: Tensor, weights: Tensor) -> Tensor:
+    def training_shares(self, updates: Tensor, weights: Tensor) -> Tensor:
         """FSMGDA's λ [M]: the min-norm weights of the averaged updates Δ_m; updates [C, M, d], weights [C]. [paper]
 
         If several λ are min-norm, or every update is zero, λ is the one nearest uniform. [ours]
@@ -204,7 +204,7 @@ def gradients_at_start(federation: Federation, work: Sequence[tuple], faults: di
     method, config, J = federation.method, federation.config, {}
     for client, batch, _ in work:
         (context,) = contexts(client, batch, {"theta": federation.theta}, method, config, federation.rounds_done)
-        advantages = method.estimator.advantages(context.batch, context.kept, config).normalised
+        advantages = method.estimator.advantages(context.batch, context.state, config).normalised
         try:
             J[client.index] = ppo.policy_gradients(federation.policy, context.batch, advantages, config).J
         except ppo.NotFinite as error:

@@ -50,7 +50,7 @@ class Client:
     objectives: list[int]  # the m of the M objectives that it holds
     preference: Tensor  # p [m] among them
     task: int = 0
-    kept: list[dict[str, Tensor]] = field(default_factory=list)  # by each local training, from round to round
+    state: list[dict[str, Tensor]] = field(default_factory=list)  # by each local training, from round to round
 
     def draw(self, size: int, rng: np.random.Generator) -> list[Any]:
         """`size` of this client's prompts, none twice before each was taken once; every round draws afresh."""
@@ -61,7 +61,7 @@ class Client:
 
 @dataclass
 class Context:
-    """What one optimizer step of a local training may look at. A method may write into `kept` only."""
+    """What one optimizer step of a local training may look at. A method may write into `state` only."""
 
     config: Config
     round: int  # t, of config.rounds
@@ -70,7 +70,7 @@ class Context:
     batch: Batch  # with these k rewards
     preference: Tensor  # p [k] among these rewards
     primary: int | None  # the primary objective's position, None for a client without it
-    kept: dict[str, Tensor]
+    state: dict[str, Tensor]
     epoch: int = 0
     theta: Tensor | None = None  # [d] where the adapter stands
     J: Tensor | None = None  # [k, d]
@@ -116,7 +116,7 @@ class Contribution:
     """A client's part in a round: what it sends, what it keeps, and what the simulation logs of it."""
 
     upload: Upload
-    kept: list[dict[str, Tensor]]
+    state: list[dict[str, Tensor]]
     raw: Tensor  # [B, M] its rewards in raw units, NaN for objectives that it does not hold
     updates: list[Update]
 
@@ -131,6 +131,6 @@ class Round:
     faults: dict[int, str]  # why a client was left out
     dropped: int  # clients that vanished
     shares: Tensor  # [C] how much each upload counted, of sum 1
-    mixing: Tensor  # [trainings] how much each local training counted
+    training_shares: Tensor  # [trainings] how much each local training counted
     kl_coef: float  # κ, in this round
     exchanged: tuple[int, int]  # bytes up and down of a client before its local run, see `fedavg.Server`

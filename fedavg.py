@@ -5,8 +5,7 @@
 n_c is the number of prompts that client c holds, unless a method weighs clients in its own way (`fedmoa.py`).
 η_s = 1 is plain FedAvg, Σ_c w_c θ_c. [paper: FedAvg. ours: η_s, w_c]
 
-Averaging A and B separately differs from averaging BA: the log shows what the federation loses by it,
-mean(BA) − mean(B) mean(A), as `adapter/averaging_residual`.
+Averaging A and B separately loses mean(BA) − mean(B) mean(A), which the log shows as `adapter/averaging_residual`.
 
 Left out on purpose: secure aggregation, compression, asynchrony.
 """
@@ -85,7 +84,7 @@ class Aggregation:
     numbers: Callable[[Any, Tensor, int], dict[str, float]] = lambda client, raw, S: {}  # raw [B, M], S to a prompt
     combine: Callable[[Tensor, Tensor], Tensor] = average  # updates [C, d], weights [C] -> [d]
     settings: tuple[str, ...] = ()
-    primary: bool = False  # whether every client must hold the primary objective, the first one
+    needs_primary: bool = False  # whether every client must hold the primary objective, the first one
 
 
 FEDAVG = Aggregation("fedavg", "by the prompts that a client holds")
@@ -112,18 +111,18 @@ class Server:
         """What this server needs to know of a client's raw rewards [B, M]."""
         return {}
 
-    def mixing(self, updates: Tensor, weights: Tensor) -> Tensor:
+    def training_shares(self, updates: Tensor, weights: Tensor) -> Tensor:
         """How much each local training counts [trainings]; updates θ_{c,i} − θ_t [C, trainings, d], weights [C]."""
         return torch.full((updates.shape[1],), 1.0 / updates.shape[1], dtype=torch.float64)
 
     def step(self, theta: Tensor, uploads: Sequence[Upload]) -> tuple[Tensor, Tensor, Tensor]:
-        """The next θ [d], the clients' shares [C] in it, of sum 1, and the trainings' mixing.
+        """The next θ [d], the clients' shares [C] in it, of sum 1, and those of the local trainings.
 
         Raises ValueError if θ is not finite.
         """
         weights = self.aggregation.weights(uploads, self.config)
         updates = torch.stack([upload.tensors["theta"] - theta for upload in uploads])  # [C, trainings, d]
-        mixing = self.mixing(updates, weights)
+        mixing = self.training_shares(updates, weights)
         mixed = torch.einsum("i,cid->cd", mixing.to(updates), updates)
         theta = theta + self.config.server_lr * self.aggregation.combine(mixed, weights)
         if not theta.isfinite().all():

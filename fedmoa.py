@@ -95,11 +95,13 @@ def varies(scores: Tensor, S: int) -> bool:
 
 def moving_weights(context: Context) -> Tensor:
     """w [k], which moves before the first step of a round, by that step's gradients and the last ones taken before."""
-    w, row, kept, batch = context.kept.get("weights", context.preference), context.primary, context.kept, context.batch
-    if context.epoch == 0 and "taken" in kept and varies(batch.scores[:, row], batch.rollout.group_size):
-        h = relative(context.J[row], kept["taken"].to(context.J), row).cpu()
+    state, scores, S = context.state, context.batch.scores, context.batch.rollout.group_size
+    w = state.get("weights", context.preference)
+    row = context.primary
+    if context.epoch == 0 and "taken" in state and varies(scores[:, row], S):
+        h = relative(context.J[row], state["taken"].to(context.J), row).cpu()
         w = next_weights(w, context.preference, h, context.config.hyper_rate)
-    kept["weights"], kept["taken"] = w, context.J
+    state["weights"], state["taken"] = w, context.J
     return w
 
 
@@ -155,11 +157,11 @@ def accuracy_weights(uploads: Sequence[Upload], config: Config) -> Tensor:
 
 HYPERGRADIENT = Weights(
     "hypergradient", "as fedmoa, by what helped the primary", moving_weights, settings=("preference", "hyper_rate"),
-    primary=True,
+    needs_primary=True,
 )  # fmt: skip
 ACCURACY = Aggregation(
     "accuracy", "as fedmoa, by the primary's mean, tasks alike", accuracy_weights, accuracy_numbers,
-    settings=("accuracy_power",), primary=True,
+    settings=("accuracy_power",), needs_primary=True,
 )  # fmt: skip
 FEDMOA = replace(
     LINEAR, name="fedmoa", help="GRPO, weights that follow the primary's hypergradients, accuracy-aware average",
@@ -173,16 +175,16 @@ def personalise(federation: Federation, client: Client) -> Tensor:
     Its weights go on moving and its critic goes on being fitted, on copies: neither the federation nor what the client
     keeps changes, and the adapter is left at θ. A client stops before a step that is not finite.
     """
-    policy, method, theta, kept = federation.policy, federation.method, federation.theta, client.kept
+    policy, method, theta, state = federation.policy, federation.method, federation.theta, client.state
     config = replace(federation.config, lr=PERSONAL_LR * federation.config.lr)
     for i in range(config.personal_rounds):
         policy.adapter.assign(theta)
         ((_, batch, _),) = federation.batches([client], Purpose.PERSONAL, i)
-        (context,) = contexts(replace(client, kept=kept), batch, {"theta": theta}, method, config, i)
+        (context,) = contexts(replace(client, state=state), batch, {"theta": theta}, method, config, i)
         try:
             local_update(policy, context, method)
         except NotFinite:
             break
-        theta, kept = context.theta, [context.kept]
+        theta, state = context.theta, [context.state]
     policy.adapter.assign(federation.theta)
     return theta

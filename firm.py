@@ -69,7 +69,7 @@ class Weights:
     help: str
     function: Callable[[Context], Tensor]  # a client's λ [k] on the simplex, once per optimizer step
     settings: tuple[str, ...] = ()  # that only this part reads; "preference" among them if λ follows p
-    primary: bool = False  # whether every client must hold the primary objective
+    needs_primary: bool = False  # whether every client must hold the primary objective
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class Method:
     finish: Callable[[Context], dict[str, Tensor]] = lambda context: {}  # 3. what goes up beside the adapter
     aggregation: Aggregation = FEDAVG  # 3. the numbers that go up; 4. what clients weigh
     server: type[Server] = Server  # 4. uploads -> θ
-    mixes_runs: bool = False  # whether it is several runs, mixed afterwards (soups)
+    several_runs: bool = False  # whether it is several runs, mixed afterwards (soups)
 
     @property
-    def primary(self) -> bool:
+    def needs_primary(self) -> bool:
         """Whether every client must hold the primary objective, the first one."""
-        return self.weights.primary or self.aggregation.primary
+        return self.weights.needs_primary or self.aggregation.needs_primary
 
 
 def min_norm(context: Context, beta: float) -> Tensor:
@@ -118,7 +118,7 @@ def local_update(policy: Policy, context: Context, method: Method) -> tuple[dict
     adapter.assign(context.message["theta"])
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
     optimizer = kind(adapter.parameters, lr=config.lr)
-    advantages = method.estimator.advantages(batch, context.kept, config)
+    advantages = method.estimator.advantages(batch, context.state, config)
     steps = []
     for epoch in range(config.epochs):
         gradients = ppo.policy_gradients(policy, batch, advantages.normalised, config)
@@ -130,7 +130,7 @@ def local_update(policy: Policy, context: Context, method: Method) -> tuple[dict
         gain = float((context.J @ (context.theta - adapter.vector())).min())
         steps.append(Step(lam, context.gram, gain, gradients.entropy, gradients.clip_fraction, gradients.approx_kl))
     context.theta = adapter.vector()
-    context.kept |= method.estimator.fit(batch, advantages, context.kept)
+    context.state |= method.estimator.fit(batch, advantages, context.state)
     update = Update(context.mix, replace(batch, hidden=None), advantages, steps)
     return {"theta": context.theta} | method.finish(context), update
 
@@ -138,15 +138,15 @@ def local_update(policy: Policy, context: Context, method: Method) -> tuple[dict
 def contexts(
     client: Client, batch: Batch, message: dict[str, Tensor], method: Method, config: Config, t: int
 ) -> list[Context]:
-    """A Context for each local training of a client in round t; `kept` is a copy, which a training may write into."""
+    """A Context for each local training of a client in round t; `state` is a copy, which a training may write into."""
     mixes = method.trainings.mixes(client.preference, message)  # [m, k] each
     primary = client.objectives.index(0) if 0 in client.objectives else None
     trainings = []
-    for mix, kept in zip(mixes, client.kept or [{} for _ in mixes], strict=True):
+    for mix, state in zip(mixes, client.state or [{} for _ in mixes], strict=True):
         rewarded = replace(batch, scores=method.trainings.combine(batch.scores, mix.to(batch.scores)))  # [B, k]
         # a reward weighs what the objectives in it weigh
         p = mgda.preference_vector(mix.to(client.preference).T @ client.preference, mix.shape[1])  # [k]
-        trainings.append(Context(config, t, message, mix, rewarded, p, primary, dict(kept)))
+        trainings.append(Context(config, t, message, mix, rewarded, p, primary, dict(state)))
     return trainings
 
 
@@ -166,7 +166,7 @@ def contribution(
     upload = Upload({name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}, numbers)
     if upload.fault:
         raise NotFinite(f"{upload.fault} in its upload is not finite; lower lr")
-    return Contribution(upload, [context.kept for context in trainings], raw, list(updates))
+    return Contribution(upload, [context.state for context in trainings], raw, list(updates))
 
 
 # ---- the federation --------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class Federation:
 
     prompts_of, objectives_of, tasks_of: each client's prompts, numbers of objectives (all if not given), and task.
     score(prompts, rollout, holdings) gives raw rewards [n, M], see `rewards.score`.
-    State: theta [d], kl_coef, calibration, rounds_done, server.state, and `kept` of every client.
+    State: theta [d], kl_coef, calibration, rounds_done, server.state, and `state` of every client.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Federation:
             own = sorted(objectives_of[c] if objectives_of else range(len(names)))  # servers compare rows
             if len(own) < len(names) and method.server.equal_objectives:
                 raise ValueError(f"client_objectives: {method.name} compares clients on all objectives; leave it out")
-            if method.primary and 0 not in own:
+            if method.needs_primary and 0 not in own:
                 raise ValueError(f"client_objectives: client {c} lacks {names[0]}, which {method.name} goes by; add it")
             if not p[own].sum() > 0:
                 raise ValueError(f"preference: client {c} holds only objectives of weight 0; give it another one")
@@ -245,7 +245,7 @@ class Federation:
                 faults[client.index] = str(error)
         arrived = self.gathered(arrived, faults)
         for c, part in arrived.items():
-            self.clients[c].kept = part.kept
+            self.clients[c].state = part.state
 
         uploads = [part.upload for part in arrived.values()]
         self.theta, shares, mixing = self.server.step(self.theta, uploads)

@@ -45,14 +45,14 @@ def per_token(batch: Batch, relative: Tensor) -> Tensor:
     return to_go(token_rewards(replace(batch, scores=relative)))  # 0 after the last token: there is none to come
 
 
-def group_advantages(batch: Batch, kept: dict[str, Tensor], config: UpdateSettings) -> Advantages:
+def group_advantages(batch: Batch, state: dict[str, Tensor], config: UpdateSettings) -> Advantages:
     """Leave-one-out per objective, with the KL that is still to come, over their deviation in the batch."""
     advantages = per_token(batch, leave_one_out(batch.scores, batch.rollout.group_size))
     scale = masked_std(advantages, batch.rollout.mask)
     return Advantages(advantages / scale.clamp_min(SCALE_FLOOR), scale)
 
 
-def grpo_advantages(batch: Batch, kept: dict[str, Tensor], config: UpdateSettings) -> Advantages:
+def grpo_advantages(batch: Batch, state: dict[str, Tensor], config: UpdateSettings) -> Advantages:
     """The scores of a group, less their mean, over their own deviation; the KL as it is."""
     S = batch.rollout.group_size
     spread = batch.scores.unflatten(0, (-1, S)).std(1).repeat_interleave(S, 0)  # [B, k]

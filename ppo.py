@@ -132,12 +132,12 @@ class Advantages:
 
 @dataclass(frozen=True)
 class Estimator:
-    """How a client turns rewards into advantages (stage 1). `kept` holds a training's tensors from earlier rounds."""
+    """How a client turns rewards into advantages (stage 1). `state` holds a training's tensors from earlier rounds."""
 
     name: str
     help: str
     advantages: Callable[[Batch, dict[str, Tensor], UpdateSettings], Advantages]
-    fit: Callable[[Batch, Advantages, dict[str, Tensor]], dict[str, Tensor]] = lambda batch, advantages, kept: {}
+    fit: Callable[[Batch, Advantages, dict[str, Tensor]], dict[str, Tensor]] = lambda batch, advantages, state: {}
     group_size: int = 1  # responses to each prompt, if the settings leave it open
     reads_hidden: bool = False  # whether a batch keeps its hidden states
     settings: tuple[str, ...] = ()
@@ -173,24 +173,24 @@ def least_squares(weight: Tensor, hidden: Tensor, returns: Tensor, steps: int = 
     return weight.float()
 
 
-def critic_weight(batch: Batch, kept: dict[str, Tensor]) -> Tensor:
+def critic_weight(batch: Batch, state: dict[str, Tensor]) -> Tensor:
     """The critic that a training keeps [H + 1, k], or a new one, of zeros."""
     zeros = torch.zeros(batch.hidden.shape[-1] + 1, batch.scores.shape[1], device=batch.hidden.device)
-    return kept.get("critic", zeros).to(zeros)
+    return state.get("critic", zeros).to(zeros)
 
 
-def critic_advantages(batch: Batch, kept: dict[str, Tensor], config: UpdateSettings) -> Advantages:
+def critic_advantages(batch: Batch, state: dict[str, Tensor], config: UpdateSettings) -> Advantages:
     """Token rewards with KL, GAE on the critic as it stands, whitening."""
     mask, rewards = batch.rollout.mask, token_rewards(batch)
-    values = values_of(batch.hidden, critic_weight(batch, kept))  # [B, L, k]
+    values = values_of(batch.hidden, critic_weight(batch, state))  # [B, L, k]
     advantages = gae(rewards, values, mask, config.gae_lambda)
     return Advantages(*whiten(advantages, mask), to_go(rewards), values)
 
 
-def fit_critic(batch: Batch, advantages: Advantages, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+def fit_critic(batch: Batch, advantages: Advantages, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Once a round, after its advantages: the critic towards the returns of all real tokens."""
     real = batch.rollout.mask.bool()
-    weight = critic_weight(batch, kept)
+    weight = critic_weight(batch, state)
     return {"critic": least_squares(weight, batch.hidden[real], advantages.returns[real])}
 
 

@@ -76,7 +76,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         return {}
     summary = report.summarise(session, before, after, lines, seconds + time.perf_counter() - started)
     summary["best"] = report.best_round(session, before, held_out | {config.rounds: after.scores})
-    if personal or session.federation.method.primary:
+    if personal or session.federation.method.needs_primary:
         summary["by_client"] = report.by_client(session, before, after, personal)
     samples = report.samples(session, before, after)
     peft_files.save(session.policy.adapter, out / "adapter", session.base_model)
@@ -149,7 +149,7 @@ def draw(session: Session, summary: dict[str, Any], lines: list, samples: list, 
 
     if lines:
         plots.by_round(lines, session.names, out)
-    if lines and session.federation.method.primary:
+    if lines and session.federation.method.needs_primary:
         plots.by_task(lines, session.names[0], session.tasks, out)
     if options.front_is_known(session.config):
         front = toy.pareto_front([line["prompt"] for line in samples])

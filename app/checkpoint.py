@@ -58,7 +58,7 @@ def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[st
     tensors = {"theta": federation.theta} | {f"server.{name}": x for name, x in federation.server.state.items()}
     tensors |= {f"calibration.{name}": x for name, x in vars(federation.calibration).items()}
     for client in federation.clients:
-        for i, state in enumerate(client.kept):
+        for i, state in enumerate(client.state):
             tensors |= {f"client{client.index}.{i}.{name}": x for name, x in state.items()}
     return tensors, {"rounds_done": federation.rounds_done, "kl_coef": federation.kl_coef}
 
@@ -76,8 +76,8 @@ def restore_federation(federation: Federation, tensors: dict[str, Tensor], value
     federation.calibration = Calibration(**under("calibration."))
     for client in federation.clients:
         state = under(f"client{client.index}.")
-        client.kept = [{} for _ in {name.partition(".")[0] for name in state}]
+        client.state = [{} for _ in {name.partition(".")[0] for name in state}]
         for name, x in state.items():
             i, _, key = name.partition(".")
-            client.kept[int(i)][key] = x
+            client.state[int(i)][key] = x
     federation.policy.adapter.assign(federation.theta)

@@ -65,11 +65,11 @@ def pair_cosines(G: Tensor) -> Tensor:
     return cosines[i, j]
 
 
-def objective_weights(client: Client, part: Contribution, mixing: Tensor, M: int) -> Tensor:
+def objective_weights(client: Client, part: Contribution, training_shares: Tensor, M: int) -> Tensor:
     """What every objective weighed in a client's K steps, Σ_i mixing_i mix_i λ_i: [K, M], NaN if it holds none."""
     weights = sum(
         share * torch.stack([step.lam for step in update.steps]) @ update.mix.double().T
-        for share, update in zip(mixing, part.updates, strict=True)
+        for share, update in zip(training_shares, part.updates, strict=True)
     )  # [K, m]
     whole = weights.new_full((len(weights), M), torch.nan)
     whole[:, client.objectives] = weights
@@ -145,7 +145,7 @@ def by_client(record: Round, clients: Sequence[Client], names: Sequence[str]) ->
     """Of every client: its mean reward and mean λ of each objective that it holds, its KL, its share of the average."""
     metrics = {}
     for (c, part), share in zip(record.arrived.items(), record.shares.tolist(), strict=True):
-        lam = objective_weights(clients[c], part, record.mixing, len(names)).mean(0)  # [M]
+        lam = objective_weights(clients[c], part, record.training_shares, len(names)).mean(0)  # [M]
         figures = {"kl": part.upload.numbers["kl"], "share": share}
         for j in clients[c].objectives:
             figures |= {f"reward/{names[j]}": float(part.raw[:, j].mean()), f"lambda/{names[j]}": float(lam[j])}
@@ -156,11 +156,13 @@ def by_client(record: Round, clients: Sequence[Client], names: Sequence[str]) ->
 def agreement(record: Round, clients: Sequence[Client], names: Sequence[str], adapter: Adapter) -> dict[str, float]:
     """How far the clients agree, on λ and on the adapter."""
     parts = record.arrived.items()
-    lambdas = torch.stack([objective_weights(clients[c], part, record.mixing, len(names)) for c, part in parts])
+    lambdas = torch.stack(
+        [objective_weights(clients[c], part, record.training_shares, len(names)) for c, part in parts]
+    )
     metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
     metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))  # [C, K, M]
     uploads = [part.upload.tensors["theta"] for _, part in parts]  # [trainings, d] each
-    thetas = torch.stack([record.mixing.to(theta) @ theta for theta in uploads])  # [C, d]
+    thetas = torch.stack([record.training_shares.to(theta) @ theta for theta in uploads])  # [C, d]
     residual, norm = averaging_residual([adapter.split(theta) for theta in thetas], record.shares, adapter.scale)
     return metrics | {
         "adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual, "adapter/norm": norm,

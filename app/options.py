@@ -133,7 +133,7 @@ def settings_of(method: Method) -> set[str]:
 def check(config: Config) -> None:
     """Raise ValueError for settings that do not go together, before anything is loaded."""
     method, M = method_of(config), len(config.objectives)
-    if method.mixes_runs:
+    if method.several_runs:
         raise ValueError(f"method: {method.name} is several runs; add --sweep 0.1 0.5 0.9, or use --compare")
     if not M:
         raise ValueError("objectives: name at least one, as [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")

@@ -95,11 +95,11 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
     for text in compare or [config.method]:
         variant = options.variant(config, text) if compare else config
         method = options.method_of(variant)
-        follows = method.mixes_runs or "preference" in options.settings_of(method)
+        follows = method.several_runs or "preference" in options.settings_of(method)
         if text in runs or not variant.rounds:
             raise ValueError(f"compare: {text!r} is named twice, or trains no round")
         runs[text] = [replace(variant, preference=p) for p in (preferences if follows else [centre])]
-        options.check(replace(variant, method=SPECIALIST) if method.mixes_runs else variant)
+        options.check(replace(variant, method=SPECIALIST) if method.several_runs else variant)
     if sweep and all(len(configs) == 1 for configs in runs.values()) and len(preferences) > 1:
         raise ValueError(f"sweep: {', '.join(runs)} takes no preference, so there is nothing to sweep")
     return runs
@@ -124,7 +124,7 @@ def sweep(
     for text, configs in runs.items():
         home = out / text.replace(" ", ",")
         runs[text] = [replace(one, out=str(home / label(one.preference))) for one in configs]
-        if options.METHODS[configs[0].method].mixes_runs:
+        if options.METHODS[configs[0].method].several_runs:
             soups(runs[text], names, home, train)
         else:
             for one in runs[text]:

@@ -78,9 +78,9 @@ def test_fsmgda_moves_along_the_min_norm_point_of_the_averaged_updates():
     theta = torch.tensor([1.0, 1.0])
     updates = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 1.5]]])  # [C, M, d]
     uploads = [Upload({"theta": theta + update}, {"prompts": n}) for update, n in zip(updates, (1, 2), strict=True)]
-    moved, _, mixing = FSMGDA.server(Config(server_lr=0.5)).step(theta, uploads)
+    moved, _, training_shares = FSMGDA.server(Config(server_lr=0.5)).step(theta, uploads)
     # averaged updates (2, 0) and (0, 1): λ₁ = 1 / (1 + 2²)
-    assert mixing.tolist() == pytest.approx([0.2, 0.8])
+    assert training_shares.tolist() == pytest.approx([0.2, 0.8])
     assert moved.tolist() == pytest.approx([1.2, 1.4])
 
 

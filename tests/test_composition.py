@@ -118,7 +118,7 @@ def test_a_local_update_is_the_formulas_row_by_row(estimator, S, by_hand):
     assert (tensors["theta"] - by_formulas).norm() < 1e-3 * (by_formulas - theta).norm()
     assert (torch.stack([step.lam for step in update.steps]) - lambdas).abs().max() < 1e-4
     assert (ppo.sequence_kl(batch) - kl).abs().max() < 1e-4
-    assert critic is None or (context.kept["critic"] - critic).abs().max() < 1e-3 * critic.abs().max()
+    assert critic is None or (context.state["critic"] - critic).abs().max() < 1e-3 * critic.abs().max()
 
 
 def test_clients_train_on_calibrated_scores_of_their_own_rows():
@@ -200,7 +200,7 @@ def test_the_critic_never_sees_the_token_it_judges():
 
 def test_two_trainings_on_two_objectives_each_are_logged_as_the_server_mixed_them():
     class Quarter(Server):
-        def mixing(self, updates, weights):
+        def training_shares(self, updates, weights):
             return torch.tensor([0.25, 0.75]).double()
 
     mixes = list(torch.eye(4).split(2, dim=1))

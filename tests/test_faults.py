@@ -46,14 +46,16 @@ def spoil(monkeypatch, *clients) -> None:
 def test_a_client_that_is_not_finite_is_left_out_named_and_keeps_what_it_had(world, monkeypatch, method):
     built = federation(world, method=method)
     built.round()
-    before = [dict(client.kept[0]) for client in built.clients]
+    before = [dict(client.state[0]) for client in built.clients]
     spoil(monkeypatch, 1)
     theta, record = built.theta, built.round()
     assert list(record.arrived) == [0, 2] and "not finite" in record.faults[1]
     uploads = torch.stack([part.upload.tensors["theta"][0] for part in record.arrived.values()])
     prompts = torch.tensor([float(len(built.clients[c].prompts)) for c in (0, 2)])
     assert torch.equal(built.theta, theta + fedavg.average(uploads - theta, prompts))
-    same = [all(torch.equal(built.clients[c].kept[0][name], old[name]) for name in old) for c, old in enumerate(before)]
+    same = [
+        all(torch.equal(built.clients[c].state[0][name], old[name]) for name in old) for c, old in enumerate(before)
+    ]
     assert same == [False, True, False]
 
 

@@ -67,14 +67,14 @@ def test_a_message_counts_its_elements_by_their_size_and_its_numbers_at_eight_by
 
 def test_the_server_mixes_each_clients_trainings_and_then_averages_clients_by_their_prompts():
     class Mixing(Server):
-        def mixing(self, updates, weights):
+        def training_shares(self, updates, weights):
             return torch.tensor([0.25, 0.75]).double()
 
     theta, mixed = torch.tensor([1.0, 1.0]), torch.tensor([[4.0, 0.0], [0.0, 8.0]])
     uploads = [Upload({"theta": theta + moved}, {"prompts": n}) for moved, n in ((mixed, 1.0), (0 * mixed, 3.0))]
-    moved, shares, mixing = Mixing(Config(server_lr=0.5)).step(theta, uploads)
+    moved, shares, training_shares = Mixing(Config(server_lr=0.5)).step(theta, uploads)
     assert moved.tolist() == [1 + 0.5 * 0.25, 1 + 0.5 * 1.5]  # three quarters of the prompts did not move
-    assert shares.tolist() == mixing.tolist() == [0.25, 0.75]
+    assert shares.tolist() == training_shares.tolist() == [0.25, 0.75]
 
 
 def test_an_average_of_another_kind_takes_its_place():

@@ -110,7 +110,7 @@ def test_if_the_primarys_rewards_do_not_vary_the_weights_stay():
     built.score = lambda *arguments: original(*arguments) * torch.tensor([0.0, 1.0]).double()
     for _ in range(3):
         built.round()
-    assert all(client.kept[0]["weights"].tolist() == [0.5, 0.5] for client in built.clients)
+    assert all(client.state[0]["weights"].tolist() == [0.5, 0.5] for client in built.clients)
 
 
 def test_a_saturated_auxiliarys_h_is_nearly_zero(monkeypatch):
@@ -128,19 +128,19 @@ def test_a_saturated_auxiliarys_h_is_nearly_zero(monkeypatch):
 def test_a_client_that_is_not_sampled_keeps_its_weights_and_gradients():
     built = federation(method=FEDMOA, clients_per_round=1)
     for _ in range(3):
-        before = [client.kept for client in built.clients]
+        before = [client.state for client in built.clients]
         (chosen,) = built.round().arrived
-        assert [client.kept is kept for client, kept in zip(built.clients, before, strict=True)] == [
+        assert [client.state is kept for client, kept in zip(built.clients, before, strict=True)] == [
             c != chosen for c in range(3)
         ]
-    assert set(built.clients[chosen].kept[0]) == {"weights", "taken"}  # and no critic
+    assert set(built.clients[chosen].state[0]) == {"weights", "taken"}  # and no critic
 
 
 def test_an_objective_that_a_client_lacks_has_no_row_and_no_weight():
     built = federation(method=FEDMOA, held=[[0, 1, 2], [0, 2], [0]], M=3)
     built.round()
     record = built.round()
-    assert [len(client.kept[0]["taken"]) for client in built.clients] == [3, 2, 1]
+    assert [len(client.state[0]["taken"]) for client in built.clients] == [3, 2, 1]
     assert [len(part.updates[0].steps[0].lam) for part in record.arrived.values()] == [3, 2, 1]
 
 

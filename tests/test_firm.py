@@ -24,7 +24,7 @@ from rewards import Calibration
 from settings import Config
 
 NAMES = ["even", "low", "third", "high"]
-TRAINED = [method for method in METHODS.values() if not method.mixes_runs]
+TRAINED = [method for method in METHODS.values() if not method.several_runs]
 every_method = pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
 
 
@@ -166,7 +166,7 @@ def test_a_client_that_the_servers_questions_found_faulty_is_left_out_of_the_rou
 
     built = federation(method=replace(FIRM, server=Suspicious))
     record = built.round()
-    assert record.faults == {0: "no answer"} and list(record.arrived) == [1, 2] and not built.clients[0].kept
+    assert record.faults == {0: "no answer"} and list(record.arrived) == [1, 2] and not built.clients[0].state
 
 
 def test_if_no_update_can_be_used_the_round_ends_with_a_remedy():
@@ -250,7 +250,7 @@ def test_with_one_objective_all_methods_with_a_critic_are_the_same(method):
 def test_lambda_and_mixing_lie_on_the_simplex(method):
     record = federation(method=method, M=3, clients=2, batch_size=4, epochs=1).round()
     steps = [step for part in record.arrived.values() for update in part.updates for step in update.steps]
-    for weights in [record.mixing, record.shares, *(step.lam for step in steps)]:
+    for weights in [record.training_shares, record.shares, *(step.lam for step in steps)]:
         assert weights.min() >= 0 and abs(float(weights.sum()) - 1) < 1e-12
 
 
@@ -291,12 +291,12 @@ def test_scaffold_sends_its_controls_as_named_tensors_which_are_billed():
             return super().step(theta, uploads)
 
     def correct(gradient, context):
-        return gradient - context.kept.get("control", 0.0) + context.message["control"]
+        return gradient - context.state.get("control", 0.0) + context.message["control"]
 
     def finish(context):
         gone = (context.message["theta"] - context.theta) / context.config.lr  # in one step
-        context.kept["control"] = context.kept.get("control", 0.0) - context.message["control"] + gone
-        return {"control": context.kept["control"]}
+        context.state["control"] = context.state.get("control", 0.0) - context.message["control"] + gone
+        return {"control": context.state["control"]}
 
     scaffold = replace(FIRM, correct=correct, finish=finish, server=Controls)
     built, plain = (federation(method=method, optimizer="sgd", epochs=1) for method in (scaffold, FIRM))
@@ -326,7 +326,8 @@ def test_the_preference_among_a_clients_objectives_is_that_of_all_renormalised(m
     built = federation(method=method, M=3, held=[[0, 2], [0, 1, 2], [1]], preference=[1, 2, 4])
     record = built.round()
     weights = [
-        metrics.objective_weights(client, record.arrived[client.index], record.mixing, 3)[0] for client in built.clients
+        metrics.objective_weights(client, record.arrived[client.index], record.training_shares, 3)[0]
+        for client in built.clients
     ]
     nan = math.nan
     expected = [[0.2, nan, 0.8], [1 / 7, 2 / 7, 4 / 7], [nan, 1.0, nan]]

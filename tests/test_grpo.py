@@ -137,7 +137,7 @@ def test_every_method_learns_from_groups_without_a_critic_anywhere(method):
     before, line = built.theta.clone(), logged(built)
     assert torch.isfinite(built.theta).all() and not torch.equal(built.theta, before)
     assert not any(key.startswith("explained_variance") for key in line)
-    assert not any("critic" in kept for client in built.clients for kept in client.kept)
+    assert not any("critic" in kept for client in built.clients for kept in client.state)
     ((_, batch, _),) = built.batches(built.clients[:1])
     assert batch.hidden is None
 
@@ -145,7 +145,7 @@ def test_every_method_learns_from_groups_without_a_critic_anywhere(method):
 def test_a_critic_can_have_groups_too():
     built = grouped(estimator=CRITIC, S=3)
     assert built.round().arrived[0].updates[0].batch.rollout.group_size == 3
-    assert all("critic" in client.kept[0] for client in built.clients)
+    assert all("critic" in client.state[0] for client in built.clients)
 
 
 def test_calibration_asks_as_many_prompts_with_groups_as_without():

@@ -32,7 +32,7 @@ def test_every_preset_is_a_valid_configuration():
 def test_the_parts_of_a_method_can_be_replaced_by_name():
     method = options.method_of(parsed("--method linear --advantages grpo --weights min-norm --aggregation accuracy"))
     assert (method.name, method.estimator.name, method.weights.name) == ("linear", "grpo", "min-norm")
-    assert method.aggregation.name == "accuracy" and method.primary and not METHODS["linear"].primary
+    assert method.aggregation.name == "accuracy" and method.needs_primary and not METHODS["linear"].needs_primary
 
 
 def test_settings_survive_their_file(tmp_path):

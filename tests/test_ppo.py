@@ -131,8 +131,8 @@ def test_the_critic_is_fitted_to_real_tokens_only():
 def test_the_critics_targets_are_monte_carlo_returns_whatever_gae_lambda(policy):
     rollout, logp, hidden = batch_of(policy)
     batch = Batch(rollout, torch.randn(len(rollout), 2, generator=G), logp, logp - 0.1, hidden, 0.3)
-    kept = {"critic": torch.randn(policy.hidden_size + 1, 2, generator=G)}
-    low, high = (CRITIC.advantages(batch, kept, UpdateSettings(gae_lambda=lam)) for lam in (0.0, 1.0))
+    state = {"critic": torch.randn(policy.hidden_size + 1, 2, generator=G)}
+    low, high = (CRITIC.advantages(batch, state, UpdateSettings(gae_lambda=lam)) for lam in (0.0, 1.0))
     assert torch.equal(low.returns, high.returns) and torch.equal(low.returns, ppo.to_go(ppo.token_rewards(batch)))
     assert not torch.equal(low.normalised, high.normalised)
 

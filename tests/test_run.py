@@ -155,13 +155,13 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_other_ones(finished, worl
     assert metrics_of(tmp_path / "again") == metrics_of(finished)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.mixes_runs])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.several_runs])
 def test_every_method_runs_on_three_objectives(world, tmp_path, method):
     three = [f"py:{world}/objectives.py:{name}" for name in ("even", "short", "flat")]
     flags = {"method": method, "objectives": three, "rounds": 1, "eval_samples": 1}
     assert run.main(command(world, out=tmp_path, **flags)) == 0
     assert summary_of(tmp_path)["method"] == method and len(summary_of(tmp_path)["objectives"]) == 3
-    assert (tmp_path / "tasks.png").exists() == METHODS[method].primary
+    assert (tmp_path / "tasks.png").exists() == METHODS[method].needs_primary
 
 
 def test_an_objective_that_never_varies_is_warned_of_and_figures_that_do_not_exist_are_null(world, tmp_path, capsys):
