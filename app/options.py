@@ -143,6 +143,8 @@ def check(config: Config) -> None:
         raise ValueError(f"clients_per_round: {config.clients_per_round} is more than clients, {config.clients}")
     if config.personal_rounds and method.server.equal_objectives:
         raise ValueError(f"personal_rounds: {method.name} leaves a client nothing to train alone; use 0")
+    if config.diagnostics and config.client_objectives:
+        raise ValueError("diagnostics: it compares clients on all objectives; leave --client_objectives out")
     if config.severity and (config.model != "reasoning" or config.split != "client"):
         raise ValueError("severity: only the reasoning world has poor clients; add --model reasoning --split client")
     if config.model not in EMBEDDED and not config.prompts:

@@ -1,21 +1,30 @@
-"""What --diagnostics adds, on cases small enough to do by hand."""
+"""What --diagnostics adds: formulas against explicit float64 sums, halves against the whole batch's gradient."""
 
-import math
-
+import numpy as np
 import pytest
 import torch
+from conftest import make_policy
 
-from evidence import diagnostics
+import ppo
+from app.options import method_of
+from data import Prompt
+from experiments import diagnostics
+from firm import Federation
+from settings import Config
 
-# Where clients go from one θ
 
+def federation(**settings):
+    """Three clients on random weights; a reward is the share of tokens that 2, or 3, divides."""
+    rng = np.random.default_rng(0)
+    prompts = [Prompt("", (), tuple(rng.integers(3, 50, rng.integers(2, 8))), "", {}) for _ in range(15)]
 
-def clients(C=3, M=3, d=40):
-    """Gradients J_c [C, M, d] in float64, λ_c [C, M], and weights [C] of sum 8."""
-    g = torch.Generator().manual_seed(0)
-    lambdas = torch.rand(C, M, dtype=torch.float64, generator=g)
-    J = torch.randn(C, M, d, dtype=torch.float64, generator=g)
-    return J, lambdas / lambdas.sum(1, keepdim=True), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    def score(prompts, rollout, holdings):
+        shares = [((rollout.responses % j == 0) * rollout.mask).sum(1) / rollout.mask.sum(1) for j in (2, 3)]
+        return torch.stack(shares, 1).double()
+
+    config = Config(**{"clients": 3, "batch_size": 8, "epochs": 2, "lr": 1e-2, "kl_coef": 0.01} | settings)
+    shares = [prompts[:4], prompts[4:9], prompts[9:]]
+    return Federation(make_policy(max_new_tokens=6), shares, ["even", "threes"], score, method_of(config), config)
 
 
 def products(vectors):
@@ -28,106 +37,62 @@ def explicit_drift(J, lambdas, weights):
     w = weights / weights.sum()
     mean = (w[:, None] * lambdas).sum(0)
     lost = sum(w[c] * (lambdas[c] - mean) @ J[c] for c in range(len(w)))
-    step = sum(w[c] * lambdas[c] @ J[c] for c in range(len(w)))
-    return float(lost.norm() / step.norm())
+    return float(lost.norm() / sum(w[c] * lambdas[c] @ J[c] for c in range(len(w))).norm())
 
 
 def test_drift_is_the_share_of_the_step_that_unequal_weights_make():
-    J, lambdas, weights = clients()
+    g, weights = torch.Generator().manual_seed(0), torch.tensor([1.0, 2.0, 5.0]).double()
+    J, lambdas = (torch.randn(3, 3, n, dtype=torch.float64, generator=g) for n in (40, 1))
+    lambdas = lambdas[..., 0].softmax(1)
     assert diagnostics.drift(products(J), lambdas, weights) == pytest.approx(explicit_drift(J, lambdas, weights))
-
-
-def test_clients_with_equal_lambdas_do_not_drift():
-    J, lambdas, weights = clients()
     assert diagnostics.drift(products(J), lambdas[:1].expand(3, 3), weights) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_equal_gradients_do_not_drift_however_unequal_the_lambdas():
-    J, lambdas, weights = clients()
-    assert diagnostics.drift(products(J[:1].expand(3, -1, -1)), lambdas, weights) == pytest.approx(0.0, abs=1e-7)
-
-
-def test_drift_does_not_depend_on_the_scale_of_the_weights():
-    J, lambdas, weights = clients()
-    once, thrice = (diagnostics.drift(products(J), lambdas, factor * weights) for factor in (1, 3))
-    assert once == pytest.approx(thrice, rel=1e-12)
-
-
-def test_a_client_of_weight_zero_leaves_no_trace_in_the_drift():
-    J, lambdas, _ = clients()
-    without = diagnostics.drift(products(J[1:]), lambdas[1:], torch.tensor([2.0, 5.0]).double())
-    assert diagnostics.drift(products(J), lambdas, torch.tensor([0.0, 2.0, 5.0]).double()) == pytest.approx(without)
-
-
-def test_drift_has_no_value_where_the_step_is_zero():
-    _, lambdas, weights = clients()
-    assert math.isnan(diagnostics.drift(torch.zeros(3, 3, 3, 3, dtype=torch.float64), lambdas, weights))
-
-
-def test_the_federated_gram_is_that_of_the_weighted_mean_gradients_of_the_halves():
-    g = torch.Generator().manual_seed(0)
-    halves = torch.randn(3, 2, 4, 30, dtype=torch.float64, generator=g)  # [C, 2, M, d]
-    mean = (halves[0] + 2 * halves[1] + 5 * halves[2]) / 8
-    G = diagnostics.federated_gram(products(halves), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
-    assert (G - products(mean)).abs().max() < 1e-12
-
-
-def test_stationarity_is_four_times_the_mean_product_of_the_halves_directions():
-    J, lambdas, _ = clients()
-    a, b = J[:2]
-    by_hand = 4 * (((lambdas[0] @ a) @ (lambdas[0] @ b)) + ((lambdas[1] @ a) @ (lambdas[1] @ b))) / 2
-    assert diagnostics.half_batch_stationarity(products(J[:2]), lambdas[:2], 8, 8) == pytest.approx(float(by_hand))
-
-
-def test_stationarity_on_equal_halves_is_the_squared_norm_of_the_direction():
-    J, lambdas, _ = clients()
-    both = J[:1].expand(2, -1, -1)
-    direction = lambdas[0] @ (2 * J[0])
-    ours = diagnostics.half_batch_stationarity(products(both), lambdas[:1].expand(2, -1), 8, 8)
-    assert ours == pytest.approx(float(direction @ direction))
 
 
 def test_noise_raises_the_squared_norm_on_one_batch_and_not_stationarity_on_halves():
     g, draws = torch.Generator().manual_seed(0), 2000
     J, lam = 3 * torch.eye(2, 50, dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
-    halves = J / 2 + torch.randn(draws, 2, 2, 50, dtype=torch.float64, generator=g)
-    on_halves = torch.tensor([diagnostics.half_batch_stationarity(products(h), lam.expand(2, 2), 8, 8) for h in halves])
+    shares = torch.tensor([0.6, 0.4]).double()[:, None, None]  # three rows of five, and two
+    halves = shares * J + torch.randn(draws, 2, 2, 50, dtype=torch.float64, generator=g)
+    on_halves = torch.tensor([diagnostics.stationarity(products(h), lam.expand(2, 2), (3, 2)) for h in halves])
     on_one_batch = (lam @ halves.sum(1)).square().sum(-1)
     true, noise = 9 * float(lam @ lam), 2 * 50 * float(lam @ lam)  # 5.2 and 58: two halves' noise adds up
-    error = 4 * float(on_halves.std()) / math.sqrt(draws)
-    assert float(on_halves.mean()) == pytest.approx(true, abs=error) and error < 2
-    assert float(on_one_batch.mean()) == pytest.approx(true + noise, abs=error)
+    error = 4 * float(on_halves.std()) / np.sqrt(draws)
+    means = [float(on_halves.mean()), float(on_one_batch.mean())]
+    assert means == pytest.approx([true, true + noise], abs=error) and error < 2
 
 
-def test_stationarity_of_unequal_halves_of_one_gradient_is_its_squared_norm():
-    # Five rows of equal gradients: three in one half, two in the other.
-    J, lambdas, _ = clients()
-    halves = torch.stack([0.6 * J[0], 0.4 * J[0]])
-    ours = diagnostics.half_batch_stationarity(products(halves), lambdas[:1].expand(2, -1), 3, 2)
-    assert ours == pytest.approx(float((lambdas[0] @ J[0]).square().sum()))
+@pytest.mark.parametrize(
+    "settings", [{}, {"micro_batch_size": 3}, {"advantages": "group", "group_size": 4}, {"method": "fsmgda"}], ids=str
+)
+def test_halves_of_whole_groups_add_up_to_the_gradient_of_the_batch_and_the_adapter_stays(settings):
+    trained = federation(**settings)
+    policy, config, record = trained.policy, trained.config, trained.round()
+    after = policy.adapter.vector()
+    diagnostics.observe(policy, record, config)
+    assert torch.equal(policy.adapter.vector(), after)
+    policy.adapter.assign(record.message["theta"])
+    for update in (update for part in record.arrived.values() for update in part.updates):
+        whole = ppo.policy_gradients(policy, update.batch, update.advantages.normalised, config).J
+        first, second = diagnostics.half_gradients(policy, update, config)
+        assert torch.allclose(first + second, whole, rtol=1e-3, atol=1e-6) and first.norm() > 0 < second.norm()
+        assert [(rows.start, rows.stop) for rows in diagnostics.halves(update.batch.rollout)] == [(0, 4), (4, 8)]
 
 
-def test_a_single_row_has_no_halves():
-    J, lambdas, _ = clients()
-    assert math.isnan(diagnostics.half_batch_stationarity(products(J[:2]), lambdas[:2], 1, 0))
-
-
-# Roughness of a curve
-
-
-def test_a_straight_line_has_no_roughness():
-    assert diagnostics.roughness([1.5 - 0.3 * t for t in range(20)]) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_the_roughness_of_white_noise_around_a_line_is_its_deviation():
-    noise = 0.7 * torch.randn(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert diagnostics.roughness((noise + 0.01 * torch.arange(20_000)).tolist()) == pytest.approx(0.7, rel=0.02)
-
-
-def test_one_step_out_of_three_has_the_roughness_of_its_second_difference():
-    assert diagnostics.roughness([0.0, 1.0, 0.0]) == pytest.approx(2 / math.sqrt(6))
-
-
-@pytest.mark.parametrize("curve", [[], [1.0], [1.0, 2.0]])
-def test_below_three_points_a_curve_has_no_roughness(curve):
-    assert math.isnan(diagnostics.roughness(curve))
+def test_figures_of_a_round_are_those_of_the_gradients_that_it_began_with():
+    trained = federation()
+    record = trained.round()
+    figures, grams = diagnostics.observe(trained.policy, record, trained.config)
+    trained.policy.adapter.assign(record.message["theta"])
+    parts, w = [part.updates[0] for part in record.arrived.values()], record.shares
+    lam = torch.stack([part.steps[0].lam for part in parts])
+    halves = torch.stack([diagnostics.half_gradients(trained.policy, part, trained.config) for part in parts]).double()
+    assert figures["drift"] == pytest.approx(explicit_drift(halves.sum(1), lam, w), rel=1e-6)
+    J = (w[:, None, None, None] * halves).sum(0)  # of the federation, [2, M, d]
+    t = torch.linspace(0, 1, 100_001).double()[:, None]
+    estimates = []
+    for own, other in (J, J.flip(0)):
+        points = torch.cat([t, 1 - t], 1)  # λ of the shortest λ₁ g₁ + λ₂ g₂, by brute force
+        shortest = points[torch.einsum("ti,ij,tj->t", points, own @ own.T, points).argmin()]
+        estimates.append(float((shortest @ own) @ (shortest @ other)) * 4)
+    assert figures["stationarity"] == pytest.approx(np.mean(estimates), rel=1e-3)
+    assert torch.equal(grams["steps"][0, 0], torch.stack([step.gram for step in parts[0].steps]))

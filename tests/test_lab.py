@@ -1,278 +1,97 @@
-"""The experiments' machinery: many runs, the rows that they leave, the figures of a row."""
+"""The experiments' machinery: jobs that leave rows, and the figures of a row."""
 
 import csv
 import json
 import re
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from test_firm import federation
+from test_diagnostics import federation
 
-from evidence import diagnostics, lab
-from firm import LINEAR
-from worlds import toy
+pytest.importorskip("scipy", reason="the experiments need SciPy, see requirements-dev.txt")
+
+from app import metrics  # noqa: E402
+from experiments import diagnostics, lab, toy  # noqa: E402
+from settings import Config  # noqa: E402
 
 RESULTS = Path(lab.__file__).parents[1] / "results"
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
-    """A Lab whose jobs are not trained: they leave a row that says which call it was."""
+def laboratory(tmp_path, monkeypatch):
+    """(a function that gives the rows of jobs, a list as long as the jobs that were run): seed 99 fails."""
     calls = []
 
-    def fake(job):
-        calls.append(job)
-        time.sleep(job.get("slow", 0))
-        if job["seed"] == 99:
-            raise RuntimeError("stopped")
-        return [{"method": job["method"], "seed": job["seed"], "figure": float(len(calls))}]
+    def measure(job, directory):
+        calls.append(1 / (job["seed"] - 99))
+        return [{"method": "firm", "figure": float(len(calls))}]
 
-    monkeypatch.setattr(lab, "run_job", fake)
-    monkeypatch.setattr(lab, "ProcessPoolExecutor", lambda workers, context, *_: ThreadPoolExecutor(1))
-    return lab.Lab(tmp_path, quick=False, workers=1), calls
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    return lambda *jobs: lab.rows_of(tmp_path / "x.csv", jobs, measure, 1), calls
 
 
-def test_a_row_that_is_there_is_not_run_again(bench):
-    made, calls = bench
-    jobs = [{"method": "firm", "seed": s} for s in (0, 1)]
-    first = made.rows("x", jobs)
-    assert made.rows("x", jobs) == first and len(calls) == 2
-
-
-def test_a_stopped_experiment_keeps_its_finished_rows(bench):
-    made, calls = bench
-    with pytest.raises(RuntimeError, match="stopped"):
-        made.rows("x", [{"method": "firm", "seed": s} for s in (0, 99)])
-    assert made.rows("x", [{"method": "firm", "seed": 0}])[0]["figure"] == 1.0 and len(calls) == 2  # not run again
-
-
-def test_a_stop_does_not_wait_for_the_queue(bench, monkeypatch):
-    made, calls = bench
-    monkeypatch.setattr(lab, "append_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        made.rows("x", [{"method": "firm", "seed": s, "slow": 0.05} for s in range(50)])
-    assert len(calls) < 50
-
-
-def test_equal_jobs_are_run_once_and_both_get_the_row(bench):
-    made, calls = bench
-    groups = made.groups("x", {name: [{"method": "firm", "seed": 0}] for name in "ab"})
-    assert groups["a"] == groups["b"] and len(calls) == 1
-
-
-def test_another_setting_is_another_row(bench):
-    made, calls = bench
-    made.rows("x", [{"method": "firm", "seed": 0}])
-    assert made.rows("x", [{"method": "firm", "seed": 0, "beta": 1.0}])[0]["beta"] == 1.0 and len(calls) == 2
-
-
-def test_a_row_of_another_version_of_the_update_is_not_found(bench, monkeypatch):
-    made, calls = bench
-    made.rows("x", [{"method": "firm", "seed": 0}])
+def test_a_row_is_found_by_its_settings_and_the_version_of_the_update(laboratory, monkeypatch):
+    rows, calls = laboratory
+    first = rows({"seed": 0}, {"seed": 1}, {"seed": 0})  # equal jobs are run once
+    assert rows({"seed": 1}, {"seed": 0}) == first and len(calls) == 2
+    other = {"beta": 1.0, "seed": 0}
+    assert rows(other)[lab.key(other)][0]["beta"] == 1.0 and len(calls) == 3
     monkeypatch.setattr(lab, "UPDATE", lab.UPDATE + 1)
-    made.rows("x", [{"method": "firm", "seed": 0}])
-    assert len(calls) == 2
+    rows(other)
+    assert len(calls) == 4
 
 
-def test_every_row_says_which_commit_made_it(bench, monkeypatch):
-    made, _ = bench
-    monkeypatch.setattr(lab, "commit", lambda: "1234567")  # all digits, and still no number
-    assert made.rows("x", [{"method": "firm", "seed": 0}])[0]["commit"] == "1234567"
+def test_a_stopped_experiment_keeps_its_finished_rows_and_drops_the_queue(laboratory):
+    rows, calls = laboratory
+    with pytest.raises(ZeroDivisionError):
+        rows(*({"seed": seed} for seed in (0, 99, *range(1, 50))))
+    assert len(calls) < 50
+    calls.clear()
+    assert rows({"seed": 0})[lab.key({"seed": 0})][0]["figure"] == 1.0 and not calls
 
 
-@pytest.mark.parametrize("rows", sorted(RESULTS.glob("**/*.csv")), ids=lambda path: str(path.relative_to(RESULTS)))
-def test_every_row_that_is_kept_says_which_commit_made_it(rows):
-    with open(rows, encoding="utf-8", newline="") as file:
-        assert all(re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) for row in csv.DictReader(file))
+def test_figures_go_under_their_own_names_and_are_nan_if_a_row_lacks_them(tmp_path):
+    for row in ({"settings": '{"seed": 0}', "kl": 1.0, "gap": 2.0}, {"new": 4.0, "kl": 3.0, "settings": '{"seed": 1}'}):
+        lab.append_rows(tmp_path / "x.csv", [row])
+    (first,), (second,) = lab.read_rows(tmp_path / "x.csv").values()
+    figures = [first["kl"], first["gap"], second["kl"], second["new"], first["new"], second["gap"]]
+    assert figures == pytest.approx([1.0, 2.0, 3.0, 4.0, np.nan, np.nan], nan_ok=True)
 
 
-def test_every_row_of_the_bench_says_which_commit_made_it():
-    rows = json.loads((RESULTS / "bench.json").read_text("utf-8"))
-    assert rows and all(re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) for row in rows)
+def test_every_row_on_disk_says_which_commit_made_it():
+    tables = [list(csv.DictReader(path.read_text("utf-8").splitlines())) for path in RESULTS.glob("*.csv")]
+    for rows in (*tables, json.loads((RESULTS / "bench.json").read_text("utf-8"))):
+        assert rows and all(re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) for row in rows)
 
 
-def test_a_commit_with_code_changed_since_is_marked(tmp_path, monkeypatch):
-    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)  # noqa: E731
-    monkeypatch.setattr(lab, "__file__", str(tmp_path / "lab.py"))
-    assert lab.commit() == "unknown"  # outside of git
-    (tmp_path / "lab.py").write_text("1\n")
-    git("init")
-    git("add", ".")
-    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "m")
-    clean = lab.commit()
-    (tmp_path / "rows.csv").write_text("a result\n")
-    assert lab.commit() == clean and re.fullmatch(r"[0-9a-f]{7,}", clean)
-    (tmp_path / "lab.py").write_text("2\n")
-    assert lab.commit() == clean + "+"
+def test_solving_again_under_the_same_beta_gives_the_logged_figures():
+    trained = federation(beta=0.1, preference=[0.3, 0.7])
+    lines, grams = [], []
+    for _ in range(2):
+        record = trained.round()
+        figures, tensors = diagnostics.observe(trained.policy, record, trained.config)
+        lines.append(metrics.line(record, trained.clients, trained.names, trained.policy.adapter) | figures)
+        grams.append(tensors)
+    row = toy.of_grams(grams, [0.3, 0.7])
+    assert row["disagreement@0.1"] == pytest.approx(np.mean([line["lambda/disagreement"] for line in lines]))
+    assert row["drift@0.1"] == pytest.approx(np.mean([line["drift"] for line in lines]))
+    assert row["disagreement@0"] > row["disagreement@0.1"] > row["disagreement@10"] > 0.0
 
 
-def test_rows_come_in_the_order_of_the_jobs(bench):
-    made, _ = bench
-    made.rows("x", [{"method": "firm", "seed": 1}])
-    assert [row["seed"] for row in made.rows("x", [{"method": "firm", "seed": s} for s in (0, 1)])] == [0, 1]
+def net_roughness(rewards, spread, **settings):
+    """Of rounds with these mean rewards, whose 100 responses have this deviation; the base policy's is 0.5."""
+    logged = ("drift", "upload_bytes", "download_bytes", "lambda/disagreement", "lambda/helpful")
+    figures = dict.fromkeys(logged, 1.0) | {f"reward_sd/{name}": spread for name in toy.NAMES}
+    lines = [figures | {f"reward/{name}": float(reward) for name in toy.NAMES} for reward in rewards]
+    summary = {"objectives": {name: {"calibration": {"scale": 0.5}} for name in toy.NAMES}}
+    return toy.of_rounds(Config(clients=4, batch_size=25, **settings), summary, lines)["net_roughness_helpful"]
 
 
-def test_miniature_rows_are_not_taken_for_real_ones(bench):
-    made, _ = bench
-    small = lab.Lab(made.results, quick=True, workers=1)
-    small.rows("x", [{"method": "firm", "seed": 0}])
-    assert lab.key({"method": "firm", "seed": 0}) not in lab.read_rows(made.results / "x.csv")
-
-
-def test_a_figure_goes_under_its_own_name_whatever_its_place(tmp_path):
-    lab.append_rows(tmp_path / "x.csv", [{"settings": '{"seed": 0}', "method": "firm", "kl": 1.0, "gap": 2.0}])
-    lab.append_rows(tmp_path / "x.csv", [{"gap": 4.0, "kl": 3.0, "method": "firm", "settings": '{"seed": 1}'}])
-    row = lab.read_rows(tmp_path / "x.csv")['{"seed": 1}'][0]
-    assert (row["kl"], row["gap"]) == (3.0, 4.0)
-
-
-def test_a_figure_that_older_rows_lack_is_refused(tmp_path):
-    lab.append_rows(tmp_path / "x.csv", [{"settings": "{}", "method": "firm", "kl": 1.0}])
-    with pytest.raises(ValueError, match="new"):
-        lab.append_rows(tmp_path / "x.csv", [{"settings": "{}", "method": "firm", "kl": 1.0, "new": 2.0}])
-
-
-@pytest.mark.parametrize("risky", [0, 3, 8])
-def test_the_front_of_a_row_is_that_of_its_prompts(risky):
-    topics = {wanted: [t for t in toy.TOPICS if (t in toy.RISKY) == wanted] for wanted in (True, False)}
-    prompts = [topics[True][i % 8] for i in range(risky)] + [topics[False][i % 8] for i in range(8 - risky)]
-    assert np.array_equal(lab.front_of({"risky": float(risky), "held_out": 8.0}), toy.pareto_front(prompts))
-
-
-@pytest.fixture(scope="module")
-def round_of_firm():
-    trained = federation(beta=0.01, preference=[0.3, 0.7])
-    return trained.round(), trained.grams
-
-
-@pytest.mark.parametrize("figure", ["disagreement", "drift"])
-def test_solving_again_under_the_same_beta_gives_the_logged_figure(round_of_firm, figure):
-    metrics, grams = round_of_firm
-    row = lab.gram_figures({"beta": 0.01, "preference": [0.3, 0.7]}, [grams])
-    assert row[f"{figure}@0.01"] == pytest.approx(metrics[lab.LOGGED[figure]], rel=1e-9)
-
-
-def test_the_kept_grams_of_fixed_weights_show_what_other_weights_would_have_done():
-    trained = federation(method=LINEAR)
-    metrics = trained.round()
-    row = lab.gram_figures({}, [trained.grams])
-    assert metrics[lab.LOGGED["disagreement"]] == pytest.approx(0.0, abs=1e-12)
-    assert row["disagreement@0"] > row["disagreement@1"] > row["disagreement@10"] > 0.0
-
-
-def test_equal_clients_without_noise_have_no_error_in_lambda():
-    # Two gradients of unequal length, the same on every client and half: every estimate of λ is the reference.
-    J = torch.tensor([[1.0, 0.0, 0.0], [0.5, 2.0, 0.0]], dtype=torch.float64)
-    rows = (0.5 * J).expand(4, 2, 2, 3).reshape(-1, 3)  # [C · 2 · M, d], halves that add up to J
-    start = (rows @ rows.T).view(4, 2, 2, 4, 2, 2)
-    figures = lab.noise_figures({"start": start, "weights": torch.ones(4, dtype=torch.float64)}, 0.01)
-    assert figures["error_batch"] == pytest.approx(0.0, abs=1e-9)
-    assert figures["error_cross"] == pytest.approx(0.0, abs=1e-9)
-    assert figures["half_cosine"] == pytest.approx(1.0)
-
-
-def test_noise_biases_lambda_from_one_batch_towards_inverse_variance_and_not_from_halves():
-    # Equal true gradients norms, orthogonal, so the true λ is ½; the second one's noise is three times as large.
+def test_roughness_is_net_of_a_trend_and_of_sampling_in_deviations_of_the_base_policy():
     rng = np.random.default_rng(0)
-    d, C = 400, 6
-    truth = np.zeros((2, d))
-    truth[0, 0] = truth[1, 1] = 1.0
-    scale = np.array([0.05, 0.15])[:, None]
-    batch, cross = [], []
-    for _ in range(30):
-        rows = torch.tensor(0.5 * truth + scale * rng.normal(size=(C, 2, 2, d))).reshape(-1, d)
-        start = (rows @ rows.T).view(C, 2, 2, C, 2, 2)
-        figures = lab.noise_figures({"start": start, "weights": torch.ones(C, dtype=torch.float64)}, 0.01)
-        batch.append(figures["lambda1_batch"])
-        cross.append(figures["lambda1_cross"])
-    assert np.mean(batch) > 0.8 and abs(np.mean(cross) - 0.5) < 0.1
-
-
-def rounds_of(rewards, spread):
-    """metrics.jsonl lines with these mean rewards, and a summary."""
-    names = (*lab.LOGGED.values(), "seconds", "adapter/averaging_residual", "adapter/norm")
-    figures = {f"reward_sd/{name}": spread for name in lab.NAMES}
-    lines = [dict.fromkeys(names, 1.0) | figures | {f"reward/{n}": float(r) for n in lab.NAMES} for r in rewards]
-    return lines, {"objectives": {name: {"calibration": {"scale": 0.5}} for name in lab.NAMES}}
-
-
-def test_roughness_is_that_of_the_logged_rewards_in_deviations_of_the_base_policy():
-    rewards = [0.0, 1.0, 0.5, 2.0]
-    row = lab.round_figures({}, *rounds_of(rewards, 0.0))
-    assert row["roughness_helpful"] == pytest.approx(diagnostics.roughness(rewards) / 0.5)
-    assert row["net_roughness_helpful"] == pytest.approx(row["roughness_helpful"])  # nothing of it is sampling noise
-
-
-def test_movement_is_the_mean_distance_between_the_lambdas_of_two_rounds():
-    lines, summary = rounds_of([0.0, 1.0, 2.0], 0.0)
-    for line, first in zip(lines, (0.5, 0.8, 0.7), strict=True):
-        line |= {"lambda/helpful": first, "lambda/harmless": 1.0 - first}
-    assert lab.round_figures({}, lines, summary)["movement"] == pytest.approx((0.3 + 0.1) / 2 * np.sqrt(2))
-
-
-def test_the_noise_of_sampling_alone_leaves_no_net_roughness():
-    rng = np.random.default_rng(0)
-    spread = 2.0  # of the rewards of a round's 4 · 25 responses, whose mean then has deviation 0.2
-    quiet, loud = 0.05 * np.arange(2000), rng.normal(0.0, spread / 10, 2000)
-    wild = loud + rng.normal(0.0, 0.5, 2000)
-    job = {"clients": 4, "batch_size": 25}
-    net = [lab.round_figures(job, *rounds_of(r, spread))["net_roughness_helpful"] for r in (quiet, loud, wild)]
-    assert net[0] == 0.0 and net[1] < 0.1 and net[2] == pytest.approx(0.5 / 0.5, rel=0.1)
-
-
-def test_groups_have_no_net_roughness_since_their_responses_are_no_independent_samples():
-    row = lab.round_figures({"advantages": "group"}, *rounds_of([0.0, 1.0, 0.5], 1.0))
-    assert np.isnan(row["net_roughness_helpful"]) and row["roughness_helpful"] > 0
-
-
-def test_a_jobs_key_does_not_depend_on_the_order_of_its_settings():
-    assert lab.key({"a": 1, "b": [0.1]}) == lab.key(json.loads('{"b": [0.1], "a": 1}'))
-
-
-def test_cold_figures_at_the_training_temperature_are_the_runs_own_and_others_are_not(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    job = {"method": "firm", "seed": 0, "rounds": 1, "held_out": 8, "eval_samples": 2, "advantages": "group"}
-    (same,), (cold,) = (lab.run_job(job | {"cold": temperature}) for temperature in (1.0, 0.1))
-    assert [same[f"cold_{name}"] for name in lab.NAMES] == [same[name] for name in lab.NAMES]
-    assert [cold[name] for name in lab.NAMES] == [same[name] for name in lab.NAMES]
-    assert all(cold[f"cold_{name}"] != same[name] for name in lab.NAMES)
-
-
-def test_soups_give_a_row_for_every_preference(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    job = {"method": "soups", "seed": 0, "rounds": 1, "held_out": 8, "eval_samples": 1, "batch_size": 4, "clients": 2}
-    rows = lab.run_job(job | {"preferences": [0.2, 0.8]})
-    assert [row["p"] for row in rows] == [0.2, 0.8] and rows[0]["kl"] != rows[1]["kl"]
-
-
-def test_what_is_logged_every_round_is_found_under_its_name(round_of_firm):
-    names = {name.replace("helpful", "even").replace("harmless", "low") for name in lab.LOGGED.values()}
-    assert names <= round_of_firm[0].keys()
-
-
-def test_a_figure_that_a_row_lacks_is_nan(tmp_path):
-    lab.append_rows(tmp_path / "x.csv", [{"settings": '{"seed": 0}', "method": "firm", "kl": 1.0, "gap": 2.0}])
-    lab.append_rows(tmp_path / "x.csv", [{"settings": '{"seed": 1}', "method": "soups", "kl": 3.0}])
-    assert np.isnan(lab.read_rows(tmp_path / "x.csv")['{"seed": 1}'][0]["gap"])
-
-
-def test_a_new_row_has_the_columns_of_those_that_are_there(round_of_firm, tmp_path):
-    metrics, grams = round_of_firm
-    metrics = {name.replace("even", "helpful").replace("low", "harmless"): value for name, value in metrics.items()}
-    objectives = {
-        name: {k: {"mean": 0.5, "standard_error": 0.1} for k in ("before", "after", "gain")}
-        | {"calibration": {"scale": 1.0}}
-        for name in lab.NAMES
-    }
-    summary = {"objectives": objectives, "kl": {"mean": 0.0}}
-    (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": next(iter(toy.TOPICS))}) + "\n")
-    job = {"method": "firm", "seed": 0}
-    row = lab.progress_figures(job, summary, tmp_path) | lab.round_figures(job, [metrics], summary)
-    row |= lab.byte_figures([metrics]) | lab.gram_figures(job, [grams])
-    with open(RESULTS / "groups.csv", encoding="utf-8", newline="") as file:
-        assert {"settings", "commit", *row} == set(next(csv.reader(file)))
+    trend, noise = 0.05 * np.arange(2000), rng.normal(0.0, 0.2, 2000)  # 0.2: 100 responses of deviation 2
+    assert net_roughness(trend, 2.0) == 0.0 and net_roughness(trend + noise, 2.0) < 0.1
+    assert net_roughness(noise + rng.normal(0.0, 0.5, 2000), 2.0) == pytest.approx(0.5 / 0.5, rel=0.1)
+    assert np.isnan(net_roughness(noise, 2.0, advantages="group"))  # responses to one prompt are not independent

@@ -1,81 +1,43 @@
-"""The survey world as a run, and how its policies are judged by what groups truly think."""
+"""How policies of the survey world are judged: by what its groups truly think."""
 
-import shutil
-
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("scipy", reason="the evidence needs requirements-dev.txt")
+distance = pytest.importorskip("scipy.spatial.distance", reason="the experiments need SciPy, see requirements-dev.txt")
 
-import pluralllm
-import run
-from app import predictor_run
-from app.session import Session
-from evidence import plural
-from settings import PRESETS, Config, parse
-from worlds import survey
+from app.options import PRESETS  # noqa: E402
+from app.session import Session  # noqa: E402
+from experiments import extensions  # noqa: E402
+from settings import Config  # noqa: E402
+from worlds import survey  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def specs(tmp_path_factory):
-    """Objectives of a predictor that has trained for two rounds."""
-    out = tmp_path_factory.mktemp("predictor") / "r"
-    small = "--preset pluralllm-tiny --rounds 2 --central False --context_draws 1 --local_steps 1 --eval_every 2"
-    predictor_run.train(parse([*small.split(), "--out", str(out)])[0], progress=False)
-    return [f"group:{out / 'predictor'}:{name}" for name in plural.GROUPS]
-
-
-def settings(specs, **changes):
-    small = {"objectives": specs, "rounds": 2, "batch_size": 16, "held_out": 32, "eval_samples": 1, "show": 0}
-    return Config.from_flat(PRESETS["plural-firm-tiny"] | small | changes)
-
-
-@pytest.mark.parametrize("changes", [{}, {"advantages": "group"}, {"method": "adaptive"}, {"method": "minimum"}])
-def test_a_policy_trains_on_what_groups_prefer(specs, tmp_path, changes):
-    summary = run.train(settings(specs, out=str(tmp_path / "r"), **changes), progress=False)
-    assert list(summary["objectives"]) == ["north-1", "south-1", "east-1", "west-1"]
-    assert all(0 < figures["after"]["mean"] < 1 for figures in summary["objectives"].values())
-
-
-def test_the_truth_is_the_expected_share_and_the_distance_under_the_policys_own_probabilities(specs):
-    session = Session(settings(specs), progress=False)
-    found, prompt = plural.truth(session, 0), session.held_out[0]
+def test_the_truth_is_the_expected_share_and_the_distance_under_the_policys_own_probabilities():
+    session = Session(Config(**PRESETS["plural-firm-tiny"] | {"objectives": ["rule:length"]}), progress=False)
+    prompt = session.held_out[0]
     session.held_out = [prompt]
-    one, options = plural.truth(session, 0), prompt.columns["options"]
-    ids = session.policy.tokenizer(prompt.rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    one, options = extensions.truth(session, 0), prompt.columns["options"]
     with torch.no_grad():
-        pi = session.policy.model(ids).logits[0, -1].double().softmax(0)
+        pi = session.policy.model(torch.tensor([prompt.token_ids])).logits[0, -1].double().softmax(0)
     pi = torch.stack([pi[session.policy.tokenizer.vocab[option]] for option in options])
     true = survey.Opinions.drawn(0).shares("south 1", survey.issue_of(prompt.columns["question"]), options)
     assert one["share_south-1"] == pytest.approx(float(pi @ torch.tensor(true)))
-    apart = pluralllm.distances(pi / pi.sum(), torch.tensor(true), torch.zeros(len(options), dtype=torch.long))
-    assert one["alignment_south-1"] == pytest.approx(1 - float(apart))
-    assert found["answered"] > 0.9
-    assert found["worst_share"] == min(found[f"share_{group}"] for group in plural.GROUPS)
+    apart = distance.jensenshannon(pi / pi.sum(), true)  # SciPy's, in nats
+    assert one["alignment_south-1"] == pytest.approx(1 - apart)
+    shares = [one[f"share_{group}"] for group in extensions.GROUPS]
+    assert (one["worst_share"], one["mean_share"]) == pytest.approx((min(shares), np.mean(shares)))
 
 
-def test_the_worlds_own_predictor_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):
-    world = survey.prepare(0, progress=False).model.parent  # is in the cache, and takes its time
-    shutil.copytree(world, tmp_path / "firm-toy" / world.name)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tiny = PRESETS["pluralllm-tiny"] | {"rounds": 1, "local_steps": 1}
-    monkeypatch.setitem(predictor_run.PRESETS, "pluralllm-tiny", tiny)
-    (spec,) = predictor_run.of_the_world(["x=group:survey:north-1"], 0, progress=False)
-    assert spec.startswith("x=group:/")
-    assert spec.endswith("/predictor:north-1")
-    monkeypatch.setattr(predictor_run, "train", None)
-    assert predictor_run.of_the_world(["x=group:survey:north-1"], 0, progress=False) == [spec]
-    assert predictor_run.of_the_world(["rule:length"], 0) == ["rule:length"]
-
-
-def test_a_group_that_the_survey_world_lacks_is_found_before_its_predictor_is_trained(monkeypatch):
-    monkeypatch.setattr(predictor_run, "train", None)
-    with pytest.raises(ValueError, match="objectives: the survey world has no group 'nord-1'; the nearest are north"):
-        predictor_run.of_the_world(["group:survey:nord-1"], 0)
-
-
-def test_convergence_is_counted_in_rounds_against_the_better_side():
-    rows = [{"a_start": 0.5, "b_start": 0.5, **{f"{s}@{2 * i}": v for s in "ab" for i, v in enumerate(c[s], 1)}}
-            for c in [{"a": [0.5, 0.9, 0.9, 0.9, 0.9], "b": [0.5, 0.5, 0.6, 0.7, 0.7]}]]  # fmt: skip
-    assert plural.curves_of(rows, "a") == [([2, 4, 6, 8, 10], [0.5, 0.9, 0.9, 0.9, 0.9])]
-    assert plural.mean_curve(rows * 2, "b") == ([10], [0.7], [0.0])  # every fifth
+def test_convergence_is_counted_in_rounds_against_the_better_side_of_each_comparison():
+    curves = {"federated": [0.5, 0.9, 0.9, 0.9, 0.9], "centralised": [0.5, 0.5, 0.6, 0.7, 0.7]}
+    row = {"seed": 1} | dict.fromkeys(extensions.GUESSES, 0.0)
+    for side, curve in curves.items():
+        row |= {f"{side}_{name}": curve[-1] for name in extensions.SCORES} | {f"{side}_start": 0.5}
+        row |= {f"{side}@{2 * i}": value for i, value in enumerate(curve, 1)}
+    counted = row | {"centralised_alignment": 0.97, "centralised@8": 0.97, "centralised@10": 0.97}
+    sides = extensions.by_side({extensions.EQUAL: [row], extensions.COUNTED: [counted]})
+    rounds = {label: rows[0]["convergence"] for label, rows in sides.items()}
+    # 0.5 + 0.95 · 0.4 is first reached by the mean of evaluations 2 to 4; 0.5 + 0.95 · 0.47 never
+    assert rounds[f"federated, {extensions.EQUAL}"] == 8
+    assert all(np.isnan(value) for label, value in rounds.items() if label != f"federated, {extensions.EQUAL}")

@@ -1,1 +1,0 @@
-"""What measures the rest: diagnostics, experiments, statistics, bench. Nothing that trains imports it."""

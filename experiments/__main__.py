@@ -1,0 +1,35 @@
+"""The door to the experiments that stand behind the claims, all on the embedded worlds. [ours]
+
+    python -m experiments groups pareto          some of them, in this order
+    python -m experiments all --quick            all in miniature, five minutes on one core
+
+NAME leaves results/NAME.csv (a row a run) and NAME.md (its tables), sweeps a picture too; results/README.md draws
+conclusions. A stopped experiment goes on where it was, and drawing tables again costs nothing. --quick writes to
+runs/quick, and its figures mean nothing. requirements-dev.txt is needed (SciPy).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import extensions, toy
+from experiments.lab import conduct
+
+EXPERIMENTS = toy.EXPERIMENTS | extensions.EXPERIMENTS
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m experiments", description=__doc__.split("\n")[0], allow_abbrev=False)
+    listed = f"all, or some of {', '.join(EXPERIMENTS)}"
+    parser.add_argument("names", nargs="+", metavar="NAME", choices=("all", *EXPERIMENTS), help=listed)
+    parser.add_argument("--quick", action="store_true", help="in miniature, to runs/quick: the figures mean nothing")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of one thread each")
+    options = parser.parse_args(arguments)
+    for name in EXPERIMENTS if "all" in options.names else options.names:
+        experiment = EXPERIMENTS[name].miniature() if options.quick else EXPERIMENTS[name]
+        conduct(name, experiment, Path("runs/quick" if options.quick else "results"), options.workers)
+
+
+if __name__ == "__main__":
+    main()

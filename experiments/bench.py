@@ -1,0 +1,249 @@
+"""Our parts against well-known peers, side by side in one process. [ours]
+
+    pip install -r requirements-bench.txt
+    python -m experiments.bench                               the CPU's two shapes: tiny and stories260k
+    python -m experiments.bench --device cuda --dtype bfloat16 --shapes tinyllama
+    python -m experiments.bench --only lora sampler --pairs 5
+
+Models have random weights of a given shape, and responses never end early. Ours and the peer run in turn, so the
+machine's other load falls on both. A ratio is the median over the pairs, of the peer's time over ours (ours over the
+peer's if the name says "our time /"), with a bootstrapped 95 % interval that holds for one process. On shared CPU cores
+seconds mean little. A part imports its peer: a missing one leaves out that part only.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as hf
+from torch import nn
+
+import ppo
+import run
+from app import quiet_libraries
+from app.files import read_lines, write_text
+from app.loading import load_model
+from app.options import PRESETS
+from app.session import Session
+from experiments.lab import commit
+from lora import LoRALinear
+from rewards import RULES
+from sampler import pad_left
+from settings import Config
+from worlds import tiny_llama
+
+CLIENTS, BATCH, RANK, N = 8, 16, 16, 128  # the paper's; N responses of a round
+TWO = ("length", "brevity")  # rewards that cost nothing, for ours and the peers
+HH_LENGTHS = ((0, 0.1, 0.25, 0.5, 0.75, 0.9, 1), (18, 22, 29, 90, 151, 204, 256))  # quantiles of 675 HH-RLHF prompts
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary; L, micro-batch, lengths of the prompts
+    "tiny": ((64, 128, 2, 4, 4, 198), 12, 16, ((0, 1), (9, 14))),
+    "stories260k": ((64, 172, 5, 8, 4, 512), 48, 2, HH_LENGTHS),
+    "tinyllama": ((2048, 5632, 22, 32, 4, 32_000), 128, 4, HH_LENGTHS),
+}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "vocab_size")  # fmt: skip
+Comparison = tuple[str, Callable, Callable, int]  # name; ours; the peer; tokens of a run if the value is a rate
+
+
+class Bench:
+    """Random weights and prompts of one shape, as files in `root`, and what is loaded from them."""
+
+    def __init__(self, shape: str, device: str, dtype: str, root: Path) -> None:
+        self.sizes, self.L, micro_batch_size, lengths = SHAPES[shape]
+        self.shape, self.device, self.dtype, self.root = shape, device, getattr(torch, dtype), root
+        words, rng = range(len(tiny_llama.SPECIAL), self.sizes[-1]), np.random.default_rng(0)
+        self.tokenizer = tiny_llama.make_tokenizer([f"w{i}" for i in words])
+        self.tokenizer.model_max_length = 2048
+        widths = np.interp(rng.random(5 * N), *lengths).round().astype(int) - 3  # the template adds three tokens
+        texts = self.tokenizer.batch_decode([rng.choice(words, width) for width in widths])
+        rows = [json.dumps({"chosen": f"\n\nHuman: {text}\n\nAssistant: w9"}) + "\n" for text in texts]
+        write_text(root / "prompts.jsonl", "".join(rows))
+        sizes = dict(zip(SIZES, self.sizes, strict=True)) | {"max_position_embeddings": 2048}
+        model = self.save(hf.LlamaForCausalLM, hf.LlamaConfig(**sizes, pad_token_id=0, eos_token_id=2), "llama")
+        self.settings = {"model": model, "prompts": [f"{root}/prompts.jsonl"], "split": "iid", "held_out": 32}
+        self.settings |= {"objectives": [f"rule:{rule}" for rule in TWO], "micro_batch_size": micro_batch_size}
+        self.settings |= {"device": device, "dtype": dtype, "max_new_tokens": self.L}
+
+    def save(self, kind: type[hf.PreTrainedModel], config: hf.PreTrainedConfig, name: str) -> str:
+        """Write a checkpoint of random weights, the same at every call; returns its directory."""
+        torch.manual_seed(0)
+        kind(config).to(self.dtype).save_pretrained(self.root / name)
+        self.tokenizer.save_pretrained(self.root / name)
+        return f"{self.root}/{name}"
+
+    def model(self) -> hf.PreTrainedModel:
+        """The policy's model as a peer has it."""
+        return load_model(self.settings["model"], self.settings["dtype"], self.device)[0]
+
+    def session(self, **changes) -> Session:
+        """Ours: policy and clients, with two rules that cost nothing. Responses do not end before L."""
+        session = Session(Config(**self.settings | changes), progress=False)
+        session.policy.sampler.eos = session.policy.sampler.eos[:0]
+        return session
+
+
+def with_peft(model: nn.Module, target_modules: str | list[str] = "all-linear") -> nn.Module:
+    """The model with PEFT's adapter, of our rank and scale."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=target_modules))
+
+
+def lora(bench: Bench) -> Iterator[Comparison]:
+    """Our LoRALinear and PEFT's around equal frozen layers, the MLP's up projection, on one client's batch."""
+    (hidden, intermediate, *_), place = bench.sizes, {"device": bench.device, "dtype": bench.dtype}
+    base = nn.Linear(hidden, intermediate, bias=False, **place).requires_grad_(False)
+    ours = LoRALinear(base, RANK, 2.0, torch.Generator().manual_seed(0))
+    peer = with_peft(nn.Sequential(base), ["0"]).base_model.model[0]
+    x = torch.randn(BATCH, 90 + bench.L, hidden, **place, requires_grad=True)
+    repeats = max(1, int(1e9 / (x.numel() * intermediate)))  # some 2 GFLOP per timing
+
+    @torch.no_grad()
+    def forward(layer: nn.Module) -> None:
+        for _ in range(repeats):
+            layer(x)
+
+    def backward(layer: nn.Module) -> None:
+        for _ in range(repeats):
+            torch.autograd.grad(layer(x).sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+
+    yield "LoRA layer forward, our time / PEFT's", partial(forward, ours), partial(forward, peer), 0
+    yield "LoRA layer forward + backward, our time / PEFT's", partial(backward, ours), partial(backward, peer), 0
+
+
+def sampler(bench: Bench) -> Iterator[Comparison]:
+    """Our sampler against transformers.generate, without and with PEFT's adapter; all clients against one by one."""
+    session, alone, L = bench.session(), bench.session().policy, bench.L
+    prompts = [p.token_ids for share in session.prompts_of for p in share][:N]
+    u = np.random.default_rng(1).random((len(prompts), L))
+    ours = partial(session.policy.sample, prompts, u)
+    config = hf.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=L, min_new_tokens=L, pad_token_id=0)
+    ids, mask = pad_left(prompts, 0, bench.device)
+    for label, model in (("no", bench.model()), ("PEFT's", with_peft(bench.model()))):
+        generate = partial(model.generate, input_ids=ids, attention_mask=mask, generation_config=config)
+        yield f"our sampler / generate, {label} adapter there", ours, generate, u.size
+
+    def client_by_client() -> None:
+        for i in range(0, N, BATCH):
+            alone.sample(prompts[i : i + BATCH], u[i : i + BATCH])
+
+    yield f"cohort of {CLIENTS} clients / client by client", ours, client_by_client, u.size
+
+
+def jacobian(bench: Bench) -> Iterator[Comparison]:
+    """J of M objectives in units of one objective's pass."""
+    session = bench.session()
+    session.federation.calibrate()
+    ((_, batch, _),) = session.federation.batches(session.federation.clients[:1])
+
+    def gradients(M: int) -> Callable[[], object]:
+        advantages = torch.randn(*batch.rollout.mask.shape, M, device=session.device)
+        return partial(ppo.policy_gradients, session.policy, batch, advantages, session.config)
+
+    for M in (2, 4):
+        yield f"J of {M} objectives, our time / one objective's", gradients(M), gradients(1), 0
+
+
+def trl_trainers(bench: Bench) -> Iterator:
+    """TRL's GRPO with PEFT's adapter, a trainer per client: 4 prompts × 4 responses, 3 steps on them, equal rewards."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    config = GRPOConfig(
+        output_dir=str(bench.root), per_device_train_batch_size=BATCH, num_generations=4, num_iterations=3, max_steps=3,
+        max_completion_length=bench.L, generation_kwargs={"min_new_tokens": bench.L}, beta=0.04, learning_rate=2e-4,
+        use_cpu=bench.device == "cpu", bf16=bench.dtype == torch.bfloat16, report_to="none", top_k=0,
+        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    for share in bench.session().prompts_of:
+        data, model = Dataset.from_dict({"prompt": [p.text for p in share]}), with_peft(bench.model())
+        trainer = GRPOTrainer(model, [*map(RULES.get, TWO)], config, data, processing_class=bench.tokenizer)
+        trainer.remove_callback(hf.PrinterCallback)
+        yield trainer
+
+
+def a_round(bench: Bench) -> Iterator[Comparison]:
+    """A round (8 clients × 16 responses, 2 objectives, 3 epochs) against GRPO's by TRL and PEFT, which takes one
+    gradient a step and has no critic. FIRM takes M and has one; MORLHF with groups is as GRPO.
+    """
+    trainers, grouped = list(trl_trainers(bench)), {"advantages": "group"}
+    methods = {"FIRM": {}, "FIRM with groups": grouped, "MORLHF with groups": grouped | {"method": "morlhf"}}
+    for label, changes in methods.items():
+        ours, peer = bench.session(**changes).federation.round, lambda: [trainer.train() for trainer in trainers]
+        yield f"a round of {label} / TRL's GRPO + PEFT, client by client", ours, peer, 0
+
+
+PARTS = {"lora": lora, "sampler": sampler, "jacobian": jacobian, "round": a_round}
+
+
+def preset(bench: Bench) -> Iterator[dict]:
+    """Rows of `run.py --preset tinyllama` on stand-ins, the two reward models of GPT-2 large's shape."""
+    size = {"n_embd": 1280, "n_layer": 36, "n_head": 20} if bench.shape == "tinyllama" else {"n_embd": 48}
+    config = hf.GPT2Config(**size, num_labels=1, pad_token_id=0)
+    directories = [bench.save(hf.GPT2ForSequenceClassification, config, name) for name in ("helpful", "harmless")]
+    changes = {"objectives": [f"hf:{directory}" for directory in directories], "out": f"{bench.root}/run"}
+    run.train(Config(**PRESETS["tinyllama"] | bench.settings | changes), progress=False)
+    seconds = sum(line["seconds"] for line in read_lines(bench.root / "run" / "metrics.jsonl"))
+    yield {"name": "tinyllama preset, its rounds", "value": seconds, "unit": "s"}
+    if torch.cuda.is_available():
+        yield {"name": "tinyllama preset, peak", "value": torch.cuda.max_memory_allocated() / 2**30, "unit": "GiB"}
+
+
+def measured(comparisons: Iterable[Comparison], pairs: int) -> Iterator[dict]:
+    """A row per comparison: pairs of runs in turn, after one of each to warm up; the first place alternates."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for name, ours, peer, tokens in comparisons:
+        ours(), peer(), wait()
+        seconds = np.empty((pairs, 2))
+        for i, j in product(range(pairs), (0, 1)):
+            side, started = (i + j) % 2, time.perf_counter()
+            (ours, peer)[side]()
+            wait()
+            seconds[i, side] = time.perf_counter() - started
+        ratios = seconds[:, 0] / seconds[:, 1] if "our time /" in name else seconds[:, 1] / seconds[:, 0]
+        medians = np.median(np.random.default_rng(0).choice(ratios, (2000, pairs)), axis=1)
+        value, interval = float(np.median(seconds[:, 0])), np.quantile(medians, [0.025, 0.975]).tolist()
+        row = {"name": name, "value": tokens / value if tokens else value, "unit": "tokens/s" if tokens else "s"}
+        yield row | {"ratio": float(np.median(ratios)), "interval": interval, "pairs": pairs}
+
+
+def save(row: dict, out: Path) -> None:
+    """Put a row into the list on disk, in place of that of the same device, type and name."""
+    present = json.loads(out.read_text("utf-8")) if out.is_file() else []
+    table = {(r["device"], r["dtype"], r["name"]): r for r in (*present, row)}
+    write_text(out, json.dumps([table[key] for key in sorted(table)], indent=1) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--shapes", nargs="+", default=["tiny", "stories260k"], choices=SHAPES)
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "preset"), help="else all, the preset on a GPU only")
+    parser.add_argument("--pairs", type=int, default=30, help="pairs of runs per comparison")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "bench.json")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet_libraries()
+    about = {"device": chosen.device, "dtype": chosen.dtype, "commit": commit()}
+    for shape, part in product(chosen.shapes, chosen.only or [*PARTS, *["preset"] * (chosen.device == "cuda")]):
+        with tempfile.TemporaryDirectory() as root:
+            bench = Bench(shape, chosen.device, chosen.dtype, Path(root))
+            try:
+                for row in preset(bench) if part == "preset" else measured(PARTS[part](bench), chosen.pairs):
+                    save(row | about | {"name": f"{row['name']}, {shape}"}, chosen.out)
+                    print(row, flush=True)
+            except ImportError as error:
+                print(f"{part}: {error}; pip install -r requirements-bench.txt")
+
+
+if __name__ == "__main__":
+    main()
