@@ -31,7 +31,6 @@ Left out on purpose: asynchronous functions, and TRL's None for "does not apply"
 
 import copy
 import math
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -64,18 +63,7 @@ def distinct(completions: list[str], **columns) -> list[float]:
     return [len(set(each)) / len(each) if each else 1.0 for each in pairs]
 
 
-def sentence(completions: list[str], **columns) -> list[float]:
-    """1 if the text ends as a sentence does (. ! ? and perhaps a closing quote or bracket), else 0."""
-    return [float(bool(re.search(r"[.!?][\"'”’)\]]*\s*$", text))) for text in completions]
-
-
-def refusal(completions: list[str], **columns) -> list[float]:
-    """1 if the text declines or apologises, else 0."""
-    declines = r"\b(sorry|(ca|wo|could|would|should)n['’]t|(can|will|could|would|should) ?not|unable to|refuse)\b"
-    return [float(bool(re.search(declines, text.lower()))) for text in completions]
-
-
-RULES = {rule.__name__: rule for rule in (length, brevity, distinct, sentence, refusal)}
+RULES = {rule.__name__: rule for rule in (length, brevity, distinct)}
 
 # ---- reward models ---------------------------------------------------------------------------------------------------
 

@@ -28,12 +28,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from cProfile import Profile
 from pathlib import Path
+from pstats import Stats
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from app import checkpoint, metrics, options, peft_files, predictor, profile, ranks, report, sweep
+from app import checkpoint, metrics, options, peft_files, predictor, ranks, report, sweep
 from app.files import append_line, free_directory, to_json, write_tensors, write_text
 from app.session import Evaluation, Session
 from settings import Config
@@ -65,7 +69,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         session.save(out, before, held_out, lines, seconds)
     ranks.barrier()
     try:
-        with profile.watch(session, lines, say) if config.profile else nullcontext():
+        with Profile() if config.profile else nullcontext() as profile:
             after = do_rounds(session, before, held_out, lines, out, title, seconds - started)
         after = after or session.evaluate("trained model")
         personal = session.personalised(out) if config.personal_rounds and config.rounds else []
@@ -79,11 +83,12 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     if personal or session.federation.method.needs_primary:
         summary["by_client"] = report.by_client(session, before, after, personal)
     samples = report.samples(session, before, after)
-    peft_files.save(session.policy.adapter, out / "adapter", session.base_model)
-    write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
-    draw(session, summary, lines, samples, out)
-    write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
+    write_results(session, summary, lines, samples, out)
     say(report.table(session, summary) + "\n" + report.show_samples(samples))
+    if profile:
+        Stats(profile).sort_stats("cumulative").print_stats(str(Path(__file__).parent), 25)  # our own functions
+        gpu = torch.cuda.max_memory_allocated() / 2**30
+        say(f"peak memory {getrusage(RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, of a GPU {gpu:.2f} GiB")
     say(f"{out}: adapter/ (PEFT format), samples.jsonl, metrics.jsonl, summary.json, pictures")
     return summary
 
@@ -143,19 +148,20 @@ def do_rounds(
     return after
 
 
-def draw(session: Session, summary: dict[str, Any], lines: list, samples: list, out: Path) -> None:
-    """The run's pictures, from the lines of metrics.jsonl and the summary."""
+def write_results(session: Session, summary: dict[str, Any], lines: list, samples: list, out: Path) -> None:
+    """The adapter, the samples, the pictures, and last summary.json: a run that has one is complete."""
     from app import plots  # here: matplotlib takes its time to import
 
+    peft_files.save(session.policy.adapter, out / "adapter", session.base_model)
+    write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
     if lines:
         plots.by_round(lines, session.names, out)
     if lines and session.federation.method.needs_primary:
         plots.by_task(lines, session.names[0], session.tasks, out)
     if options.front_is_known(session.config):
-        front = toy.pareto_front([line["prompt"] for line in samples])
-        plots.trade_off(
-            {session.config.method: [report.point(summary, lines, None)]}, front, session.names, out / "front.png"
-        )
+        front, point = toy.pareto_front([line["prompt"] for line in samples]), report.point(summary, lines, None)
+        plots.trade_off({session.config.method: [point]}, front, session.names, out / "front.png")
+    write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,6 @@ from torch import nn
 
 import ppo
 import run
-from app import quiet_libraries
 from app.files import read_lines, write_text
 from app.loading import load_model
 from app.options import PRESETS
@@ -232,7 +231,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "bench.json")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    quiet_libraries()
     about = {"device": chosen.device, "dtype": chosen.dtype, "commit": commit()}
     for shape, part in product(chosen.shapes, chosen.only or [*PARTS, *["preset"] * (chosen.device == "cuda")]):
         with tempfile.TemporaryDirectory() as root:

@@ -348,11 +348,9 @@ def test_diagnostics_add_figures_and_grams_and_change_nothing_else(finished, wor
     assert len(list((tmp_path / "grams").iterdir())) == 2
 
 
-def test_profile_shows_the_time_of_the_rounds_alone_and_changes_nothing(finished, world, tmp_path, monkeypatch, capsys):
-    real = Session.evaluate  # not a part of the rounds, however long it takes
-    monkeypatch.setattr(Session, "evaluate", lambda *given: [real(*given) for _ in range(20)][0])
+def test_profile_shows_the_time_of_the_rounds_alone_and_changes_nothing(finished, world, tmp_path, capsys):
     assert run.main(command(world, out=tmp_path, profile=[])) == 0
-    rows = re.findall(r"^(\w+) +([\d.-]+) +[\d-]+%$", capsys.readouterr().out, re.MULTILINE)
-    assert [phase for phase, _ in rows] == ["sample", "score", "reference", "update", "aggregate", "rest"]
-    assert all(float(seconds) > 0 for phase, seconds in rows if phase != "aggregate")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("firm.py", "(local_update)", "(round)", "peak memory"))
+    assert "(begin)" not in printed  # before the rounds
     assert adapter_of(tmp_path) == adapter_of(finished)
