@@ -17,7 +17,6 @@ once, run the rounds, measure again, write the run directory:
     metrics.jsonl    a line a round                      adapter/        PEFT's format
     summary.json     what came of it                     checkpoint/     for --resume
     rewards.png, weights.png (and front.png on the toy world, whose exact Pareto front is known)
-    tasks.png        for methods with a primary objective: its rewards by task, its weights, the clients' shares
     adapters/        with --eval_every: the adapter after every k-th round
     personal/        with --personal_rounds: every client's own adapter, in PEFT's format
     grams/           with --diagnostics: every round's inner products
@@ -156,8 +155,6 @@ def write_results(session: Session, summary: dict[str, Any], lines: list, sample
     write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
     if lines:
         plots.by_round(lines, session.names, out)
-    if lines and session.federation.method.needs_primary:
-        plots.by_task(lines, session.names[0], session.tasks, out)
     if options.front_is_known(session.config):
         front, point = toy.pareto_front([line["prompt"] for line in samples]), report.point(summary, lines, None)
         plots.trade_off({session.config.method: [point]}, front, session.names, out / "front.png")

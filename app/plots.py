@@ -140,28 +140,6 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     ], out / "weights.png")  # fmt: skip
 
 
-def by_task(metrics: Sequence[dict], primary: str, tasks: Sequence[str], out: Path) -> None:
-    """A run's tasks.png: the primary's reward on the clients' own prompts, mean of every task; what it weighs with
-    every client, and what every client counts in the average. tasks: each client's.
-    """
-
-    def of(kind: str, clients: Sequence[int]) -> tuple[list[int], list[float], None]:
-        values = [[m[key] for c in clients if (key := f"{kind}/client{c}") in m] for m in metrics]
-        return [m["round"] + 1 for m in metrics], [float(np.mean(v)) if v else np.nan for v in values], None
-
-    by = {task: [c for c, of_client in enumerate(tasks) if of_client == task] for task in sorted(set(tasks))}
-    weights, shares = (
-        {f"client {c}, {task}": of(kind, [c]) for task, members in by.items() for c in members}
-        for kind in (f"lambda/{primary}", "share")
-    )
-    rewards = {task: of(f"reward/{primary}", members) for task, members in by.items()}
-    panels([
-        Panel("round", f"mean {primary}", "On the clients' own prompts, by task", rewards),
-        Panel("round", f"λ of {primary}", "What it weighs with the clients", weights),
-        Panel("round", "share of the average", "What the clients weigh with the server", shares),
-    ], out / "tasks.png")  # fmt: skip
-
-
 def predictor(
     metrics: Sequence[dict], start: dict[str, float], groups: dict[str, dict], sides: Sequence[str], out: Path
 ) -> None:

@@ -145,20 +145,13 @@ def by_client(
 
 
 def client_table(session: Session, lines: Sequence[dict[str, Any]]) -> list[str]:
-    """The primary objective by task, a plain mean over its clients, then by client."""
+    """The primary objective by client."""
     stages = list(lines[0]["primary"])
-    rows = [["", "trains on", "holds", "asked", *stages]]
-    for task in sorted(set(session.tasks)):
-        group = [line for line in lines if line["task"] == task]
-        means = [sum(line["primary"][stage]["mean"] for line in group) / len(group) for stage in stages]
-        rows.append([task, str(sum(line["prompts"] for line in group)), "", "", *(f"{mean:.3f}" for mean in means)])
-        for line in group:
-            kind = line["subsets"][0] if len(line["subsets"]) == 1 else f"{len(line['subsets'])} subsets"
-            figures = [plus_minus(line["primary"][stage], "") for stage in stages]
-            held = "+".join(line["objectives"])
-            rows.append(
-                [f"  client {line['client']}: {kind}", str(line["prompts"]), held, str(line["held_out"]), *figures]
-            )
+    rows = [["client", "task", "subsets", "trains on", "asked", *stages]]
+    for line in lines:
+        figures = [plus_minus(line["primary"][stage], "") for stage in stages]
+        counts = [str(line["prompts"]), str(line["held_out"])]
+        rows.append([str(line["client"]), line["task"], shorten("+".join(line["subsets"]), 30), *counts, *figures])
     title = f"{session.names[0]} on held-out prompts of the clients' kinds, under the base model, the global adapter"
     return ["", title + ", the client's own" * ("personal" in stages), *aligned(rows)]
 

@@ -133,13 +133,7 @@ GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["object
 POLICIES = ("firm β=0.01", "firm β=1", "firm β=10", "mgda", "linear", "morlhf", "minimum", "maximum", "adaptive",
             "firm β=0.01 groups", "linear groups", "minimum groups", "adaptive groups")  # fmt: skip
 PLURAL = {label: {"preset": "plural-firm-tiny"} | settings_of(label) for label in POLICIES}
-RATES = (1.5e-3, 3e-3, 6e-3)
-BEST_RATE = {
-    "firm β=0.01": 3e-3,
-    "adaptive": 3e-3,
-    "firm β=0.01 groups": 6e-3,
-    "adaptive groups": 3e-3,
-}  # the rest: lowest
+BEST_RATE = {"firm β=0.01": 3e-3, "adaptive": 3e-3, "firm β=0.01 groups": 6e-3, "adaptive groups": 3e-3}  # of three
 WORST = ["worst_share", "mean_share", "worst_alignment", "kl"]
 PAIRS = [
     *((name, "linear") for name in POLICIES[:9] if name != "linear"),
@@ -208,11 +202,6 @@ EXPERIMENTS = {
         note="λ is that of the last eighth of the rounds. Personal: accuracy of clients with careful and poor data, on "
         "held-out prompts of their kind, after four rounds alone; gain: that less the global adapter's.",
     ),
-    "predictor_tuning": Experiment(
-        measure_predictor,
-        {f"lr {rate:g}": PREDICTOR | {"eval_every": 20, "lr": rate} for rate in (3e-4, 1e-3, 3e-3)},
-        TUNING_SEEDS, [f"{side}_alignment" for side in SIDES],
-    ),
     "predictor": Experiment(
         measure_predictor, {EQUAL: PREDICTOR, COUNTED: PREDICTOR | {"local_steps": 1}}, seeds(10),
         [*SCORES, "convergence", *GUESSES],
@@ -221,13 +210,8 @@ EXPERIMENTS = {
         note="Unseen groups. Convergence, in rounds: the first mean of three evaluations past start + 0.95 (the better "
         "end − start). Own context: 15 answers of the group itself; other: of one with another centre.",
     ),
-    "plural_tuning": Experiment(
-        measure_policy,
-        {f"{label}, lr {rate:g}": PLURAL[label] | {"lr": rate} for label in POLICIES for rate in RATES},
-        TUNING_SEEDS, ["worst_share"],
-    ),
     "plural": Experiment(
-        measure_policy, {label: PLURAL[label] | {"lr": BEST_RATE.get(label, RATES[0])} for label in POLICIES},
+        measure_policy, {label: PLURAL[label] | {"lr": BEST_RATE.get(label, 1.5e-3)} for label in POLICIES},
         seeds(10), [*WORST, "jain_share", "mean_alignment", "lowest_cosine"],
         {"Less fixed weights, and gradients balanced less the adaptive reward": PAIRS}, WORST, derive=with_base,
     ),

@@ -279,8 +279,7 @@ def finished(tmp_path_factory):
     return out, printed.getvalue()
 
 
-def test_a_run_leaves_a_picture_of_tasks_and_every_clients_own_adapter(finished):
-    assert {"tasks.png", "weights.png", "adapter", "summary.json"} <= {path.name for path in finished[0].iterdir()}
+def test_a_run_leaves_every_clients_own_adapter(finished):
     saved = [finished[0] / "personal" / f"client{c}" / "adapter_model.safetensors" for c in range(8)]
     assert len({file.read_bytes() for file in saved}) == 8
 
@@ -295,5 +294,6 @@ def test_the_summary_and_the_closing_table_have_every_clients_primary_before_aft
     everybody = np.mean([client["primary"]["after"]["mean"] for client in summary["by_client"]])
     assert everybody == pytest.approx(summary["objectives"]["accuracy"]["after"]["mean"])  # four kinds of equal size
     table = finished[1].split("accuracy on held-out prompts of the clients' kinds")[1]
-    assert table.index("code  ") < table.index("client 4: code, easy") < table.index("mathematics  ")
-    assert table.count("client ") == 8
+    assert [line.split()[:2] for line in table.splitlines()[2:10]] == [
+        [str(c), "mathematics" if c < 4 else "code"] for c in range(8)
+    ]

@@ -1,7 +1,6 @@
 """The command line as its users meet it: a whole small run, its files and figures, --resume, --adapter, --profile."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,7 +160,6 @@ def test_every_method_runs_on_three_objectives(world, tmp_path, method):
     flags = {"method": method, "objectives": three, "rounds": 1, "eval_samples": 1}
     assert run.main(command(world, out=tmp_path, **flags)) == 0
     assert summary_of(tmp_path)["method"] == method and len(summary_of(tmp_path)["objectives"]) == 3
-    assert (tmp_path / "tasks.png").exists() == METHODS[method].needs_primary
 
 
 def test_an_objective_that_never_varies_is_warned_of_and_figures_that_do_not_exist_are_null(world, tmp_path, capsys):
