@@ -7,7 +7,7 @@ does not read is refused, since it would look as if it had an effect.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -97,13 +97,6 @@ PRESETS = {
     "pluralllm": {"method": PREDICTOR, "rounds": 100, "lr": 3e-4, "eval_every": 5},  # on GlobalOpinionQA: --opinions
     "paper": {},  # the fields' defaults: the paper's settings if it states them, else RiC's or ours
 }  # fmt: skip
-EXAMPLES = """Train one adapter for several objectives, by many clients.
-
-  python run.py                                          firm on the toy world, about a minute on a laptop CPU
-  python run.py --method linear --preference 0.8 0.2     another method, another preference; every setting is a flag
-  python run.py --model DIR --prompts FILE --objectives hf:DIR py:mine.py:polite    your own
-  python run.py --preset tinyllama                       a preset
-"""
 
 
 def method_of(config: Config) -> Method:
@@ -226,17 +219,34 @@ def front_is_known(config: Config) -> bool:
     return config.model == "toy" and config.objectives == PRESETS["tiny"]["objectives"]
 
 
-def flag_parser() -> argparse.ArgumentParser:
-    """A flag for every setting, in groups; before them the commands. A flag that is not given leaves no trace."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose flags that are not given leave no trace."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(2, f"run.py: error: {message}\n")  # one line, without the usage
+    def __init__(self, prog: str, description: str) -> None:
+        usage, nothing = f"python {prog} [--FLAG VALUE ...]", argparse.SUPPRESS
+        super().__init__(prog, usage, description, allow_abbrev=False, argument_default=nothing)
 
-    parser = Parser(
-        prog="run.py", usage="python run.py [--FLAG VALUE ...]", description=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
+    def error(self, message: str) -> NoReturn:
+        """End the program, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add_settings(self, group: type, explained: dict[str, list[str]] | None = None) -> None:
+        """A flag for every field of a dataclass of settings; explained: what its choices mean."""
+        titled, hints = self.add_argument_group(group.__doc__), get_type_hints(group)
+        for f in fields(group):
+            text = "; ".join([f.metadata["help"], *(explained or {}).get(f.name, [])])
+            text += f" (default: {f.default})" if f.default not in (None, False, MISSING) else ""
+            hint = get_args(hints[f.name])[0] if get_origin(hints[f.name]) is UnionType else hints[f.name]  # X | None
+            kind = get_args(hint)[0] if get_origin(hint) is list else hint
+            form = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+            form |= {"nargs": "+"} if get_origin(hint) is list else {}
+            form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
+            titled.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **form)
+
+
+def flag_parser() -> Parser:
+    """The flags of `run.py`: the commands, then a flag for every setting, in groups."""
+    parser = Parser("run.py", "Train one adapter for several objectives, by many clients. Every setting is a flag.")
     commands = parser.add_argument_group("commands")
     commands.add_argument("--resume", metavar="RUN", help="go on with a run directory; only --rounds beside it")
     commands.add_argument("--sweep", nargs="+", metavar="P", help="a run per preference: 0.3 is (0.3, 0.7); or a:b:c")
@@ -246,17 +256,6 @@ def flag_parser() -> argparse.ArgumentParser:
     explained = {flag: [f"{p.name}: {p.help}" for p in choices.values()] for flag, (_, choices) in PARTS.items()}
     methods = [f"{method.name}: {method.help}" for method in METHODS.values()]
     explained |= {"method": [*methods, f"{PREDICTOR}: a predictor of preferences"], "preset": [", ".join(PRESETS)]}
-    defaults = Config()
     for group in GROUPS:
-        titled, hints = parser.add_argument_group(group.__doc__), get_type_hints(group)
-        for f in fields(group):
-            default = getattr(defaults, f.name)
-            text = "; ".join([f.metadata["help"], *explained.get(f.name, [])])
-            text += f" (default: {default})" if default not in (None, [], False) else ""
-            hint = get_args(hints[f.name])[0] if get_origin(hints[f.name]) is UnionType else hints[f.name]  # X | None
-            kind = get_args(hint)[0] if get_origin(hint) is list else hint
-            form = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-            form |= {"nargs": "+"} if get_origin(hint) is list else {}
-            form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
-            titled.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **form)
+        parser.add_settings(group, explained)
     return parser

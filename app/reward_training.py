@@ -1,23 +1,21 @@
 """How a reward model (rewards.RewardModel) learns from pairs of replies, of which people chose one.
 
-    python rewards.py --backbone DIR --pairs FILE... --test-pairs FILE... --out DIR --freeze-backbone
+    python rewards.py --backbone DIR --pairs FILE... --test_pairs FILE... --out DIR --freeze_backbone
 
 minimises -log sigmoid(r(chosen) - r(rejected)) [Bradley & Terry 1952; Ouyang et al. 2022] with AdamW, a linear warm-up
 over a tenth of the steps, a linear decay, and no dropout. The result is an ordinary sequence-classification checkpoint.
-With --freeze-backbone only the head learns. A BERT's pooler belongs to the head, since in most checkpoints it was never
+With --freeze_backbone only the head learns. A BERT's pooler belongs to the head, since in most checkpoints it was never
 trained to sum up a text. The head reads one state of each text, that of the first token or of the last. So the backbone
 runs once over all texts, and from then on it only looks these states up [ours].
 
 Left out on purpose: several labels, margins between replies, ensembles.
 """
 
-import argparse
 import json
 import math
 import os
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from app.files import rows_of
 from app.loading import pretrained
+from app.options import Parser
 from data import split_dialogue, to_messages
 from rewards import RewardModel
 from settings import Settings, setting
@@ -151,13 +150,9 @@ def train(settings: RewardTraining) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of `python rewards.py`. Bad input ends the program with status 2 and one line."""
-    parser = argparse.ArgumentParser("rewards.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in fields(RewardTraining):
-        flag, hint = "--" + f.name.replace("_", "-"), get_type_hints(RewardTraining)[f.name]
-        form = {"type": (get_args(hint) or [hint])[0], "required": f.name in ("backbone", "pairs", "out")}
-        form |= {"nargs": "+"} if get_origin(hint) is list else {}
-        parser.add_argument(flag, help=f.metadata["help"], **({"action": "store_true"} if hint is bool else form))
+    parser = Parser("rewards.py", "Train a reward model on pairs of replies.")
+    parser.add_settings(RewardTraining)
     try:
         train(RewardTraining(**vars(parser.parse_args(arguments))))
-    except ValueError as error:
-        parser.exit(2, f"rewards.py: error: {error}\n")
+    except (ValueError, TypeError) as error:  # the latter for a setting without a default that was not given
+        parser.error(str(error))

@@ -168,7 +168,7 @@ def test_accuracy_counts_ties_half():
 def test_a_row_that_cannot_be_used_is_named_before_any_training(tmp_path):
     pairs = write_pairs(tmp_path / "a", make_pairs(20))
     test = write_pairs(tmp_path / "b", [("", {"chosen": human(w) + " w3", "rejected": human(w)}) for w in ("w1", "w2")])
-    command = ["--backbone", save(tmp_path / "base", "llama", REFUSES_W2), "--pairs", pairs, "--test-pairs", test]
+    command = ["--backbone", save(tmp_path / "base", "llama", REFUSES_W2), "--pairs", pairs, "--test_pairs", test]
     command = [sys.executable, rewards.__file__, *command, "--out", str(tmp_path / "rm"), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and f"rewards.py: error: {test}:2: TemplateError in 'chosen': no w2" in done.stderr
@@ -179,8 +179,8 @@ def test_a_row_that_cannot_be_used_is_named_before_any_training(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_learns_what_people_chose_and_saves_what_transformers_reads_alike(tmp_path, capsys, kind, frozen):
     pairs, test = write_pairs(tmp_path / "a", make_pairs(64)), write_pairs(tmp_path / "b", make_pairs(200, 1))
-    command = ["--backbone", save(tmp_path / "base", kind, pad=None), "--pairs", pairs, "--test-pairs", test]
-    command += ["--epochs", "20", "--lr", "0.01", "--device", "cpu"] + ["--freeze-backbone"] * frozen
+    command = ["--backbone", save(tmp_path / "base", kind, pad=None), "--pairs", pairs, "--test_pairs", test]
+    command += ["--epochs", "20", "--lr", "0.01", "--device", "cpu"] + ["--freeze_backbone"] * frozen
     outs = [tmp_path / "new" / "rm", tmp_path / "again"]
     for out in outs:
         main([*command, "--out", str(out)])
