@@ -256,8 +256,8 @@ class AdaptiveServer(Server):
 
     def step(self, theta: Tensor, uploads: Sequence[Upload]) -> tuple[Tensor, Tensor, Tensor]:
         """FedAvg; h moves towards this round's mean rewards."""
-        M = sum(name.startswith("reward") for name in uploads[0].numbers)
-        means = torch.tensor([[u.numbers[f"reward{j}"] for j in range(M)] for u in uploads], dtype=torch.float64)
+        means = [[x for name, x in upload.numbers.items() if name.startswith("reward")] for upload in uploads]
+        means = torch.tensor(means, dtype=torch.float64)  # [C, M]
         now = fedavg.average(means, fedavg.prompts_held(uploads))  # [M]
         self.state["mean_reward"] = (1 - RATE) * self.state["mean_reward"] + RATE * now if self.state else now
         return super().step(theta, uploads)

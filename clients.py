@@ -43,11 +43,11 @@ def stream(seed: int, *keys: int) -> np.random.Generator:
 
 @dataclass
 class Client:
-    """One client. The first of all M objectives is the primary one; its position here is `objectives.index(0)`."""
+    """One client. The first of all M objectives is the primary one."""
 
     index: int
     prompts: Sequence[Any]
-    objectives: list[int]  # the m of the M objectives that it holds
+    objectives: list[int]  # the m of the M objectives that it holds, in ascending order
     preference: Tensor  # p [m] among them
     task: int = 0
     state: list[dict[str, Tensor]] = field(default_factory=list)  # by each local training, from round to round
@@ -69,7 +69,6 @@ class Context:
     mix: Tensor  # [m, k] the rewards of this training are the client's m scores @ mix
     batch: Batch  # with these k rewards
     preference: Tensor  # p [k] among these rewards
-    primary: int | None  # the primary objective's position, None for a client without it
     state: dict[str, Tensor]
     epoch: int = 0
     theta: Tensor | None = None  # [d] where the adapter stands
@@ -126,7 +125,7 @@ class Round:
     """One communication round, of the C clients whose uploads arrived."""
 
     number: int
-    message: dict[str, Tensor]  # what the server sent, θ_t [d] as "theta" among it; and κ
+    message: dict[str, Tensor]  # what the server sent beside κ, θ_t [d] as "theta" among it
     arrived: dict[int, Contribution]  # by client, in ascending order
     faults: dict[int, str]  # why a client was left out
     dropped: int  # clients that vanished

@@ -101,8 +101,8 @@ class Server:
     exchanged = (0, 0)  # bytes up and down of a client's exchanges with `broadcast` in this round
 
     def broadcast(self, federation: Any, work: Sequence[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
-        """What it sends to every client beside θ and κ. work: the round's clients, each with its batch at θ_t, for a
-        server that asks them before the local runs. It adds the clients that fail to faults.
+        """What it sends to every client beside θ and κ. A server that asks clients before the local runs finds in work
+        those of this process, each with its batch at θ_t; `federation.gathered` has those of all processes.
         """
         return {}
 

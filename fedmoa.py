@@ -94,12 +94,11 @@ def varies(scores: Tensor, S: int) -> bool:
 
 
 def moving_weights(context: Context) -> Tensor:
-    """w [k], which moves before the first step of a round, by that step's gradients and the last ones taken before."""
+    """w [k]; it moves once a round, before the first step, by the primary's gradient now and this client's last g_i."""
     state, scores, S = context.state, context.batch.scores, context.batch.rollout.group_size
     w = state.get("weights", context.preference)
-    row = context.primary
-    if context.epoch == 0 and "taken" in state and varies(scores[:, row], S):
-        h = relative(context.J[row], state["taken"].to(context.J), row).cpu()
+    if context.epoch == 0 and "taken" in state and varies(scores[:, 0], S):
+        h = relative(context.J[0], state["taken"].to(context.J), 0).cpu()
         w = next_weights(w, context.preference, h, context.config.hyper_rate)
     state["weights"], state["taken"] = w, context.J
     return w

@@ -2,7 +2,7 @@
 
     server: θ_0 ← fresh adapter (B = 0, so π_θ0 is the base model π_ref); rewards calibrated once
     for t = 0 … T − 1, `Federation.round`                                   [paper: T = 16]
-        broadcast θ_t to the round's clients
+        broadcast θ_t to the round's clients (some servers ask them for gradients first)
         each client c, on its own prompts:
             sample responses y ~ π_θt(· | x), score R_j(x, y), j = 1 … M
             log π_old, log π_ref, and per objective advantages Â_j, from its own critic or from groups (`grpo.py`)
@@ -17,6 +17,7 @@
 
 Symbols everywhere: N clients, of which C take part in a round; M objectives, of which a client holds m and a local
 training has k rewards; d adapter parameters; B responses of at most L tokens, S to a prompt; G = JJᵀ; p preference.
+λ weighs objectives, `shares` clients, `training_shares` the local trainings of a client.
 
 A method is a few swappable parts on this engine (`Method`); `baselines.py` and `fedmoa.py` have the others.
 
@@ -99,10 +100,14 @@ def min_norm(context: Context, beta: float) -> Tensor:
 
 
 TOGETHER = Trainings("one, on every objective", lambda p, message: [torch.eye(len(p))])
-MIN_NORM = Weights("min-norm", "as firm", lambda c: min_norm(c, c.config.beta), settings=("beta", "preference"))
-FIXED = Weights("fixed", "as linear", lambda c: c.preference, settings=("preference",))
+MIN_NORM = Weights(
+    "min-norm", "as firm", lambda context: min_norm(context, context.config.beta), settings=("beta", "preference")
+)
+FIXED = Weights("fixed", "as linear", lambda context: context.preference, settings=("preference",))
 FIRM = Method("firm", "regularised min-norm weights", TOGETHER, CRITIC, MIN_NORM)
-MGDA = replace(FIRM, name="mgda", help="firm with beta 0", weights=Weights("beta 0", "", lambda c: min_norm(c, 0.0)))
+MGDA = replace(
+    FIRM, name="mgda", help="firm with beta 0", weights=Weights("beta 0", "", lambda context: min_norm(context, 0.0))
+)
 LINEAR = replace(FIRM, name="linear", help="fixed weights p", weights=FIXED)
 
 
@@ -140,13 +145,12 @@ def contexts(
 ) -> list[Context]:
     """A Context for each local training of a client in round t; `state` is a copy, which a training may write into."""
     mixes = method.trainings.mixes(client.preference, message)  # [m, k] each
-    primary = client.objectives.index(0) if 0 in client.objectives else None
     trainings = []
     for mix, state in zip(mixes, client.state or [{} for _ in mixes], strict=True):
         rewarded = replace(batch, scores=method.trainings.combine(batch.scores, mix.to(batch.scores)))  # [B, k]
         # a reward weighs what the objectives in it weigh
         p = mgda.preference_vector(mix.to(client.preference).T @ client.preference, mix.shape[1])  # [k]
-        trainings.append(Context(config, t, message, mix, rewarded, p, primary, dict(state)))
+        trainings.append(Context(config, t, message, mix, rewarded, p, dict(state)))
     return trainings
 
 
@@ -248,9 +252,11 @@ class Federation:
             self.clients[c].state = part.state
 
         uploads = [part.upload for part in arrived.values()]
-        self.theta, shares, mixing = self.server.step(self.theta, uploads)
+        self.theta, shares, training_shares = self.server.step(self.theta, uploads)
         self.policy.adapter.assign(self.theta)
-        record = Round(t, message, arrived, faults, dropped, shares, mixing, self.kl_coef, self.server.exchanged)
+        record = Round(
+            t, message, arrived, faults, dropped, shares, training_shares, self.kl_coef, self.server.exchanged
+        )
         kl = float(np.mean([upload.numbers["kl"] for upload in uploads]))
         self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(uploads) * config.batch_size, config.kl_target)
         self.rounds_done += 1

@@ -41,12 +41,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, parameters_to_vector, vector_to_parameters
 
-from clients import stream
-from fedavg import average
+from clients import Purpose, stream
+from fedavg import average, sample_clients
 from settings import Config
 
-NAME, HELP = "pluralllm", "trains a predictor of what groups prefer, not a policy"
-COHORT, TRAINING, EVALUATION = 1, 11, 12  # what a stream is for
 WIDTH, LAYERS, HEADS, EMBEDDERS = 128, 6, 4, 4  # of the predictor [code]
 CONTEXT_QUESTIONS, CONTEXT_DRAWS = 20, 20  # of the evaluation [code; ours]
 
@@ -180,8 +178,7 @@ class PredictorFederation:
     def round(self) -> dict[str, float]:
         """One communication round. Returns its figures. Raises ValueError if a client's predictor is not finite."""
         t, per_round = self.rounds_done, self.config.clients_per_round or len(self.clients)
-        rng = stream(self.config.seed, COHORT, t)
-        cohort = sorted(rng.choice(len(self.clients), per_round, replace=False).tolist())
+        cohort = sample_clients(len(self.clients), per_round, stream(self.config.seed, Purpose.COHORT, t))
         thetas, losses = [], []
         for c in cohort:
             self.load()
@@ -202,7 +199,7 @@ class PredictorFederation:
             adam.zero_grad()
             losses.append(0.0)
             for group in self.clients[c]:
-                rng = stream(self.config.seed, TRAINING, step, self.survey.position[group])
+                rng = stream(self.config.seed, Purpose.PREDICTOR_TRAINING, step, self.survey.position[group])
                 context, targets = draw(list(self.survey.answers[group]), *self.config.questions, rng)
                 x, y, _ = self.survey.points(group, context)
                 target_x, target_y, which = self.survey.points(group, targets)
@@ -255,7 +252,7 @@ def context_of(
 ) -> list[int]:
     """Context `number` of a group's evaluation: `size` of its questions, of those that its partner answered too."""
     pool = [q for q in survey.answers[group] if q in survey.answers[partner or group]]
-    order = stream(seed, EVALUATION, number, survey.position[group]).permutation(len(pool))
+    order = stream(seed, Purpose.PREDICTOR_EVALUATION, number, survey.position[group]).permutation(len(pool))
     return [pool[j] for j in order[:size]]
 
 

@@ -14,7 +14,7 @@ FIRM's rewards are its M objectives; methods that combine objectives before they
 [code: RiC] adaptive κ: initial 0.2, target 3 per sequence.
 [VC-PPO, arXiv 2503.01491] the critic fits Monte Carlo returns Σ_{u ≥ t} r_{j,u}, as if its own λ_GAE were 1.
 [ours]
-- The KL is in every objective's reward.
+- The KL is in every objective's reward: λ sums to 1, so the KL keeps its weight whatever λ is.
 - Whitening divides by at least 0.1 calibrated units, because a near-constant objective would be blown up into noise.
 - The critic is linear in detached hidden states and zero at the start.
 - It is fitted once a round, after the advantages were taken, by a few conjugate-gradient steps: there is no rate to

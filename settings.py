@@ -1,4 +1,4 @@
-"""Every setting once: its default, its help, its limits, its source. The bottom of the house: nothing here imports it.
+"""Every setting once: its default, its help, its limits, its source. The bottom of the house: it imports nothing of it.
 
 `Config` is flat, `config.lr`; its base classes group the fields by what reads them, and each can stand alone, so that a
 test of the loss writes `UpdateSettings(clip_range=0.1)`. Presets, methods and the command line: `app/options.py`.
@@ -113,7 +113,7 @@ class FederationSettings(Settings):
     rounds: int = setting(16, "T, communication rounds [paper: 16]; 0 evaluates only", low=0)
     clients: int = setting(8, "N, clients that hold prompts [paper: 8]", low=1)
     clients_per_round: int | None = setting(None, "clients sampled per round; all if not given", low=1)
-    client_dropout: float = setting(0.0, "probability that a sampled client vanishes before its upload", low=0, high=1)
+    client_dropout: float = setting(0.0, "probability that a sampled client vanishes from the round", low=0, high=1)
     batch_size: int = setting(16, "responses per client and round [paper: 16]", low=1)
     group_size: int | None = setting(
         None, "S, responses to one prompt; if not given 4 without a critic, 1 with one [paper: 1]", low=1

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients import Client, Contribution, Round
+from clients import Client, Round
 from fedavg import n_bytes
 from lora import Adapter
 
@@ -65,11 +65,11 @@ def pair_cosines(G: Tensor) -> Tensor:
     return cosines[i, j]
 
 
-def objective_weights(client: Client, part: Contribution, training_shares: Tensor, M: int) -> Tensor:
-    """What every objective weighed in a client's K steps, Σ_i mixing_i mix_i λ_i: [K, M], NaN if it holds none."""
+def objective_weights(client: Client, record: Round, c: int, M: int) -> Tensor:
+    """What every objective weighed in client c's K steps, Σ_i training_shares_i mix_i λ_i: [K, M], NaN if not held."""
     weights = sum(
         share * torch.stack([step.lam for step in update.steps]) @ update.mix.double().T
-        for share, update in zip(training_shares, part.updates, strict=True)
+        for share, update in zip(record.training_shares, record.arrived[c].updates, strict=True)
     )  # [K, m]
     whole = weights.new_full((len(weights), M), torch.nan)
     whole[:, client.objectives] = weights
@@ -108,26 +108,25 @@ def by_loss(record: Round, clients: Sequence[Client], names: Sequence[str]) -> d
 def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter: Adapter) -> dict[str, float]:
     """A round's line of metrics.jsonl."""
     parts = list(record.arrived.values())
-    updates = [update for part in parts for update in part.updates]
-    steps, rollouts = [step for update in updates for step in update.steps], [p.updates[0].batch.rollout for p in parts]
+    updates, batches = [u for part in parts for u in part.updates], [part.updates[0].batch for part in parts]
+    steps, rollouts = [step for update in updates for step in update.steps], [batch.rollout for batch in batches]
     raw = torch.cat([part.raw for part in parts])
     spread = (raw - raw.nanmean(0)).square().nanmean(0).sqrt()
-    kl = float(np.mean([part.upload.numbers["kl"] for part in parts]))
     metrics = {"round": record.number}
     metrics |= {f"reward/{name}": value for name, value in zip(names, raw.nanmean(0).tolist(), strict=True)}
     metrics |= {f"reward_sd/{name}": value for name, value in zip(names, spread.tolist(), strict=True)}
-    metrics |= {"kl": kl, "kl_coef": record.kl_coef}
+    metrics |= {"kl": float(np.mean([part.upload.numbers["kl"] for part in parts])), "kl_coef": record.kl_coef}
     for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
         metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
     pairs = [pair_cosines(step.gram) for step in steps if len(step.gram) > 1]
     metrics["cosine"] = float(np.mean([float(cosines.mean()) for cosines in pairs])) if pairs else float("nan")
-    batches = [update.batch for update in updates]
     gaps = [((b.rollout.sampled_logp - b.logp_old).abs() * b.rollout.mask).max() for b in batches]
     metrics["logp_gap"] = float(torch.stack(gaps).mean())
     metrics |= by_loss(record, clients, names)
     metrics["ended"] = float(torch.cat([rollout.ended for rollout in rollouts]).double().mean())
     metrics["response_tokens"] = float(torch.cat([rollout.mask.sum(1) for rollout in rollouts]).double().mean())
-    metrics |= agreement(record, clients, names, adapter) | by_client(record, clients, names) | bill(record)
+    lambdas = torch.stack([objective_weights(clients[c], record, c, len(names)) for c in record.arrived])  # [C, K, M]
+    metrics |= agreement(record, lambdas, names, adapter) | by_client(record, clients, lambdas, names) | bill(record)
     metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
     if record.faults:
         metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
@@ -141,11 +140,10 @@ def bill(record: Round) -> dict[str, float]:
     return {"upload_bytes": up + sum(sizes) / len(sizes), "download_bytes": down + n_bytes(record.message, 1)}  # 1: κ
 
 
-def by_client(record: Round, clients: Sequence[Client], names: Sequence[str]) -> dict[str, float]:
+def by_client(record: Round, clients: Sequence[Client], lambdas: Tensor, names: Sequence[str]) -> dict[str, float]:
     """Of every client: its mean reward and mean λ of each objective that it holds, its KL, its share of the average."""
     metrics = {}
-    for (c, part), share in zip(record.arrived.items(), record.shares.tolist(), strict=True):
-        lam = objective_weights(clients[c], part, record.training_shares, len(names)).mean(0)  # [M]
+    for (c, part), share, lam in zip(record.arrived.items(), record.shares.tolist(), lambdas.mean(1), strict=True):
         figures = {"kl": part.upload.numbers["kl"], "share": share}
         for j in clients[c].objectives:
             figures |= {f"reward/{names[j]}": float(part.raw[:, j].mean()), f"lambda/{names[j]}": float(lam[j])}
@@ -153,15 +151,11 @@ def by_client(record: Round, clients: Sequence[Client], names: Sequence[str]) ->
     return metrics
 
 
-def agreement(record: Round, clients: Sequence[Client], names: Sequence[str], adapter: Adapter) -> dict[str, float]:
-    """How far the clients agree, on λ and on the adapter."""
-    parts = record.arrived.items()
-    lambdas = torch.stack(
-        [objective_weights(clients[c], part, record.training_shares, len(names)) for c, part in parts]
-    )
+def agreement(record: Round, lambdas: Tensor, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
+    """How far the clients agree, on λ [C, K, M] and on the adapter."""
     metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
-    metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))  # [C, K, M]
-    uploads = [part.upload.tensors["theta"] for _, part in parts]  # [trainings, d] each
+    metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
+    uploads = [part.upload.tensors["theta"] for part in record.arrived.values()]  # [trainings, d] each
     thetas = torch.stack([record.training_shares.to(theta) @ theta for theta in uploads])  # [C, d]
     residual, norm = averaging_residual([adapter.split(theta) for theta in thetas], record.shares, adapter.scale)
     return metrics | {

@@ -71,8 +71,8 @@ class Panel:
     notes: dict[str, Sequence[str]] = field(default_factory=dict)
 
 
-def panels(contents: Sequence[Panel], path: Path, note: str = "", size: float = 3.8) -> None:
-    """Lines with error bars, side by side, each panel `size` inches wide; one legend under them all; a note above."""
+def panels(contents: Sequence[Panel], path: Path, size: float = 3.8) -> None:
+    """Lines with error bars, side by side, each panel `size` inches wide; one legend under them all."""
     columns = 2 if len(contents) == 4 else min(3, len(contents))
     rows = -(-len(contents) // columns)
     inches = (size * columns, 0.9 * size * rows)
@@ -101,8 +101,6 @@ def panels(contents: Sequence[Panel], path: Path, note: str = "", size: float = 
         ax.set_title(panel.title, fontsize=10)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    if note:
-        figure.suptitle(note, fontsize=8, color="0.3")
     if len(labels) > 1:
         ncol = min(len(labels), 2 * columns)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=ncol, frameon=False)

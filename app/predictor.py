@@ -295,7 +295,7 @@ def summarise(
         figures |= {f"{name}, overlap": float(scores[name][i, both[i]].mean()) for name in ("federated", "mean answer")}
         figures["overlap"] = int(both[i].sum())
     return {
-        "method": pluralllm.NAME, "seed": seed, "rounds": len(lines), "questions": len(data.questions),
+        "method": "pluralllm", "seed": seed, "rounds": len(lines), "questions": len(data.questions),
         "training_seconds": {side: sum(line[f"seconds/{side}"] for line in lines) for side in sides},
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
         "context_bytes": len(json.dumps(context_rows(data, groups[0], seed)).encode()),

@@ -83,14 +83,10 @@ class Session:
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.prompts_of]
         self.objectives_of = objectives_of(config.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config, config.seed)
-        self.federation = self.federate(config)
-
-    def federate(self, config: Config) -> Federation:
-        """The federation of these clients under the method and the settings given."""
-        numbers = [sorted(set(self.tasks)).index(task) for task in self.tasks]
-        return Federation(
-            self.policy, self.prompts_of, self.names, self.score, options.method_of(config), config,
-            self.objectives_of, numbers, ranks.Exchange(),
+        method, numbers = options.method_of(config), [sorted(set(self.tasks)).index(task) for task in self.tasks]
+        self.federation = Federation(
+            self.policy, self.prompts_of, self.names, self.score, method, config, self.objectives_of, numbers,
+            ranks.Exchange(),
         )  # fmt: skip
 
     def score(self, prompts: Sequence[Prompt], rollout: Rollout, holdings: list | None = None) -> Tensor:
@@ -118,10 +114,7 @@ class Session:
         if not kl.isfinite().all():
             raise ValueError(f"lr: the {label}'s KL to the base model is not finite; lower lr or server_lr")
         if gap > 0.1 and self.config.dtype == "float32":  # 16 bits round about as much
-            print(
-                f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token: this model's"
-            )
-            print("  responses are not drawn from the policy that is trained (see logp_gap in metrics.jsonl)")
+            print(f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token (logp_gap)")
         shape = (len(chosen), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), kl.view(shape), texts[::S])
 
@@ -154,7 +147,7 @@ class Session:
 
     def personalised(self, out: Path) -> list[Evaluation]:
         """Each client's adapter after local rounds on its own: saved, and measured on held-out prompts of its kind."""
-        theta, exchange, evaluations = self.federation.theta, ranks.Exchange(), []
+        exchange, evaluations = ranks.Exchange(), []
         bar = tqdm(exchange.mine(self.federation.clients), "personalisation", disable=not self.progress, leave=False)
         thetas = {client.index: fedmoa.personalise(self.federation, client) for client in bar}
         for c, adapter in exchange.merged(thetas).items():
@@ -162,7 +155,7 @@ class Session:
             if ranks.first():
                 peft_files.save(self.policy.adapter, out / "personal" / f"client{c}", self.base_model)
             evaluations.append(self.evaluate(f"client {c}", self.of_kind(c)))
-        self.policy.adapter.assign(theta)
+        self.policy.adapter.assign(self.federation.theta)
         return evaluations
 
     @cached_property

@@ -35,7 +35,6 @@ from app.tables import aligned
 from settings import Config
 from worlds import toy
 
-Rows = dict[str, list[dict[str, Any]]]  # comparand -> its points, see `report.point`
 SPECIALIST = "morlhf"  # how soups train their specialists: on the one reward of a one-hot preference
 
 
@@ -183,22 +182,23 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     first, *others = [row for group in rows.values() for row in group]
     if any(row["inputs"] != first["inputs"] for row in others):
         raise ValueError(f"out: prompts, weights or code changed between the runs in {out}; name another directory")
-    front = None
+    several, front = {text: group for text, group in rows.items() if len(group) > 1}, None
     if options.front_is_known(config):
         front = toy.pareto_front([line["prompt"] for line in read_lines(next(out.glob("*/*/samples.jsonl")))])
-    several = {text: group for text, group in rows.items() if len(group) > 1 and front is not None}
     base = np.array(first["base"])
-    volumes = {t: normalised_hypervolume([row["mean"] for row in group], base, front) for t, group in several.items()}
+    means = {} if front is None else {text: [row["mean"] for row in group] for text, group in several.items()}
+    volumes = {text: normalised_hypervolume(points, base, front) for text, points in means.items()}
     results = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
     write_text(out / "sweep.json", to_json(results, indent=2) + "\n")
     print(comparison(rows, names, config))
     if volumes:
         print("hypervolume (1 is the exact front): " + ", ".join(f"{text} {v:.3f}" for text, v in volumes.items()))
     plots.trade_off(rows, front, names, out / "pareto.png")
-    lines = {}
-    for text, group in rows.items():
-        if len(group) > 1 and group[0]["mean_lambda"]:
-            lines[text] = [row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None
+    lines = {
+        text: ([row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None)
+        for text, group in several.items()
+        if group[0]["mean_lambda"]
+    }
     if lines:
         axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")
         plots.panels([plots.Panel(*axes, lines, diagonal=True)], out / "weights.png")
@@ -211,7 +211,7 @@ def saved(run: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return read_json(Path(run, "summary.json").read_text("utf-8")), read_lines(log) if log.is_file() else []
 
 
-def comparison(rows: Rows, names: Sequence[str], config: Config) -> str:
+def comparison(rows: dict[str, list[dict[str, Any]]], names: Sequence[str], config: Config) -> str:
     """The closing table: the base model, then one row per comparand and preference."""
     shares = lambda values: "/".join(f"{x:.2f}" for x in values) if values else "–"  # noqa: E731
     first = next(iter(rows.values()))[0]

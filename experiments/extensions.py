@@ -100,7 +100,7 @@ def measure_predictor(job: dict, directory: Path) -> list[Row]:
     """Train both sides: their final figures on unseen groups, their curves, and what the context is worth."""
     config = Config(**PRESETS["pluralllm-tiny"] | job | {"out": str(directory / "run")})
     summary = predictor.train(config, progress=False)
-    lines, row = read_lines(directory / "run" / "metrics.jsonl"), {"method": pluralllm.NAME, "seed": job["seed"]}
+    lines, row = read_lines(directory / "run" / "metrics.jsonl"), {"method": "pluralllm", "seed": job["seed"]}
     for side, figures in summary["sides"].items():
         row |= {f"{side}_{name}": figures[name] for name in ("start", *SCORES)}
         row |= {f"{side}@{line['round'] + 1}": line[key] for line in lines if (key := f"alignment/{side}") in line}

@@ -112,7 +112,7 @@ def test_a_local_update_is_the_formulas_row_by_row(estimator, S, by_hand):
     scores, weight = torch.randn(6, 2), 0.1 * torch.randn(built.policy.hidden_size + 1, 2)
     batch = ppo.prepare(built.policy, rollout, scores, KL_COEF, None, estimator.reads_hidden)
     built.policy.adapter.assign(-theta)  # as another client may have left it
-    context = Context(CONFIG, 0, {"theta": theta}, torch.eye(2), batch, P, 0, {"critic": weight} if S == 1 else {})
+    context = Context(CONFIG, 0, {"theta": theta}, torch.eye(2), batch, P, {"critic": weight} if S == 1 else {})
     tensors, update = firm.local_update(built.policy, context, method)
     by_formulas, lambdas, kl, critic = update_by_hand(built, theta, rollout, scores, weight, by_hand)
     assert (tensors["theta"] - by_formulas).norm() < 1e-3 * (by_formulas - theta).norm()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 import pluralllm
+from clients import Purpose
 from pluralllm import Predictor, PredictorFederation, Question, Survey
 from settings import Config
 
@@ -79,7 +80,7 @@ def test_a_target_does_not_reach_another_target(model):
 
 def test_a_targets_answer_does_not_reach_its_own_prediction(monkeypatch):
     data, other, means = survey(), survey(), []
-    _, targets = pluralllm.draw(list(data.answers["g0"]), 2, 4, pluralllm.stream(7, pluralllm.TRAINING, 0, 0))
+    _, targets = pluralllm.draw(list(data.answers["g0"]), 2, 4, pluralllm.stream(7, Purpose.PREDICTOR_TRAINING, 0, 0))
     other.answers["g0"][targets[0]] = other.answers["g0"][targets[0]].flip(0)
     monkeypatch.setattr(pluralllm, "loss", lambda m, s, y, which: means.append(m.detach()) or (m * 0).sum())
     for each in (data, other):
@@ -132,7 +133,7 @@ def test_alignment_is_a_mean_over_the_draws_in_which_a_question_was_a_target(mod
     scores = pluralllm.alignment(data, model, ["g1"], seed=3, size=3, draws=4)
     asked, expected = list(data.answers["g1"]), {}
     for number in range(4):
-        rng = pluralllm.stream(3, pluralllm.EVALUATION, number, 1)
+        rng = pluralllm.stream(3, Purpose.PREDICTOR_EVALUATION, number, 1)
         context = [asked[j] for j in rng.permutation(len(asked))[:3]]
         x, y, _ = data.points("g1", context)
         for q in set(asked) - set(context):
@@ -203,7 +204,7 @@ def test_one_client_with_all_groups_is_plain_centralised_training(in_float64, ma
     for step in range(6):
         optimizer.zero_grad()
         for i, g in enumerate(groups):
-            rng = pluralllm.stream(7, pluralllm.TRAINING, step, i)
+            rng = pluralllm.stream(7, Purpose.PREDICTOR_TRAINING, step, i)
             context, targets = pluralllm.draw(list(data.answers[g]), 2, 4, rng)
             x, y, _ = data.points(g, context)
             target_x, target_y, which = data.points(g, targets)
