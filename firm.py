@@ -94,20 +94,17 @@ class Method:
         return self.weights.needs_primary or self.aggregation.needs_primary
 
 
-def min_norm(context: Context, beta: float) -> Tensor:
+def min_norm(context: Context) -> Tensor:
     """FIRM's λ [k]: the regularised QP on the normalised Gram. [paper]"""
-    return mgda.solve(mgda.normalise(context.gram), beta, context.preference)
+    return mgda.solve(mgda.normalise(context.gram), context.config.beta, context.preference)
 
 
 TOGETHER = Trainings("one, on every objective", lambda p, message: [torch.eye(len(p))])
-MIN_NORM = Weights(
-    "min-norm", "as firm", lambda context: min_norm(context, context.config.beta), settings=("beta", "preference")
-)
+MIN_NORM = Weights("min-norm", "as firm", min_norm, settings=("beta", "preference"))
+UNREGULARISED = Weights("beta 0", "as mgda", lambda context: mgda.solve(mgda.normalise(context.gram)))
 FIXED = Weights("fixed", "as linear", lambda context: context.preference, settings=("preference",))
 FIRM = Method("firm", "regularised min-norm weights", TOGETHER, CRITIC, MIN_NORM)
-MGDA = replace(
-    FIRM, name="mgda", help="firm with beta 0", weights=Weights("beta 0", "", lambda context: min_norm(context, 0.0))
-)
+MGDA = replace(FIRM, name="mgda", help="firm with beta 0", weights=UNREGULARISED)
 LINEAR = replace(FIRM, name="linear", help="fixed weights p", weights=FIXED)
 
 
@@ -171,9 +168,6 @@ def contribution(
     if upload.fault:
         raise NotFinite(f"{upload.fault} in its upload is not finite; lower lr")
     return Contribution(upload, [context.state for context in trainings], raw, list(updates))
-
-
-# ---- the federation --------------------------------------------------------------------------------------------
 
 
 class Alone:
