@@ -156,8 +156,8 @@ def write_results(session: Session, summary: dict[str, Any], lines: list, sample
     if lines:
         plots.by_round(lines, session.names, out)
     if options.front_is_known(session.config):
-        front, point = toy.pareto_front([line["prompt"] for line in samples]), report.point(summary, lines, None)
-        plots.trade_off({session.config.method: [point]}, front, session.names, out / "front.png")
+        front = toy.pareto_front([line["prompt"] for line in samples])
+        plots.trade_off({session.config.method: [summary]}, front, session.names, out / "front.png")
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")
 
 

@@ -166,22 +166,31 @@ def predictor(
 def trade_off(
     rows: dict[str, list[dict[str, Any]]], front: np.ndarray | None, names: Sequence[str], path: Path
 ) -> None:
-    """Where runs stand, by label; rows as `report.point` makes them, front [K, 2] the exact one if it is known.
+    """Where runs stand, by label, from their summaries; front [K, 2] is the exact one if it is known.
 
     The worst gain is in units of what the ideal point would gain, or without a front in base-policy deviations.
     """
-    first, groups = next(iter(rows.values()))[0], {}
-    base, unit, axis = np.array(first["base"]), np.array(first["scale"]), "worst gain (base-policy deviations)"
+
+    def of(summaries: Sequence[dict[str, Any]], stage: str, key: str) -> np.ndarray:
+        return np.array(
+            [[summary["objectives"][name][stage][key] for name in names] for summary in summaries]
+        )  # [n, M]
+
+    first, groups = next(iter(rows.values()))[:1], {}
+    base, unit, axis = of(first, "before", "mean")[0], of(first, "calibration", "scale")[0], "base-policy deviations"
     if front is not None:
-        unit, axis = front.max(0) - base, "worst gain (1 is the ideal point)"
-    for label, group in rows.items():
-        columns = {key: np.array([row[key] for row in group]) for key in ("mean", "error", "kl", "kl_error")}
-        gain, error = (np.array([row[key] for row in group]) / unit for key in ("gain", "gain_error"))  # [n, M]
-        worst = gain.argmin(1)[:, None]
-        columns |= {"gain": np.take_along_axis(gain, worst, 1)[:, 0]}
-        columns |= {"gain_error": np.take_along_axis(error, worst, 1)[:, 0]}
-        groups[label] = columns | ({"p": [row["preference"][0] for row in group]} if len(group) > 1 else {})
-    pareto(groups, base, front, names, path, axis)
+        unit, axis = front.max(0) - base, "1 is the ideal point"
+    for label, summaries in rows.items():
+        gain, error = of(summaries, "gain", "mean") / unit, of(summaries, "gain", "standard_error") / unit  # [n, M]
+        worst, kl = gain.argmin(1)[:, None], [[s["kl"][key] for s in summaries] for key in ("mean", "standard_error")]
+        groups[label] = {
+            "mean": of(summaries, "after", "mean"), "error": of(summaries, "after", "standard_error"),
+            "kl": kl[0], "kl_error": kl[1],
+            "gain": np.take_along_axis(gain, worst, 1)[:, 0], "gain_error": np.take_along_axis(error, worst, 1)[:, 0],
+        }  # fmt: skip
+        if len(summaries) > 1:
+            groups[label]["p"] = [summary["preference"][0] for summary in summaries]
+    pareto(groups, base, front, names, path, f"worst gain ({axis})")
 
 
 def pareto(

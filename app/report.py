@@ -58,45 +58,24 @@ def summarise(
         for j, name in enumerate(session.names)
     }
     cohort = config.clients_per_round or config.clients
+    uploaded = sum((cohort - m["dropped_clients"]) * m["upload_bytes"] for m in lines)
     return {
         "method": config.method,
         "seed": config.seed,
         "seconds": seconds,
         "processes": ranks.size(),
         "rounds": config.rounds,
-        "clients": config.clients,
+        "preference": config.preference,
+        "mean_lambda": [float(np.nanmean([m[f"lambda/{name}"] for m in lines])) for name in session.names if lines],
         "inputs": session.inputs,
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
-        "upload_bytes_total": sum((cohort - m["dropped_clients"]) * m["upload_bytes"] for m in lines),
+        "upload_bytes_per_client": uploaded / config.clients,
+        "upload_bytes_total": uploaded,
         "download_bytes_per_client_round": lines[-1]["download_bytes"] if lines else 0,
         "base_model": session.base_model,
         "client_names": session.client_names,
-        "eval_samples": config.eval_samples,
         "kl": clustered(after.kl),
         "objectives": objectives,
-    }
-
-
-def point(
-    summary: dict[str, Any], lines: Sequence[dict[str, Any]], preference: Sequence[float] | None
-) -> dict[str, Any]:
-    """A run as one row of a comparison; lists are by objective, in raw units. `mean_lambda` is None without a log."""
-    of = lambda stage, key: [objective[stage][key] for objective in summary["objectives"].values()]  # noqa: E731
-    names, inputs = summary["objectives"], summary["inputs"].items()
-    return {
-        "preference": preference,
-        "mean_lambda": [float(np.nanmean([m[f"lambda/{name}"] for m in lines])) for name in names] if lines else None,
-        "mean": of("after", "mean"),
-        "error": of("after", "standard_error"),
-        "gain": of("gain", "mean"),
-        "gain_error": of("gain", "standard_error"),
-        "kl": summary["kl"]["mean"],
-        "kl_error": summary["kl"]["standard_error"],
-        "upload_bytes_per_client": summary["upload_bytes_total"] / summary["clients"],
-        "base": of("before", "mean"),
-        "base_error": of("before", "standard_error"),
-        "scale": of("calibration", "scale"),
-        "inputs": {name: x for name, x in inputs if name != "the clients' prompts"},  # these may differ
     }
 
 

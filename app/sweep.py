@@ -31,7 +31,7 @@ from app import options, peft_files, report
 from app.files import free_directory, read_json, read_lines, to_json, write_text
 from app.objectives import parse_spec
 from app.session import Session
-from app.tables import aligned
+from app.tables import aligned, plus_minus
 from settings import Config
 from worlds import toy
 
@@ -169,7 +169,10 @@ def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Ca
         after = session.evaluate(f"soups {here.name}")
         summary = report.summarise(session, before, after, lines, time.perf_counter() - started)
         here.mkdir(exist_ok=True)
-        write_text(here / "summary.json", to_json(summary | {"method": "soups"}, indent=2) + "\n")
+        write_text(
+            here / "summary.json",
+            to_json(summary | {"method": "soups", "preference": one.preference, "mean_lambda": []}, indent=2) + "\n",
+        )
 
 
 def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str], out: Path) -> None:
@@ -178,15 +181,20 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     """
     from app import plots  # here: matplotlib takes its time to import
 
-    rows = {text: [report.point(*saved(one.out), one.preference) for one in configs] for text, configs in runs.items()}
+    rows = {
+        text: [read_json(Path(one.out, "summary.json").read_text("utf-8")) for one in configs]
+        for text, configs in runs.items()
+    }
     first, *others = [row for group in rows.values() for row in group]
-    if any(row["inputs"] != first["inputs"] for row in others):
+    changed = {name for row in others for name in row["inputs"] if row["inputs"][name] != first["inputs"][name]}
+    if changed - {"the clients' prompts"}:  # which may differ
         raise ValueError(f"out: prompts, weights or code changed between the runs in {out}; name another directory")
     several, front = {text: group for text, group in rows.items() if len(group) > 1}, None
     if options.front_is_known(config):
         front = toy.pareto_front([line["prompt"] for line in read_lines(next(out.glob("*/*/samples.jsonl")))])
-    base = np.array(first["base"])
-    means = {} if front is None else {text: [row["mean"] for row in group] for text, group in several.items()}
+    mean = lambda row, stage: [row["objectives"][name][stage]["mean"] for name in names]  # noqa: E731
+    means = {} if front is None else {text: [mean(row, "after") for row in group] for text, group in several.items()}
+    base = np.array(mean(first, "before"))
     volumes = {text: normalised_hypervolume(points, base, front) for text, points in means.items()}
     results = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
     write_text(out / "sweep.json", to_json(results, indent=2) + "\n")
@@ -205,23 +213,16 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     print(f"\n{out}: pictures, sweep.json, and every run in METHOD/")
 
 
-def saved(run: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The summary and the log of a finished run; soups have no log."""
-    log = Path(run, "metrics.jsonl")
-    return read_json(Path(run, "summary.json").read_text("utf-8")), read_lines(log) if log.is_file() else []
-
-
 def comparison(rows: dict[str, list[dict[str, Any]]], names: Sequence[str], config: Config) -> str:
     """The closing table: the base model, then one row per comparand and preference."""
-    shares = lambda values: "/".join(f"{x:.2f}" for x in values) if values else "–"  # noqa: E731
-    first = next(iter(rows.values()))[0]
-    base = [f"{mean:+.3f} ± {error:.3f}" for mean, error in zip(first["base"], first["base_error"], strict=True)]
+    shares = lambda values: "/".join(f"{x:.2f}" for x in values) or "–"  # noqa: E731
+    first = next(iter(rows.values()))[0]["objectives"]
+    base = [plus_minus(first[name]["before"]) for name in names]
     lines = [["", "p", "mean λ", *names, "KL", "MB up"], ["base model", "", "", *base, "", ""]]
     for text, group in rows.items():
         for row in group:
-            parts = zip(row["gain"], row["gain_error"], strict=True)
-            gains = [f"{gain:+.3f} ± {error:.3f}" for gain, error in parts]
-            ends = [f"{row['kl']:.2f}", f"{row['upload_bytes_per_client'] / 1e6:.2f}"]
+            gains = [plus_minus(row["objectives"][name]["gain"]) for name in names]
+            ends = [f"{row['kl']['mean']:.2f}", f"{row['upload_bytes_per_client'] / 1e6:.2f}"]
             lines.append([text, shares(row["preference"]), shares(row["mean_lambda"]), *gains, *ends])
     return "\n".join([
         "",

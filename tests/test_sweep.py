@@ -93,8 +93,7 @@ def test_a_point_is_what_the_single_command_gives_and_its_row_has_its_figures(sw
     assert adapter_of(tmp_path) == adapter_of(swept / "firm" / "p0.40-0.60")
     (row,) = (row for row in results(swept)["firm"] if row["preference"] == [0.4, 0.6])
     summary, (line,) = summary_of(tmp_path), metrics_of(tmp_path)
-    assert row["mean"] == [summary["objectives"][name]["after"]["mean"] for name in ("even", "short")]
-    assert row["kl"] == summary["kl"]["mean"]
+    assert row["objectives"] == summary["objectives"] and row["kl"] == summary["kl"]
     assert row["mean_lambda"] == [line["lambda/even"], line["lambda/short"]]
 
 
@@ -165,7 +164,9 @@ def test_on_the_toy_world_the_hypervolume_is_the_share_of_the_exact_front(tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "linear/p0.20-0.80/samples.jsonl").read_text().splitlines()]
     base = np.mean([list(line["before"]["scores"].values()) for line in lines], axis=0)
     front = toy.pareto_front([line["prompt"] for line in lines])
-    volume = sweep.normalised_hypervolume([row["mean"] for row in results(tmp_path)["linear"]], base, front)
+    rows = [row["objectives"].values() for row in results(tmp_path)["linear"]]
+    means = [[objective["after"]["mean"] for objective in objectives] for objectives in rows]
+    volume = sweep.normalised_hypervolume(means, base, front)
     assert json.loads((tmp_path / "sweep.json").read_text())["hypervolume"] == {"linear": pytest.approx(volume)}
 
 
