@@ -1,7 +1,7 @@
 """The methods FIRM is compared with: what changes in `firm.Method`, and nothing else.
 
-To add one: `replace` a method with its own parts, and append it to `METHODS` in `app/options.py`; flags, help, sweeps,
-pictures and tests find it there. What a server remembers goes into its `state`, and a checkpoint keeps it.
+To add one: `replace` a method with its own parts, and append it to `METHODS` in `app/options.py`. What a server
+remembers goes into its `state`, and a checkpoint keeps it.
 
     method    a client uploads per round     who picks λ, and from what                              takes p
     morlhf    d                              nobody: Σ_j p_j R_j is one reward, with one critic      yes
@@ -12,20 +12,16 @@ pictures and tests find it there. What a server remembers goes into its `state`,
     maximum   d                              nobody: the greatest of them                            no
     adaptive  d, M scalars                   server: Σ_j α_j R_j is one reward, α from the past      no
 
-`linear` (fixed weights) and `mgda` (β = 0) stand beside FIRM in `firm.py`.
+MORLHF (the baseline of RiC). `linear` in `firm.py` whitens every objective before weighing it. MORLHF whitens the one
+reward: an objective whose scores vary more counts for more.                                                      [code]
 
-MORLHF (the baseline of RiC). One PPO run on the scalar reward Σ_j p_j R_j, with one critic and one whitening. `linear`
-whitens every objective before weighing it; here an objective whose scores vary more counts for more.             [code]
+FSMGDA (Yang et al. 2023). Each client trains once per objective from θ_t, on the same responses [ours].         [paper]
+    Δ_m = Σ_c w_c (θ_{c,m} − θ_t),  λ = argmin over the simplex ‖Σ_m λ_m Δ_m‖²,  θ_{t+1} = θ_t + η_s Σ_m λ_m Δ_m
+It takes M times FIRM's local steps, and the min-norm point of M near-orthogonal updates of one length is √M times
+shorter than each of them: tune η_s.
 
-FSMGDA (Yang et al. 2023). Every client trains once per objective, each time from θ_t with a fresh optimizer, and
-uploads M adapters. Δ_m = Σ_c w_c (θ_{c,m} − θ_t), λ = argmin over the simplex ‖Σ_m λ_m Δ_m‖², and
-θ_{t+1} = θ_t + η_s Σ_m λ_m Δ_m.                                                                                 [paper]
-A client's M runs share its responses [ours]. FSMGDA takes M times FIRM's local steps, and the min-norm point of M
-near-orthogonal updates of one length is √M times shorter than each of them: tune η_s.
-
-FedCMOO (arXiv 2410.16398). The server estimates the Gram of the mean gradient at θ_t from compressed gradients and
-picks one λ, which all clients use in all their local steps of the round. N clients, G_c [M, d] the gradients of client
-c at θ_t, L_c their low-rank part, R_c = G_c − L_c the rest, which stays at home:                          [paper, code]
+FedCMOO (arXiv 2410.16398). All clients use one λ in all their local steps of a round. N clients, G_c [M, d] the
+gradients of client c at θ_t, L_c their low-rank part, R_c = G_c − L_c the rest, which stays at home:      [paper, code]
     1. up    L_c
     2. down  T, the low-rank part of Σ_c L_c, and the client's weight
     3. up    Γ_c = G_c G_cᵀ + K_c + K_cᵀ with K_c = (½ L_c + R_c)(T − L_c)ᵀ, and R_c R_cᵀ: symmetric, M(M+1) scalars
@@ -34,23 +30,22 @@ where N² Γ = Σ_c Γ_c, plus (N − 1) Σ_c R_c R_cᵀ if Σ_c ‖L_c‖² ≤
 If nothing is lost (e = 2M), N² Γ is exactly Σ_c Σ_b G_c G_bᵀ. Else Σ_c Γ_c misses R_c R_bᵀ for b ≠ c, and what T lost.
 The extra term puts R_b = R_c: right for clients that agree, several times too large on the diagonal for independent
 noise. 1000 steps of 0.001 [code] go 1 − exp(−1) of the way for orthogonal gradients of equal norm, and less if they are
-alike, or shorter than 0.01 (there the 1e-4 rules). λ is an average over rounds, not this round's QP.
+alike or shorter than 0.01. λ is an average over rounds, not this round's QP.
 [ours]  K_c is added with its transpose (the code: twice R_c (T − L_c)ᵀ, which is not symmetric); N² (the code: N, which
         matters only beside 1e-4); G_c is scaled by N w_c first, which makes Γ the Gram of Σ_c w_c G_c; a diagonal that
         the estimate made negative counts as 0 in the scale; λ is uniform before the first round.
-A client would keep G_c and take its first local step with it; the simulation computes the same gradient again.
 
 Rewarded Soups (Ramé et al. 2023): train one specialist per objective, then serve Σ_m p_m θ_m for any p.         [paper]
 It averages A and B apart, so the served update is not the average of the specialists' products BA.
 
-Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261): groups' rewards become one on the reward side, as
-Σ_j R_j / M does in MORLHF. The extremes compare raw rewards, which must be in one unit; because of the KL penalty one
-mean and scale then calibrates all M [ours]. α = softmax(−h / T), h_j the running mean of objective j's raw reward: the
-objective that was served worst so far counts most. h uses raw rewards, the sum Σ_j α_j R_j calibrated ones. [paper: the
-three, abstracts only. ours: h moves by 0.3 a round, T = 0.1 in the rewards' unit, the first round has equal α. The
-published rule is softmax((1 − h) / T) behind a gate: the plain mean while the fairness index is at least 0.9]
+Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261). The extremes compare raw rewards, which must be in one unit;
+because of the KL penalty one mean and scale then calibrates all M [ours]. α = softmax(−h / T), h_j the running mean of
+objective j's raw reward: the objective that was served worst so far counts most. [paper: the three, abstracts only.
+ours: h moves by 0.3 a round, T = 0.1 in the rewards' unit, the first round has equal α. The published rule is
+softmax((1 − h) / T) behind a gate: the plain mean while the fairness index is at least 0.9]
 
-Left out on purpose: FedCMOO-Pref, its top-k compression and momentum (0 in the code), FSMGDA's compressed uploads.
+Left out on purpose: FedCMOO-Pref, FedCMOO's top-k compression and momentum (0 in the code), its reuse of G_c in the
+first local step (the same gradient is computed again here), FSMGDA's compressed uploads.
 """
 
 import math
@@ -116,14 +111,6 @@ FSMGDA = replace(
 # ---- FedCMOO ---------------------------------------------------------------------------------------------------
 
 
-def fold(A: Tensor) -> Tensor:
-    """A [M, d] -> [M·q, n], about square: n = ⌊√(dM)⌋, every objective cut into q = ⌈d/n⌉ rows, zero-padded. [code]"""
-    M, d = A.shape
-    n = math.isqrt(d * M)
-    q = -(-d // n)
-    return torch.nn.functional.pad(A, (0, q * n - d)).reshape(M * q, n)
-
-
 def factorise(X: Tensor, rank: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """X [r, n] ≈ left [r, k] @ right [k, n] with k = min(rank, r, n): randomised truncated SVD (Halko et al. 2011).
 
@@ -144,9 +131,14 @@ def factorise(X: Tensor, rank: int, rng: np.random.Generator) -> dict[str, Tenso
 
 
 def compress(A: Tensor, e: float, rng: np.random.Generator) -> dict[str, Tensor]:
-    """The low-rank factors of A [M, d]: e·d numbers, since they have about 2 √(dM) · rank. [code]"""
-    M, d = A.shape  # rank = ⌊e·d / (2 √(dM))⌋ = ⌊e/2 √(d/M)⌋
-    return factorise(fold(A), max(1, int(0.5 * e * math.sqrt(d / M))), rng)
+    """The low-rank factors of A [M, d]: e·d numbers, since they have about 2 √(dM) · rank. [code]
+
+    A is first folded to be about square: every objective is cut into q rows of n numbers, zero-padded.
+    """
+    M, d = A.shape
+    n = math.isqrt(d * M)
+    folded = torch.nn.functional.pad(A, (0, -d % n)).reshape(-1, n)  # [M·q, n], q = ⌈d/n⌉
+    return factorise(folded, max(1, int(0.5 * e * math.sqrt(d / M))), rng)  # rank ⌊e·d / (2 √(dM))⌋ = ⌊e/2 √(d/M)⌋
 
 
 def expand(factors: dict[str, Tensor], M: int, d: int) -> Tensor:
@@ -189,10 +181,7 @@ def estimate_gram(G: Tensor, e: float, rng: np.random.Generator) -> tuple[Tensor
 
 
 def descend(lam: Tensor, gram: Tensor) -> Tensor:
-    """Exchange 4: projected-gradient steps on ½ λᵀĜλ from lam [M]; gram [M, M] is scaled to Ĝ first. [code]
-
-    A gram of zeros leaves lam as it is.
-    """
+    """Exchange 4: projected-gradient steps on ½ λᵀĜλ from lam [M]; gram [M, M] is scaled to Ĝ first. [code]"""
     gram = gram / (gram.diagonal().clamp_min(0.0) + 1e-4).sqrt().mean().square()
     for _ in range(STEPS):
         lam = mgda.project_simplex(lam - STEP * (gram @ lam))

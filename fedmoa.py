@@ -1,45 +1,41 @@
 """FedMOA: federated GRPO whose objective weights move, and a server that looks at accuracy (arXiv 2602.00453).
 
 We had the abstract only: a critic-free client whose weights follow hypergradients, "which prioritizes primary reasoning
-as auxiliary objectives saturate", and a "task- and accuracy-aware aggregation" [paper]. All formulas are [ours]. On the
-engine of `firm.py`, with the advantages of `grpo.py`; the first objective is the primary one, P:
+as auxiliary objectives saturate", and a "task- and accuracy-aware aggregation" [paper]. All formulas are [ours]. The
+first objective is the primary one, P.
 
 **Weights** (`moving_weights`). A client's step goes along −Σ_i w_i g_i. A larger w_i would change the primary's loss
 after a plain step θ′ = θ − η Σ_i w_i g_i by (Baydin et al. 2018, for each objective)
 
     ∂L_P(θ′) / ∂w_i = −η ⟨∇L_P(θ′), g_i⟩
 
-If the product is positive, more of g_i would have helped. So w descends on L_P by exponentiated gradients, in units of
-the primary's own gradients: g_i, g_P are those of the last step that this client took, in whatever round, and g̃_P is
-the primary's gradient now, before the first step of this round,
+So w descends on L_P by exponentiated gradients, in units of the primary's own gradients: g_i, g_P are those of the last
+step that this client took, in whatever round, and g̃_P is the primary's gradient now, before the first step of this
+round,
 
     h_i = ⟨g̃_P, g_i⟩ / (‖g̃_P‖ max(‖g_i‖, ‖g_P‖))             their cosine, scaled down if g_i is shorter than g_P
     w   ← softmax((1 − pull) log w + pull log w⁰ + rate h)     w⁰: the preference p; the first round has w⁰
 
 Between the two gradients lie an average over clients and several steps of Adam, so h only resembles a derivative. g̃_P
-is on fresh responses, because on the responses of that last step the product would measure its overshoot. It is
-a row of the first step's J and costs nothing; the client keeps the last step's J, k·d numbers, for it.
+is on fresh responses, because on those of that last step the product would measure its overshoot. It is a row of the
+first step's J; the client keeps the last step's J, k·d numbers.
 
-If h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from where the preference has it. An auxiliary
-that is saturated has groups of equal rewards and no advantage but the KL's (κ), which is short: h ≈ 0, and its share
-falls to those that still help. (Its cosine would be that of the KL, at full length.) If the primary itself has only
-equal groups, g̃_P says nothing, and the weights stay.
+If h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from where the preference has it. A saturated
+auxiliary has groups of equal rewards, and no advantage but the KL's, which is short: h ≈ 0, and its share falls to
+those that still help. If the primary itself has only equal groups, g̃_P says nothing, and the weights stay.
 
 **Aggregation** (`accuracy_weights`). Within a task q_c ∝ n_c a_c^γ, the tasks of a round's clients share the total
-equally (so that γ = 0 is FedAvg for one task only), and θ is the average under q. a_c is the mean of the primary over
-the client's responses of this round, between 0 and 1, and noisy; it is shrunk towards the mean of its task (empirical
-Bayes). With s² the mean sampling variance of the a_c of a task, each clustered by prompt, and v their variance between
+equally (so γ = 0 is FedAvg for one task only), and θ is the average under q. a_c is the mean of the primary over the
+client's responses of this round, between 0 and 1. It is noisy, and shrunk towards the mean of its task (empirical
+Bayes). With s² the mean sampling variance of a task's a_c, each clustered by prompt, and v their variance between
 clients,
 
     a_c ← ā + B (a_c − ā),     B = max(0, v − s²) / v
 
-so few responses (large s²), or clients no further apart than chance would have them, give equal weights. If no client
-of a task was right, n_c alone counts, with a warning. A client's task is that of most of its prompts (`task` in
-the data; without that column there is one task). Hard prompts make accuracy low, and so do bad data: the
-server cannot tell them apart.
+If no client of a task was right, n_c alone counts, with a warning. A client's task is that of most of its prompts
+(`task` in the data). The server cannot tell hard prompts from bad data: both make accuracy low.
 
-**Personalisation** (`personalise`). After the last round, local steps from the global adapter, by each client for
-itself; nothing is uploaded.
+**Personalisation** (`personalise`). After the last round each client takes local steps from the global adapter.
 
 Left out on purpose: accuracies remembered from earlier rounds, weights on the server.
 """
@@ -66,10 +62,7 @@ PERSONAL_LR = 0.2  # of the client's learning rate: no average takes the noise o
 
 
 def hypergradient(primary: Tensor, taken: Tensor) -> Tensor:
-    """⟨∇L_primary(θ′), g_i⟩ [k] in float64: times −η, the derivative of L_primary(θ′) by w_i.
-
-    primary [d], the primary's gradient at θ′; taken [k, d], the g_i of the step that led there.
-    """
+    """⟨∇L_P(θ′), g_i⟩ [k] in float64; primary [d], the gradient at θ′; taken [k, d], g_i of the step that led there."""
     return taken.double() @ primary.double()
 
 

@@ -1,8 +1,8 @@
 """PluralLLM: groups teach one model what each prefers, without sharing their answers (arXiv 2503.09925).
 
-A group (a country, say) holds answers to survey questions: the share of its people who chose each option. One model,
-the predictor, learns in context: given some questions as a group answered them, it says how that group answers others.
-Every client holds one group or several. The clients train the predictor by FedAvg; then it is asked about other groups.
+A group (a country, say) holds answers to survey questions: the share of its people who chose each option. The predictor
+learns in context: given some questions as a group answered them, it says how that group answers others. A client holds
+one group or several. Clients train the predictor by FedAvg; then it is asked about other groups.
 
     predictor: a point is x ⊕ y, x the embedding of "question option", y the option's share; targets have y = 0 [code]
     for t = 0 … T − 1                                                    [code: T = 100]
@@ -13,11 +13,11 @@ Every client holds one group or several. The clients train the predictor by FedA
         θ_{t+1} = Σ_c (n_c / n) θ_c,  n_c the points that c holds (`fedavg.average`)
 
 The architecture is [code]'s, which is that of Group Preference Optimization (arXiv 2310.11523). Four linear layers
-embed a point. In six transformer layers without positions every point attends to the context points only. A head gives
-mean m and log-deviation s. Keys and values come from the context rows, so the model needs no mask: a target can reach
-neither another target nor its own answer.
+embed a point. In six transformer layers without positions every point attends to the context points only: keys and
+values come from the context rows, so the model needs no mask. A head gives mean m and log-deviation s.
 
-Centralised training is the same thing with one client that holds all groups: the average of one is that one.
+Centralised training is the same thing with one client that holds all groups. A draw depends on (seed, step, group)
+only, so federated and central training draw alike.
 
 Context and targets have 9 to 90 questions each, drawn for every step [code]. Where we differ [ours]:
 - A group with fewer than 180 questions draws from what it has, and keeps at least 9 as targets.
@@ -26,7 +26,6 @@ Context and targets have 9 to 90 questions each, drawn for every step [code]. Wh
 - x embeds the question and one option; [code] also embeds an instruction, all options and the option's letter.
 - The rate decays once, over the whole training; [code]'s cosine has 100 steps and then rises again.
 - `max_grad_norm`, off by default. The deviation s gives gradients heavy tails; unclipped, the loss jumps on some seeds.
-A draw depends on (seed, step, group) only, so federated and central training draw alike.
 
 Left out on purpose: batches of several draws, dropout (0 in [code] too).
 """
