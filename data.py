@@ -5,15 +5,15 @@ A row of HH-RLHF holds two whole dialogues, `chosen` and `rejected`, that differ
     \\n\\nHuman: Hi!\\n\\nAssistant: Hello.\\n\\nHuman: A joke?\\n\\nAssistant: Knock knock.
     '------------------------- prompt -------------------------' '--- response -'
 
-The prompt is everything up to the last `\\n\\nAssistant:` of `chosen` [code: RiC cuts there; paper: HH-RLHF prompts].
-If the assistant speaks several times in a row, the prompt ends at the first of those markers [ours]. Other forms:
+The prompt is everything up to the last `\\n\\nAssistant:` of `chosen` [code: RiC cuts there; paper: HH-RLHF prompts],
+or up to the first of several in a row [ours]. Other forms:
 
     {"prompt": text}          TRL. A text that begins with "Human:" is a dialogue, any other is one user message
     {"prompt": messages}      TRL. The last message is the user's
     {"messages": messages}    what follows the user's last message is left out
     {"question", "answer"}    GSM8K. QUESTION says how to answer; rewards find the reference in the column `answer`
 
-The policy reads its tokenizer's chat template, or the plain text if there is no template. Prompts that are too long are
+The policy reads its tokenizer's chat template, or the plain text if there is none. Prompts that are too long are
 dropped [code: RiC keeps 8-256 tokens]. Equal prompts are kept once, or one could be held out and trained on [ours].
 
 Left out on purpose: streaming, tool calls, pictures, and prompts that end in the beginning of an answer.
@@ -97,12 +97,6 @@ def to_messages(prompt: str) -> Messages:
     return tuple(messages)
 
 
-def from_chosen(chosen: str) -> tuple[str, Messages]:
-    """HH-RLHF's form of a row; the functions below read the others. Each raises ValueError if there is no prompt."""
-    text, _ = split_dialogue(chosen)
-    return text, to_messages(text)
-
-
 def from_text(prompt: str) -> tuple[str, Messages]:
     """TRL's `prompt` as a text, with or without a last "\\n\\nAssistant:"."""
     text = f"\n\n{prompt.strip()}".removesuffix(REPLY).strip()
@@ -154,7 +148,8 @@ def dialogue_of(row: dict) -> tuple[str, Messages, dict]:
         case {"messages": [_, *_] as chat}:
             dialogue, used = from_messages(chat), ()
         case {"chosen": str(text)}:
-            dialogue, used = from_chosen(text), ("chosen", "rejected")
+            prompt, _ = split_dialogue(text)
+            dialogue, used = (prompt, to_messages(prompt)), ("chosen", "rejected")
         case {"question": str(text), "answer": str(answer)}:
             dialogue, used = from_question(text, answer), ("question",)
         case _:

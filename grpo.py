@@ -10,14 +10,14 @@ For response i of a group, its objective j and its token t:
 σ_j is the deviation of A_j over the real tokens of the client's batch, s_j that of the group's scores alone. `GROUP`
 divides the KL by σ_j and `GRPO` does not, so equal κ weigh it differently. Floors are in calibrated units.
 
-All responses to a prompt share the prompt's own level. A critic must learn that level; within a group it cancels.
-D_j is S / (S − 1) times R_j − mean of the group, and unbiased until it is divided.
+D_j is S / (S − 1) times R_j − mean of the group, and unbiased until it is divided. A prompt's own level, which all its
+responses share, cancels in it; a critic must learn that level.
 
 [RLOO, arXiv 2402.14740] the baseline. [GRPO, arXiv 2402.03300] s_j, the sample deviation of a group, which favours
 prompts that are nearly solved or nearly hopeless (Dr. GRPO, arXiv 2503.20783): here to compare with.
 [ours] per objective (as GDPO, arXiv 2601.05242: rewards that are added up before they are normalised let different ones
 pass for the same); σ_j and the floors; no centring over the batch: a group of equal scores then gives exactly no
-gradient if κ = 0; κ in the reward, as with a critic, instead of a second loss, for GRPO too.
+gradient if κ = 0; κ in the reward, as with a critic, for GRPO too.
 
 Left out on purpose: what GRPO's successors change in the loss (clipping from one side only, lengths).
 """

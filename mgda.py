@@ -15,13 +15,13 @@ that is the paper's cure for "client disagreement drift".
 [ours]  the factor ½, the preference p as the centre of the regulariser (uniform p is exactly plain ‖λ‖², since
         ‖λ − 1/M‖² = ‖λ‖² − 1/M on the simplex), β = 0 as the limit β → 0⁺ (the minimiser nearest p), the solver.
 
-What the guarantee is not: it is Euclidean and first-order. Adam preconditions the step, so common descent is not
-assured; the log's `first_order_gain` is what the steps as taken promise. And β = 0.01 is small: with
-D = ‖g₁ − g₂‖² / tr G, M = 2 and no weight clipped, β moves λ by the share β/(D + β) of its way to p. That is half the
-way at D = 0.01, gradients that nearly coincide, and 1 % of it at D = 1, orthogonal ones.
+The guarantee is Euclidean and first-order. Adam preconditions the step, so common descent is not assured; the log's
+`first_order_gain` is what the steps as taken promise. And β = 0.01 is small: with D = ‖g₁ − g₂‖² / tr G, M = 2 and no
+weight clipped, β moves λ by the share β/(D + β) of its way to p: half the way at D = 0.01, gradients that nearly
+coincide, and 1 % of it at D = 1, orthogonal ones.
 
-A Gram holds squares, so an angle below 1e-7 is zero to it. If gradients differ in length by at most 1e4, λ is exact up
-to the rounding of the Gram, which moves λ by less than 1e-13 if β ≥ 0.01, and by up to 1e-7 at β = 0.
+If gradients differ in length by at most 1e4, λ is exact up to the rounding of the Gram, which moves λ by less than
+1e-13 if β ≥ 0.01, and by up to 1e-7 at β = 0: a Gram holds squares, so an angle below 1e-7 is zero to it.
 """
 
 import math

@@ -16,13 +16,12 @@ FIRM's rewards are its M objectives; methods that combine objectives before they
 [ours]
 - The KL is in every objective's reward: λ sums to 1, so the KL keeps its weight whatever λ is.
 - Whitening divides by at least 0.1 calibrated units, because a near-constant objective would be blown up into noise.
-- The critic is linear in detached hidden states and zero at the start.
-- It is fitted once a round, after the advantages were taken, by a few conjugate-gradient steps: there is no rate to
-  choose, and stopping early regularises.
+- The critic is linear in detached hidden states and zero at the start. It is fitted once a round, after the advantages,
+  by a few conjugate-gradient steps: there is no rate to choose, and stopping early regularises.
 
-`grpo.py` learns without a critic. Means over tokens are over the tokens of the whole client batch, whatever the
-micro-batches. Left out on purpose: an entropy bonus, a discount per token, a clip of the value's movement (it kept the
-critic from learning).
+Means over tokens are over the whole client batch, whatever the micro-batches. `grpo.py` learns without a critic.
+Left out on purpose: an entropy bonus, a discount per token, a clip of the value's movement (it kept the critic from
+learning).
 """
 
 from collections.abc import Callable
@@ -146,11 +145,6 @@ class Estimator:
 # ---- the critic ----------------------------------------------------------------------------------------------
 
 
-def values_of(hidden: Tensor, weight: Tensor) -> Tensor:
-    """V_j(t) = w_jᵀ h_t + b_j in float32: hidden [..., H] of any type, weight [H + 1, k] with b last -> [..., k]."""
-    return hidden.float() @ weight[:-1] + weight[-1]
-
-
 def least_squares(weight: Tensor, hidden: Tensor, returns: Tensor, steps: int = CRITIC_STEPS) -> Tensor:
     """Conjugate gradients on Σ_t (V_j(t) − G_j(t))², G_j the returns, each j by itself: weight [H + 1, k] -> alike.
 
@@ -174,7 +168,7 @@ def least_squares(weight: Tensor, hidden: Tensor, returns: Tensor, steps: int = 
 
 
 def critic_weight(batch: Batch, state: dict[str, Tensor]) -> Tensor:
-    """The critic that a training keeps [H + 1, k], or a new one, of zeros."""
+    """The critic that a training keeps [H + 1, k], w_j and then b_j in column j, or a new one, of zeros."""
     zeros = torch.zeros(batch.hidden.shape[-1] + 1, batch.scores.shape[1], device=batch.hidden.device)
     return state.get("critic", zeros).to(zeros)
 
@@ -182,7 +176,8 @@ def critic_weight(batch: Batch, state: dict[str, Tensor]) -> Tensor:
 def critic_advantages(batch: Batch, state: dict[str, Tensor], config: UpdateSettings) -> Advantages:
     """Token rewards with KL, GAE on the critic as it stands, whitening."""
     mask, rewards = batch.rollout.mask, token_rewards(batch)
-    values = values_of(batch.hidden, critic_weight(batch, state))  # [B, L, k]
+    weight = critic_weight(batch, state)
+    values = batch.hidden.float() @ weight[:-1] + weight[-1]  # [B, L, k], V_j(t) = w_jᵀ h_t + b_j
     advantages = gae(rewards, values, mask, config.gae_lambda)
     return Advantages(*whiten(advantages, mask), to_go(rewards), values)
 
@@ -251,12 +246,8 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, config: U
         entropies.append((rows, entropy))
     tokens = rollout.mask.sum()
     J /= tokens
-    for what, x in (
-        ("log-probs", batch.logp_old),
-        ("rewards", batch.scores),
-        ("advantages", advantages),
-        ("gradient", J),
-    ):
+    inputs = {"log-probs": batch.logp_old, "rewards": batch.scores, "advantages": advantages}
+    for what, x in (inputs | {"gradient": J}).items():
         if not x.isfinite().all():
             raise NotFinite(f"not finite: its {what}; lower lr or kl_coef, or use dtype float32")
     ratio = assemble(rollout, ratios).masked_fill(rollout.mask == 0, 1.0)  # [B, L]

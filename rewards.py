@@ -1,9 +1,9 @@
 r"""Objectives: what a reward function is, how responses are scored, how rewards in unlike units become comparable.
 
-An objective is a function (prompts, completions, **columns) -> list[float]. That is TRL's convention, so functions
-written for TRL work unchanged: all arguments are lists passed by keyword, prompts and completions are plain texts, and
-the function returns one finite number per completion. `columns` are the data's own columns (None if a row has no
-value), completion_ids (token ids), messages (the prompt as a chat) and subset. `app/objectives.py` loads objectives.
+An objective is a function (prompts, completions, **columns) -> list[float]. That is TRL's convention: all arguments are
+lists passed by keyword, prompts and completions are plain texts, and it returns one finite number per completion.
+`columns` are the data's own columns (None if a row has no value), completion_ids (token ids), messages (the prompt as a
+chat) and subset. `app/objectives.py` loads objectives.
 
 **A reward model** is a sequence classifier with one label; the reward is logits[0]. It reads prompt and response as one
 text, tokenised once: the conversation in the tokenizer's chat template, which writes the special tokens itself, or else
@@ -12,11 +12,8 @@ text, tokenised once: the conversation in the tokenizer's chat template, which w
 
 with the tokenizer's special tokens, a space before the last marker [code: RiC] and one behind it, as in HH-RLHF [ours].
 A text that is too long loses its beginning, but not a leading BOS or [CLS] [ours]. GPT-2's and Llama's heads score the
-last token that is not config.pad_token_id. A checkpoint that names this token is read as it says. If it names none, the
-tokenizer's pad token becomes it, or else EOS; then a final EOS counts as padding, and the token before it is scored.
-
-**Clients.** A function is called with one client's rows at a time; a reward model once for all clients, since it scores
-each text by itself. A client may hold only some of the objectives.
+last token that is not config.pad_token_id. If a checkpoint does not name it, the tokenizer's pad token becomes it, or
+else EOS; then a final EOS counts as padding, and the token before it is scored.
 
 **Calibration** [ours]. Each objective is shifted and scaled to mean 0 and deviation 1 on samples of the base policy,
 once. For each objective that it holds, client c sends n_c, m_c = mean r and s_c = sum (r - m_c)^2. All clients then use
@@ -90,14 +87,11 @@ class RewardModel:
             pairs = zip(prompts, replies, strict=True)
             texts = [f"{prompt.removesuffix(REPLY).rstrip()} {REPLY} {reply}" for prompt, reply in pairs]
         rows = self.tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
-        return [self._shortened(ids) for ids in rows]
-
-    def _shortened(self, ids: list[int]) -> list[int]:
-        """The end of a text that is too long, behind its BOS or [CLS]."""
-        if len(ids) <= self.max_length:
-            return ids
-        first = ids[:1] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
-        return first + ids[len(ids) - self.max_length + len(first) :]
+        for i, ids in enumerate(rows):
+            if len(ids) > self.max_length:
+                first = ids[:1] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
+                rows[i] = first + ids[len(ids) - self.max_length + len(first) :]
+        return rows
 
     def batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
         """The row numbers of each batch, longest texts first: texts too long for the memory fail at once."""
@@ -135,7 +129,7 @@ class Objective:
     spec: str
     function: Callable[..., list[float]]
     fingerprint: str = ""  # a hash of its code or weights: another fingerprint means other rewards
-    cohort: bool = False  # called once for all clients (a reward model), else once for each
+    cohort: bool = False  # called once for all clients, as a reward model may be: it scores each text by itself
 
 
 def score(

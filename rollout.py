@@ -9,10 +9,9 @@ token. In float32 that hardly ever happens. In 16 bits most longer responses mee
     responses [N, L]  right-padded; mask [N, L] is 1 up to and including the first EOS, which is trained like any token
     logp      [B, L]  log π(response token | everything before), float32, at the sampling temperature
 
-Position ids come from the mask. Log-softmax runs in float32 and only over response positions: the backbone's hidden
-states first, then the output embedding, on the slice that is needed and a chunk of tokens at a time (`TokenLogProbs`).
 Sampling is cohort-wide; a client's log-probs run on its own rows, cut to its own width and to micro-batches, for
-π_old and π_new alike. A row's log-probs must not depend on padding, batch or cache: `check` tries that on every model.
+π_old and π_new alike. Log-softmax runs in float32, only over response positions, a chunk of tokens at a time
+(`TokenLogProbs`). A row's log-probs must not depend on padding, batch or cache: `check` tries that on every model.
 """
 
 from __future__ import annotations
