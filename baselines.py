@@ -27,10 +27,9 @@ gradients of client c at θ_t, L_c their low-rank part, R_c = G_c − L_c the re
     3. up    Γ_c = G_c G_cᵀ + K_c + K_cᵀ with K_c = (½ L_c + R_c)(T − L_c)ᵀ, and R_c R_cᵀ: symmetric, M(M+1) scalars
     4. down  λ, after 1000 steps of λ ← Π(λ − 0.001 Ĝ λ) from the last round's λ, Ĝ = Γ / (mean_i √(Γ_ii + 1e-4))²
 where N² Γ = Σ_c Γ_c, plus (N − 1) Σ_c R_c R_cᵀ if Σ_c ‖L_c‖² ≤ 1.5² Σ_c ‖R_c‖².
-If nothing is lost (e = 2M), N² Γ is exactly Σ_c Σ_b G_c G_bᵀ. Else Σ_c Γ_c misses R_c R_bᵀ for b ≠ c, and what T lost.
-The extra term puts R_b = R_c: right for clients that agree, several times too large on the diagonal for independent
-noise. 1000 steps of 0.001 [code] go 1 − exp(−1) of the way for orthogonal gradients of equal norm, and less if they are
-alike or shorter than 0.01. λ is an average over rounds, not this round's QP.
+If nothing is lost (e = 2M), N² Γ is exactly Σ_c Σ_b G_c G_bᵀ. Else Σ_c Γ_c misses R_c R_bᵀ for b ≠ c. The extra term
+puts R_b = R_c: right for clients that agree, several times too large on the diagonal for independent noise. 1000 steps
+go 1 − exp(−1) of the way for orthogonal gradients of equal norm: λ is an average over rounds, not this round's QP.
 [ours]  K_c is added with its transpose (the code: twice R_c (T − L_c)ᵀ, which is not symmetric); N² (the code: N, which
         matters only beside 1e-4); G_c is scaled by N w_c first, which makes Γ the Gram of Σ_c w_c G_c; a diagonal that
         the estimate made negative counts as 0 in the scale; λ is uniform before the first round.
@@ -114,9 +113,8 @@ FSMGDA = replace(
 def factorise(X: Tensor, rank: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """X [r, n] ≈ left [r, k] @ right [k, n] with k = min(rank, r, n): randomised truncated SVD (Halko et al. 2011).
 
-    Oversampled by a tenth, two power iterations [code]; exact where the rank is full. `right` has orthonormal rows and
-    left = X rightᵀ, so all of X is projected onto one subspace of R^n, and (X − left right) rightᵀ = 0.
-    The sketch is drawn on the CPU from `rng`: equal for every device.
+    Oversampled by a tenth, two power iterations [code]; exact if the rank is full. `right` has orthonormal rows, and
+    left = X rightᵀ. The sketch is drawn on the CPU from `rng`: equal for every device.
     """
     rank = min(rank, *X.shape)
     if rank == min(X.shape):

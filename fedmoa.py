@@ -9,16 +9,14 @@ after a plain step θ′ = θ − η Σ_i w_i g_i by (Baydin et al. 2018, for ea
 
     ∂L_P(θ′) / ∂w_i = −η ⟨∇L_P(θ′), g_i⟩
 
-So w descends on L_P by exponentiated gradients, in units of the primary's own gradients: g_i, g_P are those of the last
-step that this client took, in whatever round, and g̃_P is the primary's gradient now, before the first step of this
-round,
+So w descends on L_P by exponentiated gradients. g_i, g_P are the gradients of this client's last step, in an earlier
+round, and g̃_P is the primary's gradient now, before the first step of this round,
 
     h_i = ⟨g̃_P, g_i⟩ / (‖g̃_P‖ max(‖g_i‖, ‖g_P‖))             their cosine, scaled down if g_i is shorter than g_P
     w   ← softmax((1 − pull) log w + pull log w⁰ + rate h)     w⁰: the preference p; the first round has w⁰
 
-Between the two gradients lie an average over clients and several steps of Adam, so h only resembles a derivative. g̃_P
-is on fresh responses, because on those of that last step the product would measure its overshoot. It is a row of the
-first step's J; the client keeps the last step's J, k·d numbers.
+An average over clients and several steps of Adam lie between the two, so h only resembles a derivative. g̃_P is on
+fresh responses, because on those of the last step the product would measure its overshoot.
 
 If h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from where the preference has it. A saturated
 auxiliary has groups of equal rewards, and no advantage but the KL's, which is short: h ≈ 0, and its share falls to
@@ -26,9 +24,8 @@ those that still help. If the primary itself has only equal groups, g̃_P says n
 
 **Aggregation** (`accuracy_weights`). Within a task q_c ∝ n_c a_c^γ, the tasks of a round's clients share the total
 equally (so γ = 0 is FedAvg for one task only), and θ is the average under q. a_c is the mean of the primary over the
-client's responses of this round, between 0 and 1. It is noisy, and shrunk towards the mean of its task (empirical
-Bayes). With s² the mean sampling variance of a task's a_c, each clustered by prompt, and v their variance between
-clients,
+client's responses of this round, from 0 to 1, shrunk towards the mean of its task since it is noisy (empirical Bayes).
+With s² the mean sampling variance of a task's a_c, each clustered by prompt, and v their variance between clients,
 
     a_c ← ā + B (a_c − ā),     B = max(0, v − s²) / v
 
@@ -56,9 +53,6 @@ from settings import Config
 
 HYPER_PULL = 0.1  # how far log w returns to the preference's in a round [ours]
 PERSONAL_LR = 0.2  # of the client's learning rate: no average takes the noise out of personal steps [ours]
-
-
-# ---- the weights -----------------------------------------------------------------------------------------------
 
 
 def hypergradient(primary: Tensor, taken: Tensor) -> Tensor:
@@ -97,9 +91,6 @@ def moving_weights(context: Context) -> Tensor:
     return w
 
 
-# ---- the server ------------------------------------------------------------------------------------------------
-
-
 def accuracy_numbers(client: Client, raw: Tensor, S: int) -> dict[str, float]:
     """What a client's upload says beside the adapter: its task, and the mean of the primary with its sampling variance.
 
@@ -107,12 +98,10 @@ def accuracy_numbers(client: Client, raw: Tensor, S: int) -> dict[str, float]:
     prompt it is a(1 − a), all that is known. Raises ValueError for a primary reward outside 0 to 1.
     """
     rewards = raw[:, 0]  # [B]
-    for extreme in (float(rewards.min()), float(rewards.max())):
-        if not 0 <= extreme <= 1:
-            raise ValueError(
-                f"aggregation: accuracy needs a primary reward from 0 to 1, but client {client.index} got one of "
-                f"{extreme:g}; use --aggregation fedavg"
-            )
+    for x in rewards.tolist():
+        if not 0 <= x <= 1:
+            who = f"client {client.index} got one of {x:g}"
+            raise ValueError(f"aggregation: accuracy needs a primary from 0 to 1, but {who}; use --aggregation fedavg")
     by_prompt, mean = rewards.unflatten(0, (-1, S)).mean(1), rewards.mean()
     variance = by_prompt.var() / len(by_prompt) if len(by_prompt) > 1 else mean * (1 - mean)
     return {"task": float(client.task), "accuracy": float(mean), "accuracy_variance": float(variance)}
@@ -144,8 +133,6 @@ def accuracy_weights(uploads: Sequence[Upload], config: Config) -> Tensor:
         weights[own] = q * (held.sum() / q.sum())  # tasks alike; a factor of exactly 1 for one task at γ = 0
     return weights
 
-
-# ---- the method ------------------------------------------------------------------------------------------------
 
 HYPERGRADIENT = Weights(
     "hypergradient", "as fedmoa, by what helped the primary", moving_weights, settings=("preference", "hyper_rate"),

@@ -32,12 +32,10 @@ from settings import UpdateSettings
 
 
 def leave_one_out(scores: Tensor, S: int) -> Tensor:
-    """D [B, k]: each score less the mean of the other S − 1 of its group, S consecutive rows of scores [B, k].
-
-    Summed over differences, so that equal scores give exactly 0.
-    """
+    """D [B, k]: each score less the mean of the other S − 1 of its group, S consecutive rows of scores [B, k]."""
     groups = scores.unflatten(0, (-1, S))  # [B / S, S, k]
-    return ((groups[:, :, None] - groups[:, None]).sum(2) / (S - 1)).flatten(0, 1)
+    differences = groups[:, :, None] - groups[:, None]  # [B / S, S, S, k], exactly 0 for equal scores
+    return (differences.sum(2) / (S - 1)).flatten(0, 1)
 
 
 def per_token(batch: Batch, relative: Tensor) -> Tensor:

@@ -11,9 +11,6 @@ r"""LoRA by hand (Hu et al. 2021): train two thin matrices beside every frozen o
 Switching the adapter off *is* the reference policy π_ref: there is no reference model. A client trains the flat vector
 θ of every A and B, d numbers. [paper: LoRA rank 16. ours: alpha, targets, init]
 
-The base weights stay bit for bit what was loaded: merging, done only while responses are sampled from float32 weights,
-keeps a copy of every adapted weight and puts it back.
-
 Left out on purpose: dropout on x (it would make ratios differ from 1 at lr = 0), biases, other adapters (DoRA, IA³),
 and files (`app/peft_files.py` writes and reads PEFT's).
 """
@@ -45,11 +42,7 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the base layer's type.
-
-        Over 16-bit weights the products run in 16 bits too, as in any mixed-precision training: A and B are cast here,
-        and their gradients arrive in float32. [ours]
-        """
+        """x [..., in] -> [..., out] in the base layer's type. A and B are cast to it, their gradients to float32."""
         y = self.base(x)
         if not self.enabled:
             return y
@@ -65,10 +58,7 @@ class Adapter:
     """
 
     def __init__(self, layers: dict[str, LoRALinear], rank: int, scale: float, tied: bool) -> None:
-        self.layers = layers
-        self.rank = rank
-        self.scale = scale
-        self.tied = tied
+        self.layers, self.rank, self.scale, self.tied = layers, rank, scale, tied
         self.parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
         self.size = sum(p.numel() for p in self.parameters)
 
@@ -117,17 +107,15 @@ class Adapter:
             return
         saved = {}
         try:
-            with torch.no_grad():
-                for name, layer in self.layers.items():
-                    weight, delta = layer.base.weight, layer.scale * (layer.B @ layer.A)  # [out, in]
-                    saved[name] = weight.clone()
-                    weight.add_(delta.T if layer.transposed else delta)
+            for name, layer in self.layers.items():
+                weight, delta = layer.base.weight, layer.scale * (layer.B @ layer.A).detach()  # [out, in]
+                saved[name] = weight.clone()
+                weight.add_(delta.T if layer.transposed else delta)
             with self.disabled():
                 yield
         finally:
-            with torch.no_grad():
-                for name, weight in saved.items():
-                    self.layers[name].base.weight.copy_(weight)
+            for name, weight in saved.items():
+                self.layers[name].base.weight.copy_(weight)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B of every layer, by the names that PEFT gives them."""

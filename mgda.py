@@ -30,15 +30,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COLUMNS = 2**20  # of J, as float64 at once
+COLUMNS = 2**20  # of J, as float64 at once: never all of them
 ROUNDING = 1e-14  # smaller curvatures and errors are zero, with every gradient scaled to length one
 
 
 def gram(J: Tensor) -> Tensor:
-    """Gram matrix of the objective gradients: G [M, M] in float64 on the CPU, G_ij = ⟨g_i, g_j⟩. [paper]
-
-    J [M, d], any float type and device. Blocks of its columns become float64 one after another, never all of J at once.
-    """
+    """Gram matrix G [M, M], float64 on the CPU, G_ij = ⟨g_i, g_j⟩, of J [M, d] of any float type and device. [paper]"""
     G = torch.zeros(len(J), len(J), dtype=torch.float64, device=J.device)
     for block in J.detach().split(COLUMNS, dim=1):
         columns = block.double().contiguous()  # [M, at most COLUMNS]

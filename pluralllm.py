@@ -1,8 +1,8 @@
 """PluralLLM: groups teach one model what each prefers, without sharing their answers (arXiv 2503.09925).
 
 A group (a country, say) holds answers to survey questions: the share of its people who chose each option. The predictor
-learns in context: given some questions as a group answered them, it says how that group answers others. A client holds
-one group or several. Clients train the predictor by FedAvg; then it is asked about other groups.
+is given some questions as a group answered them, and says how that group answers others. Clients, which hold a group or
+several, train it by FedAvg; then it is asked about other groups.
 
     predictor: a point is x ⊕ y, x the embedding of "question option", y the option's share; targets have y = 0 [code]
     for t = 0 … T − 1                                                    [code: T = 100]
@@ -16,10 +16,8 @@ The architecture is [code]'s, which is that of Group Preference Optimization (ar
 embed a point. In six transformer layers without positions every point attends to the context points only: keys and
 values come from the context rows, so the model needs no mask. A head gives mean m and log-deviation s.
 
-Centralised training is the same thing with one client that holds all groups. A draw depends on (seed, step, group)
-only, so federated and central training draw alike.
-
-Context and targets have 9 to 90 questions each, drawn for every step [code]. Where we differ [ours]:
+Context and targets have 9 to 90 questions each, drawn for every step [code]. A draw depends on (seed, step, group):
+central training, which is one client that holds all groups, draws alike. Where we differ [ours]:
 - A group with fewer than 180 questions draws from what it has, and keeps at least 9 as targets.
 - n_c counts all points that a client holds; in [code] it counts the points of the round's first draw.
 - Clients train on all their questions, as the central side does; [code]'s clients train on the first 90 %.
@@ -80,9 +78,6 @@ class Survey:
         return self.embeddings[torch.cat(rows)], torch.cat([self.answers[group][q] for q in chosen]), which
 
 
-# ---- the predictor ---------------------------------------------------------------------------------------------
-
-
 class Layer(nn.Module):
     """A transformer layer, normalised after each half, in which all rows attend to those of the context."""
 
@@ -99,10 +94,7 @@ class Layer(nn.Module):
 
 
 class Predictor(nn.Module):
-    """From a group's answered questions to its answers on others; width: that of the embeddings.
-
-    1,188,354 parameters at [code]'s width of 4,096.
-    """
+    """From a group's answers to its answers on others; 1,188,354 parameters at [code]'s width of embeddings, 4,096."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -143,9 +135,6 @@ def loss(m: Tensor, s: Tensor, y: Tensor, which: Tensor) -> Tensor:
     return (0.5 * deviation.square() + s + 0.5 * math.log(2 * math.pi)).mean()
 
 
-# ---- FedAvg ----------------------------------------------------------------------------------------------------
-
-
 def draw(available: Sequence[int], least: int, most: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """(context, targets), of the questions available to a group; `least` to `most` of each."""
     n = len(available)
@@ -156,10 +145,9 @@ def draw(available: Sequence[int], least: int, most: int, rng: np.random.Generat
 
 
 class PredictorFederation:
-    """The server and its clients. State: theta [d], rounds_done, and the moments of every client's Adam."""
+    """The server and its clients, each a list of groups. State: theta [d], rounds_done, every client's Adam moments."""
 
     def __init__(self, survey: Survey, clients: Sequence[Sequence[str]], config: Config) -> None:
-        """clients: the groups that each holds."""
         self.survey, self.clients, self.config = survey, clients, config
         self.n_points = torch.tensor([sum(map(survey.n_points.get, groups)) for groups in clients])  # n_c [C]
         with torch.random.fork_rng():
@@ -188,7 +176,7 @@ class PredictorFederation:
         self.theta = average(torch.stack(thetas), self.n_points[cohort])
         self.load()
         self.rounds_done += 1
-        size = self.theta.numel() * self.theta.element_size()  # of the message to a client, and of its answer
+        size = self.theta.nbytes  # of the message to a client, and of its answer
         return {"round": t, "loss": float(np.mean(losses)), "upload_bytes": size, "download_bytes": size}
 
     def local_steps(self, c: int) -> list[float]:
@@ -232,14 +220,8 @@ class PredictorFederation:
             adam.load_state_dict(adam.state_dict() | {"state": moments})
 
 
-# ---- how well it knows a group ---------------------------------------------------------------------------------
-
-
 def distances(p: Tensor, q: Tensor, which: Tensor) -> Tensor:
-    """Jensen–Shannon distances [n] of two distributions over the points of each question, p and q [T] [code].
-
-    The root of the divergence in nats: 0 to 0.83.
-    """
+    """Jensen–Shannon distances [n], √(divergence in nats), 0 to 0.83, of p and q [T] within each question. [code]"""
     p, q = p.double(), q.double()
     mean = ((p + q) / 2).clamp_min(1e-300)
     terms = (torch.special.xlogy(p, p / mean) + torch.special.xlogy(q, q / mean)) / 2
@@ -294,10 +276,7 @@ def worth_of_context(
 
 
 def guessed(survey: Survey, groups: Sequence[str], givers: Sequence[str] = ()) -> Tensor:
-    """The same scores [G, Q] of guesses: the mean answer of other givers, NaN if none of them answered a question.
-
-    Without givers every option alike.
-    """
+    """Scores [G, Q] of guesses: the mean answer of other givers, NaN if none answered; without givers options alike."""
     scores = torch.full((len(groups), len(survey.questions)), torch.nan, dtype=torch.float64)
     for i, group in enumerate(groups):
         for q, shares in survey.answers[group].items():

@@ -100,15 +100,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Ten
     Returns advantages [B, L, k], 0 where masked.
     """
     m = mask[..., None].to(values.dtype)  # [B, L, 1]
-    values = values * m
-    advantages = torch.zeros_like(values)
-    ahead = torch.zeros_like(values[:, 0])  # A_{t+1}  [B, k]
-    next_value = torch.zeros_like(ahead)
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + next_value - values[:, t]
-        ahead = (delta + gae_lambda * ahead) * m[:, t]
-        advantages[:, t] = ahead
-        next_value = values[:, t]
+    values = torch.nn.functional.pad(values * m, (0, 0, 0, 1))  # [B, L + 1, k]
+    delta = (rewards + values[:, 1:] - values[:, :-1]) * m  # [B, L, k]
+    advantages = torch.zeros_like(delta)
+    ahead = torch.zeros_like(delta[:, 0])  # A_{t+1}  [B, k]
+    for t in reversed(range(delta.shape[1])):
+        advantages[:, t] = ahead = delta[:, t] + gae_lambda * ahead
     return advantages
 
 

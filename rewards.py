@@ -41,8 +41,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 REPLY = "\n\nAssistant:"  # ends every plain prompt
 
-# ---- rules -----------------------------------------------------------------------------------------------------------
-
 
 def length(completions: list[str], **columns) -> list[float]:
     """Number of words."""
@@ -61,8 +59,6 @@ def distinct(completions: list[str], **columns) -> list[float]:
 
 
 RULES = {rule.__name__: rule for rule in (length, brevity, distinct)}
-
-# ---- reward models ---------------------------------------------------------------------------------------------------
 
 
 class RewardModel:
@@ -116,9 +112,6 @@ class RewardModel:
 
     def __call__(self, /, prompts: list[str], completions: list[str], messages: list, **columns) -> list[float]:
         return self.scores(self.encode(prompts, completions, messages)).tolist()
-
-
-# ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -180,9 +173,6 @@ def _called(objective: Objective, columns: dict[str, list], owners: list[int | N
     return [float(reward) for reward in rewards]
 
 
-# ---- calibration -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Calibration:
     """z = (r - mean) / scale for each of M objectives. A checkpoint holds its three tensors, `vars(calibration)`."""
@@ -203,20 +193,15 @@ class Calibration:
 
 
 def calibration_sums(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a client sends of its raw rewards [n, M]: number, mean, and sum of squared deviations from it, [M] each.
-
-    NaN marks an objective that the client does not hold; it is not counted.
-    """
+    """What a client sends of its raw rewards [n, M], NaN aside: number, mean, sum of squares about it, [M] each."""
     n = (~raw.isnan()).sum(0)
     mean = raw.double().nansum(0) / n.clamp_min(1)
     return n, mean, (raw.double() - mean).square().nansum(0)
 
 
 def combine_sums(sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Calibration:
-    """The Calibration that all clients use, from what each one sent.
-
-    Each client's squares are about its own mean (Chan et al. 1983): in a plain sum of squares, rounding would lose a
-    small spread about a huge mean.
+    """The Calibration that all clients use. Squares are about each client's own mean (Chan et al. 1983): a plain sum of
+    squares would lose a small spread about a huge mean to rounding.
     """
     n, means, squares = (torch.stack(each) for each in zip(*sums, strict=True))  # [C, M]
     total = n.sum(0)  # [M]

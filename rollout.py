@@ -115,9 +115,8 @@ class Policy:
     def logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass over prompts and responses.
 
-        Returns logp [B, L] and entropy [B, L] (nats, float32, 0 if masked) and the hidden states [B, L, H] from
-        which each response token was predicted, detached: what a critic may read of the past and nothing more. Only
-        logp carries a gradient.
+        Returns logp [B, L] and entropy [B, L] (nats, float32, 0 if masked), and the hidden states [B, L, H] from which
+        each response token was predicted, which a critic may read. Only logp carries a gradient.
         """
         if self.model.training != self.gradient_checkpointing:  # the same function either way: there is no dropout
             self.model.train(self.gradient_checkpointing)
@@ -146,9 +145,8 @@ class Policy:
     def expected_kl(self, hidden: Tensor, hidden_ref: Tensor, mask: Tensor) -> Tensor:
         """KL(π_θ ‖ π_ref) of each response, Σ_t KL(π_θ(· | x, y_<t) ‖ π_ref(· | x, y_<t)), in nats: [B], float64.
 
-        hidden, hidden_ref [B, L, H] from `logprobs` with the adapter on and off, mask [B, L]. Over responses drawn from
-        π_θ its mean is that of Σ_t log π_θ/π_ref, without the noise of which token was drawn, and up to rounding it is
-        never negative (the Rao–Blackwellised estimate, Amini et al. 2025).
+        hidden, hidden_ref [B, L, H] from `logprobs` with the adapter on and off, mask [B, L]. The Rao–Blackwellised
+        estimate (Amini et al. 2025): its mean over π_θ's responses is that of Σ_t log π_θ/π_ref, with less noise.
         """
         kl = []
         on_and_off = (states.flatten(0, 1).split(self.chunk) for states in (hidden, hidden_ref))

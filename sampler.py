@@ -95,10 +95,9 @@ class Decoder:
         self.hidden = self.cache = self.graph = None  # hidden [rows, H] and cache: by `prefill`; graph: by `capture`
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Every prompt's keys and values into the table, its last hidden state into `hidden`; step 0 comes next.
+        """Every prompt's keys and values into the table, its last hidden state into `hidden`; equal ones are read once.
 
-        Rows with equal prompts are read once: a group of responses costs one prompt. Raises NotImplementedError for a
-        model with another cache.
+        Raises NotImplementedError for a model with another cache.
         """
         for buffer in (self.t, self.position, self.seen, self.mask):
             buffer.zero_()
