@@ -83,9 +83,6 @@ def interpolate(specialists: Tensor, preference: Sequence[float] | Tensor | None
     return fedavg.average(specialists, mgda.preference_vector(preference, len(specialists)))
 
 
-# ---- FSMGDA ----------------------------------------------------------------------------------------------------
-
-
 class FSMGDAServer(Server):
     """Mixes M averaged updates by their min-norm weights."""
 
@@ -107,9 +104,6 @@ FSMGDA = replace(
 )  # fmt: skip
 
 
-# ---- FedCMOO ---------------------------------------------------------------------------------------------------
-
-
 def factorise(X: Tensor, rank: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """X [r, n] ≈ left [r, k] @ right [k, n] with k = min(rank, r, n): randomised truncated SVD (Halko et al. 2011).
 
@@ -129,7 +123,7 @@ def factorise(X: Tensor, rank: int, rng: np.random.Generator) -> dict[str, Tenso
 
 
 def compress(A: Tensor, e: float, rng: np.random.Generator) -> dict[str, Tensor]:
-    """The low-rank factors of A [M, d]: e·d numbers, since they have about 2 √(dM) · rank. [code]
+    """FedCMOO's low-rank factors of A [M, d]: e·d numbers, since they have about 2 √(dM) · rank. [code]
 
     A is first folded to be about square: every objective is cut into q rows of n numbers, zero-padded.
     """
@@ -145,7 +139,7 @@ def expand(factors: dict[str, Tensor], M: int, d: int) -> Tensor:
 
 
 def gram_terms(G: Tensor, low_rank: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """What one client computes once it holds T: Γ_c and R Rᵀ [M, M], see above. G, low_rank (L), T [M, d], float64."""
+    """Exchange 3: a client's Γ_c and R Rᵀ [M, M], from G, low_rank (L) and T [M, d], all float64."""
     R = G - low_rank
     K = (0.5 * low_rank + R) @ (T - low_rank).T
     return G @ G.T + K + K.T, R @ R.T
@@ -221,9 +215,6 @@ FEDCMOO = replace(
     LINEAR, name="fedcmoo", help="one lambda a round, by the server, from compressed gradients", server=FedCMOOServer,
     weights=Weights("server's", "", lambda context: context.message["lambda"]),
 )  # fmt: skip
-
-
-# ---- one reward of several, on the reward side -----------------------------------------------------------------
 
 
 class AdaptiveServer(Server):

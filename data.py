@@ -170,8 +170,7 @@ def prompts_from(
     """The prompts of rows ("FILE:LINE", row), in their order, and counts: rows, duplicates, too_long, kept.
 
     context: tokens that the policy's context leaves for a prompt beside its response (None: any number).
-    Raises ValueError, naming FILE:LINE, for a row that holds no prompt or that the chat template refuses, and if no
-    prompt is left.
+    Raises ValueError, naming FILE:LINE, for a row without a prompt or that the template refuses; and if none is left.
     """
     n_rows, drafts, rendered = 0, {}, []  # drafts: prompts without token ids, by text
     chat, template = bool(tokenizer.chat_template), tokenizer.apply_chat_template

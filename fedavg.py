@@ -116,10 +116,7 @@ class Server:
         return torch.full((updates.shape[1],), 1.0 / updates.shape[1], dtype=torch.float64)
 
     def step(self, theta: Tensor, uploads: Sequence[Upload]) -> tuple[Tensor, Tensor, Tensor]:
-        """The next θ [d], the clients' shares [C] in it, of sum 1, and those of the local trainings.
-
-        Raises ValueError if θ is not finite.
-        """
+        """The next θ [d], the clients' shares [C] of sum 1, the local trainings'. ValueError if θ is not finite."""
         weights = self.aggregation.weights(uploads, self.config)
         updates = torch.stack([upload.tensors["theta"] - theta for upload in uploads])  # [C, trainings, d]
         mixing = self.training_shares(updates, weights)

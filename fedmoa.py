@@ -18,9 +18,9 @@ round, and g̃_P is the primary's gradient now, before the first step of this ro
 An average over clients and several steps of Adam lie between the two, so h only resembles a derivative. g̃_P is on
 fresh responses, because on those of the last step the product would measure its overshoot.
 
-If h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from where the preference has it. A saturated
-auxiliary has groups of equal rewards, and no advantage but the KL's, which is short: h ≈ 0, and its share falls to
-those that still help. If the primary itself has only equal groups, g̃_P says nothing, and the weights stay.
+If h stays as it is, log w_i − log w_j ends (rate / pull) (h_i − h_j) from the preference's. A saturated auxiliary has
+groups of equal rewards, so only the KL's short gradient: h ≈ 0, and its share falls to those that still help. If the
+primary has only equal groups, g̃_P says nothing, and the weights stay.
 
 **Aggregation** (`accuracy_weights`). Within a task q_c ∝ n_c a_c^γ, the tasks of a round's clients share the total
 equally (so γ = 0 is FedAvg for one task only), and θ is the average under q. a_c is the mean of the primary over the
@@ -87,7 +87,7 @@ def moving_weights(context: Context) -> Tensor:
     if context.epoch == 0 and "taken" in state and varies(scores[:, 0], S):
         h = relative(context.J[0], state["taken"].to(context.J), 0).cpu()
         w = next_weights(w, context.preference, h, context.config.hyper_rate)
-    state["weights"], state["taken"] = w, context.J
+    state["weights"], state["taken"] = w, context.J  # J is k·d numbers, kept from round to round
     return w
 
 

@@ -20,8 +20,7 @@ FIRM's rewards are its M objectives; methods that combine objectives before they
   by a few conjugate-gradient steps: there is no rate to choose, and stopping early regularises.
 
 Means over tokens are over the whole client batch, whatever the micro-batches. `grpo.py` learns without a critic.
-Left out on purpose: an entropy bonus, a discount per token, a clip of the value's movement (it kept the critic from
-learning).
+Left out on purpose: an entropy bonus, a discount, a clip of the value's movement (it kept the critic from learning).
 """
 
 from collections.abc import Callable
@@ -96,11 +95,10 @@ def to_go(rewards: Tensor) -> Tensor:
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016), undiscounted, per reward.
 
-    rewards, values [B, L, k], mask [B, L], 1 on a prefix of each row; the value after the last real token is 0.
-    Returns advantages [B, L, k], 0 where masked.
+    rewards, values [B, L, k], mask [B, L], 1 on a prefix of each row. Returns advantages [B, L, k], 0 if masked.
     """
     m = mask[..., None].to(values.dtype)  # [B, L, 1]
-    values = torch.nn.functional.pad(values * m, (0, 0, 0, 1))  # [B, L + 1, k]
+    values = torch.nn.functional.pad(values * m, (0, 0, 0, 1))  # [B, L + 1, k], 0 after the last real token
     delta = (rewards + values[:, 1:] - values[:, :-1]) * m  # [B, L, k]
     advantages = torch.zeros_like(delta)
     ahead = torch.zeros_like(delta[:, 0])  # A_{t+1}  [B, k]
@@ -226,10 +224,7 @@ class Gradients:
 
 
 def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, config: UpdateSettings) -> Gradients:
-    """J: per micro-batch one forward pass and k backward passes. advantages [B, L, k], normalised.
-
-    Raises NotFinite if a gradient is not finite.
-    """
+    """J: per micro-batch one forward pass, k backward ones. advantages [B, L, k], normalised. May raise NotFinite."""
     rollout, adapter = batch.rollout, policy.adapter
     J = adapter.vector().new_zeros(advantages.shape[-1], adapter.size)
     ratios, entropies = [], []
@@ -267,8 +262,7 @@ def sequence_kl(batch: Batch) -> Tensor:
 def adapt_kl(kl_coef: float, kl: float, samples: int, target: float) -> float:
     """The next κ (Ziegler et al. 2019): κ (1 + clip(kl / target − 1, ±0.2) · min(samples / horizon, 1)).
 
-    kl is per sequence, in nats; the minimum [ours] keeps κ positive for cohorts far larger than the horizon. A
-    target of 0 keeps κ as it is.
+    kl: nats per sequence. The minimum [ours] keeps κ positive for cohorts beyond the horizon; a target of 0 keeps κ.
     """
     if target == 0.0:
         return kl_coef

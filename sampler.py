@@ -11,8 +11,8 @@ up front, so a response depends on its prompt and its own uniforms only. [ours]
 The cache is a static table, N rows × (P + L) columns of keys and values. Row i's prompt ends at column P − 1 and its
 token t stands at column P + t; a mask says which columns a row may see. No shape ever changes, and the step counter
 lives on the device. On a GPU, "advance, choose" is therefore captured once as a CUDA graph and replayed: one launch per
-token instead of about a thousand. A row that has ended goes on, masked, until all rows have ended. A CPU checks that
-after every token, a GPU after every 16, since the host has to wait for the answer.
+token instead of about a thousand. A row that has ended goes on, masked, until all have; a GPU checks that after every
+16 tokens, since the host has to wait for the answer.
 
 Left out on purpose: top-k and top-p (π would no longer be the distribution that is trained), beam search, and models
 that need another cache (sliding windows, ALiBi, recurrent states), which `rollout.Policy` refuses.
@@ -95,10 +95,7 @@ class Decoder:
         self.hidden = self.cache = self.graph = None  # hidden [rows, H] and cache: by `prefill`; graph: by `capture`
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Every prompt's keys and values into the table, its last hidden state into `hidden`; equal ones are read once.
-
-        Raises NotImplementedError for a model with another cache.
-        """
+        """Every prompt's keys and values into the table, its last hidden state into `hidden`; equal prompts once."""
         for buffer in (self.t, self.position, self.seen, self.mask):
             buffer.zero_()
         self.column.fill_(self.P)
