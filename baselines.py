@@ -20,8 +20,9 @@ FSMGDA (Yang et al. 2023). Each client trains once per objective from θ_t, on t
 It takes M times FIRM's local steps, and the min-norm point of M near-orthogonal updates of one length is √M times
 shorter than each of them: tune η_s.
 
-FedCMOO (arXiv 2410.16398). All clients use one λ in all their local steps of a round. N clients, G_c [M, d] the
-gradients of client c at θ_t, L_c their low-rank part, R_c = G_c − L_c the rest, which stays at home:      [paper, code]
+FedCMOO (arXiv 2410.16398). All clients use one λ in all their local steps of a round, from the estimated Gram Γ of
+their mean gradient. N clients, G_c [M, d] the gradients of client c at θ_t, L_c their low-rank part, R_c = G_c − L_c
+the rest, which stays at home:                                                                             [paper, code]
     1. up    L_c
     2. down  T, the low-rank part of Σ_c L_c, and the client's weight
     3. up    Γ_c = G_c G_cᵀ + K_c + K_cᵀ with K_c = (½ L_c + R_c)(T − L_c)ᵀ, and R_c R_cᵀ: symmetric, M(M+1) scalars
@@ -39,9 +40,9 @@ It averages A and B apart, so the served update is not the average of the specia
 
 Minimum, maximum, adaptive (arXiv 2512.08786, 2604.04261). The extremes compare raw rewards, which must be in one unit;
 because of the KL penalty one mean and scale then calibrates all M [ours]. α = softmax(−h / T), h_j the running mean of
-objective j's raw reward: the objective that was served worst so far counts most. [paper: the three, abstracts only.
-ours: h moves by 0.3 a round, T = 0.1 in the rewards' unit, the first round has equal α. The published rule is
-softmax((1 − h) / T) behind a gate: the plain mean while the fairness index is at least 0.9]
+objective j's raw reward: the objective that was served worst so far counts most. Σ_j α_j R_j adds calibrated rewards.
+[paper: the three, abstracts only. ours: h moves by 0.3 a round, T = 0.1 in the rewards' unit, the first round has equal
+α. The published rule is softmax((1 − h) / T) behind a gate: the plain mean while the fairness index is at least 0.9]
 
 Left out on purpose: FedCMOO-Pref, FedCMOO's top-k compression and momentum (0 in the code), its reuse of G_c in the
 first local step (the same gradient is computed again here), FSMGDA's compressed uploads.

@@ -244,7 +244,7 @@ def split_dirichlet(prompts: list[Prompt], n_clients: int, alpha: float, seed: i
     quota from q_c; p holds each subset's share of all prompts. The factor K [ours] makes equal subsets draw from
     Dirichlet(α, …, α), the usual meaning of "Dirichlet α". α → 0 gives each client one subset, α → ∞ gives iid.
     Clients take turns and draw one prompt each. When a subset runs out, every mixture is renormalised over the rest, so
-    no one client gets all the leftovers. [ours]
+    no one client gets all the leftovers [ours]. In Yurochkin et al. (2019) α also changes how much a client holds.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
     pools: dict[str, list[int]] = {subset: [] for subset in sorted({prompt.subset for prompt in prompts})}

@@ -42,11 +42,11 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in the base layer's type. A and B are cast to it, their gradients to float32."""
+        """x [..., in] -> [..., out], in the base layer's type."""
         y = self.base(x)
         if not self.enabled:
             return y
-        A, B = self.A.to(y.dtype), self.B.to(y.dtype)
+        A, B = self.A.to(y.dtype), self.B.to(y.dtype)  # 16-bit products, if W is; gradients arrive in float32 [ours]
         return y + linear(self.scale * linear(x, A), B)  # scaled while it is thin, [..., r]
 
 

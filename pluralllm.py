@@ -14,7 +14,7 @@ several, train it by FedAvg; then it is asked about other groups.
 
 The architecture is [code]'s, which is that of Group Preference Optimization (arXiv 2310.11523). Four linear layers
 embed a point. In six transformer layers without positions every point attends to the context points only: keys and
-values come from the context rows, so the model needs no mask. A head gives mean m and log-deviation s.
+values come from the context rows, so without a mask no target sees another. A head gives mean m and log-deviation s.
 
 Context and targets have 9 to 90 questions each, drawn for every step [code]. A draw depends on (seed, step, group):
 central training, which is one client that holds all groups, draws alike. Where we differ [ours]:

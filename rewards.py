@@ -122,7 +122,7 @@ class Objective:
     spec: str
     function: Callable[..., list[float]]
     fingerprint: str = ""  # a hash of its code or weights: another fingerprint means other rewards
-    cohort: bool = False  # called once for all clients, as a reward model may be: it scores each text by itself
+    cohort: bool = False  # one call for all clients (a reward model scores each text by itself), else one for each
 
 
 def score(

@@ -1,7 +1,7 @@
 """Drawing responses: prompts and uniforms in, tokens out, one column at a time.
 
 Sampling is inverse-CDF: the token at step t is the first whose cumulative probability exceeds a uniform u_t drawn
-up front, so a response depends on its prompt and its own uniforms only. [ours]
+up front. A response then depends on its prompt and its own uniforms only. [ours]
 
     prefill   the distinct prompts, sorted by length, in pieces padded to their own width: keys and values go into the
               cache, into all rows that begin with them
@@ -11,8 +11,8 @@ up front, so a response depends on its prompt and its own uniforms only. [ours]
 The cache is a static table, N rows × (P + L) columns of keys and values. Row i's prompt ends at column P − 1 and its
 token t stands at column P + t; a mask says which columns a row may see. No shape ever changes, and the step counter
 lives on the device. On a GPU, "advance, choose" is therefore captured once as a CUDA graph and replayed: one launch per
-token instead of about a thousand. A row that has ended goes on, masked, until all have; a GPU checks that after every
-16 tokens, since the host has to wait for the answer.
+token instead of about a thousand. A row that has ended goes on, masked, until all have. A CPU checks that after every
+token, a GPU after every 16, since the host has to wait for the answer.
 
 Left out on purpose: top-k and top-p (π would no longer be the distribution that is trained), beam search, and models
 that need another cache (sliding windows, ALiBi, recurrent states), which `rollout.Policy` refuses.
