@@ -32,7 +32,7 @@ With s² the mean sampling variance of a task's a_c, each clustered by prompt, a
 If no client of a task was right, n_c alone counts, with a warning. A client's task is that of most of its prompts
 (`task` in the data). The server cannot tell hard prompts from bad data: both make accuracy low.
 
-**Personalisation** (`personalise`). After the last round each client takes local steps for itself, from the global adapter.
+**Personalisation** (`personalise`). After the last round each client trains by itself from the global adapter.
 
 Left out on purpose: accuracies remembered from earlier rounds, weights on the server.
 """
