@@ -151,7 +151,7 @@ def train(settings: RewardTraining) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line of `python rewards.py`. Bad input ends the program with status 2 and one line."""
     parser = Parser("rewards.py", "Train a reward model on pairs of replies.")
-    parser.add_settings(RewardTraining)
+    parser.add_settings(RewardTraining, {})
     try:
         train(RewardTraining(**vars(parser.parse_args(arguments))))
     except (ValueError, TypeError) as error:  # the latter for a setting without a default that was not given

@@ -158,21 +158,19 @@ def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Ca
     if not missing:
         return
     session, lines, thetas = Session(specialists[-1]), [], []
-    before, *_ = session.restore(Path(specialists[-1].out))
+    session.restore(Path(specialists[-1].out))
     for specialist in specialists:
         lines += read_lines(Path(specialist.out) / "metrics.jsonl")
         peft_files.load(session.policy.adapter, Path(specialist.out) / "adapter")
         thetas.append(session.policy.adapter.vector())
+    session.lines = lines
     for one in missing:
-        started, here = time.perf_counter(), home / label(one.preference)
+        session.started, here = time.perf_counter(), home / label(one.preference)
         session.policy.adapter.assign(baselines.interpolate(torch.stack(thetas), one.preference))
-        after = session.evaluate(f"soups {here.name}")
-        summary = report.summarise(session, before, after, lines, time.perf_counter() - started)
+        summary = report.summarise(session, session.evaluate(f"soups {here.name}"))
+        summary |= {"method": "soups", "preference": one.preference, "mean_lambda": []}
         here.mkdir(exist_ok=True)
-        write_text(
-            here / "summary.json",
-            to_json(summary | {"method": "soups", "preference": one.preference, "mean_lambda": []}, indent=2) + "\n",
-        )
+        write_text(here / "summary.json", to_json(summary, indent=2) + "\n")
 
 
 def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str], out: Path) -> None:
