@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from app import checkpoint, metrics, options, peft_files, predictor, ranks, report, sweep
-from app.files import append_line, free_directory, to_json, write_tensors, write_text
+from app.files import free_directory, to_json, write_lines, write_tensors, write_text
 from app.session import Evaluation, Session
 from settings import Config
 from worlds import toy
@@ -62,7 +62,6 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         session.begin()
     if ranks.first():
         write_text(out / "config.json", json.dumps(vars(config), indent=2) + "\n")
-        write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in session.lines))
         session.save(out)
     ranks.barrier()
     try:
@@ -91,10 +90,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
 
 
 def do_rounds(session: Session, out: Path, title: str) -> Evaluation | None:
-    """The rounds that are left, each with its line in metrics.jsonl and its checkpoint.
-
-    Returns the evaluation after the last round if --eval_every asked for one.
-    """
+    """Run and log the rounds that are left. Returns the last round's evaluation if --eval_every asked for one."""
     config, federation, adapter, after = session.config, session.federation, session.policy.adapter, None
     shown = {"desc": title or "round", "disable": not session.progress, "dynamic_ncols": True}
     done = len(session.lines)
@@ -122,11 +118,12 @@ def do_rounds(session: Session, out: Path, title: str) -> Evaluation | None:
             if config.diagnostics:
                 (out / "grams").mkdir(exist_ok=True)
                 write_tensors(out / "grams" / f"{t:04d}.safetensors", grams)
-            append_line(out / "metrics.jsonl", line)
             session.save(out)
             for client, fault in record.faults.items():
                 tqdm.write(f"warning: round {t}: client {client} is left out: {fault}", file=sys.stderr)
-            bar.set_postfix_str(report.progress_line(line, session.names))
+            rewards = [f"{name} {line[f'reward/{name}']:.3f}" for name in session.names]
+            weights = "/".join(f"{line[f'lambda/{name}']:.2f}" for name in session.names)
+            bar.set_postfix_str("  ".join([*rewards, f"KL {line['kl']:.2f}", f"λ {weights}"]))
     return after
 
 
@@ -135,7 +132,7 @@ def write_results(session: Session, summary: dict[str, Any], samples: list, out:
     from app import plots  # here: matplotlib takes its time to import
 
     peft_files.save(session.policy.adapter, out / "adapter", session.base_model)
-    write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
+    write_lines(out / "samples.jsonl", samples)
     if session.lines:
         plots.by_round(session.lines, session.names, out)
     if options.front_is_known(session.config):

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from app.files import write_tensors
+from app.files import write_lines, write_tensors
 from firm import Federation
 from rewards import Calibration
 from settings import Config
@@ -26,7 +26,8 @@ FREE = {  # settings that may change within a run: how far it goes, where, what 
 
 
 def write(out: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Write a run's checkpoint, from tensors on any device."""
+    """Write a run's metrics.jsonl, which is values["lines"], and its checkpoint, from tensors on any device."""
+    write_lines(out / "metrics.jsonl", values["lines"])
     (out / FILE).parent.mkdir(exist_ok=True)
     write_tensors(out / FILE, tensors, {"values": json.dumps(values)})
 

@@ -83,11 +83,6 @@ def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", p
 # ---- a saved one -----------------------------------------------------------------------------------------------
 
 
-def slug(group: str) -> str:
-    """A group's name as a flag's: "United States" -> "united-states"."""
-    return re.sub(r"\W+", "-", group.lower()).strip("-")
-
-
 def context_rows(data: Survey, group: str, seed: int) -> list[dict[str, Any]]:
     """The first context of a group's evaluation, as it is written down and as it travels."""
     answered = [(data.questions[q], data.answers[group][q]) for q in pluralllm.context_of(data, group, 0, seed)]
@@ -111,7 +106,8 @@ class SavedPredictor:
         self.groups, self.encoder = about["groups"], Encoder(about["encoder"], device)
         self.model = Predictor(about["width"]).to(device)
         self.model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
-        self.names = {slug(group): group for group in self.groups} | {group: group for group in self.groups}
+        slugs = {re.sub(r"\W+", "-", group.lower()).strip("-"): group for group in self.groups}  # united-states
+        self.names = slugs | {group: group for group in self.groups}
         self.contexts: dict[str, tuple[Tensor, Tensor]] = {}  # group -> x [C, E], y [C], once it was asked
         self.answers: dict[tuple, list[float]] = {}  # since a run asks the same question again
 
@@ -199,10 +195,7 @@ def survey_of(config: Config, device: str, progress: bool) -> tuple[Survey, list
 
 
 def train(config: Config, resume: Path | None = None, progress: bool = True) -> dict[str, Any]:
-    """One whole run; resume: the directory to go on with. Returns what summary.json holds.
-
-    Raises ValueError on bad input, before any long work.
-    """
+    """One whole run; resume: the directory to go on with. Returns what summary.json holds."""
     started, threads = time.perf_counter(), torch.get_num_threads()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     data, groups, unseen, encoder = survey_of(config, device, progress)
@@ -225,7 +218,6 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
             if len(lines) == config.rounds or (config.eval_every and len(lines) % config.eval_every == 0):
                 for side, scores in scores_of(sides, unseen).items():
                     lines[-1] |= {f"{name}/{side}": value for name, value in figures_of(scores).items()}
-                write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
                 tensors = {f"{side}/{name}": x for side, f in sides.items() for name, x in f.state().items()}
                 checkpoint.write(out, tensors, {"identity": identity, "lines": lines})
             bar.update()
@@ -255,9 +247,7 @@ def do_round(sides: dict[str, PredictorFederation]) -> dict[str, float]:
 
 
 def restore(out: Path, sides: dict[str, PredictorFederation], identity: dict[str, Any]) -> list[dict]:
-    """Take back what the last checkpoint holds, if there is one; returns the figures so far. Raises ValueError if the
-    settings or the answers are others than when the run began.
-    """
+    """Take back what the last checkpoint holds, if there is one; returns the lines of metrics.jsonl so far."""
     if not (out / checkpoint.FILE).is_file():
         return []
     tensors, values = checkpoint.read(out)

@@ -38,12 +38,6 @@ def header(session: Session, out: Path) -> str:
     ])  # fmt: skip
 
 
-def progress_line(m: dict[str, float], names: Sequence[str]) -> str:
-    """The bar's tail: rewards, KL and λ of the last round."""
-    parts = [f"{name} {m[f'reward/{name}']:.3f}" for name in names] + [f"KL {m['kl']:.2f}"]
-    return "  ".join(parts) + "  λ " + "/".join(f"{m[f'lambda/{name}']:.2f}" for name in names)
-
-
 def summarise(session: Session, after: Evaluation) -> dict[str, Any]:
     """The contract for scripts, summary.json: raw units, gains paired by prompt."""
     config, calibration = session.config, session.federation.calibration
