@@ -1,13 +1,10 @@
 """A whole run: settings in, a trained adapter, tables and pictures out.
 
-    python run.py                                            FIRM on the toy world
-    python run.py --preset tinyllama                         the paper's setup on one GPU
-    python run.py --model DIR --prompts FILE --objectives hf:DIR hf:DIR --out runs/mine
-    python run.py --resume runs/firm-tiny                    go on after a crash, same result
-    python run.py --sweep 0.1 0.3 0.5 0.7 0.9                a run per preference: the trade-off (app/sweep.py)
-    python run.py --compare firm linear morlhf soups         methods side by side; with --sweep at every preference
-    python run.py --preset pluralllm-tiny                    a predictor of preferences (app/predictor.py)
-    torchrun --nproc-per-node 2 run.py                       clients spread over processes (app/ranks.py)
+    python run.py                             FIRM on the toy world
+    python run.py --resume runs/firm-tiny     go on after a crash, same result
+    python run.py --sweep … --compare …       many runs (app/sweep.py)
+    python run.py --preset pluralllm-tiny     a predictor of preferences (app/predictor.py)
+    torchrun --nproc-per-node 2 run.py        clients spread over processes (app/ranks.py)
 
 Every setting is a flag (settings.py, app/options.py). `train(config)` is the whole run as a function: prepare (all that
 can be wrong is found here, before any long work), measure the base model on held-out prompts, calibrate the rewards
@@ -39,15 +36,13 @@ from tqdm import tqdm
 from app import checkpoint, metrics, options, peft_files, predictor, ranks, report, sweep
 from app.files import free_directory, to_json, write_lines, write_tensors, write_text
 from app.session import Evaluation, Session
+from app.tables import clustered
 from settings import Config
 from worlds import toy
 
 
 def train(config: Config, resume: Path | None = None, progress: bool = True, title: str = "") -> dict[str, Any]:
-    """One whole run. Returns what summary.json holds, on the first process. With a title it shows only a bar.
-
-    Raises ValueError on bad input before any long work, and later for rewards that are not finite and diverged updates.
-    """
+    """One whole run. Returns what summary.json holds, on the first process. With a title it shows only a bar."""
     say = print if progress and not title else lambda *_: None
     method = "" if config.preset.startswith(config.method) else config.method
     name = "-".join(filter(None, (method, config.advantages, config.weights, config.aggregation, config.preset)))
@@ -103,8 +98,11 @@ def do_rounds(session: Session, out: Path, title: str) -> Evaluation | None:
             line = metrics.line(record, federation.clients, session.names, adapter)
             line["seconds"] = time.perf_counter() - started
             if after:
-                line |= report.held_out_figures(session, after)
                 session.scores_after[t + 1] = after.scores
+                line["held_out_kl"] = float(after.kl.mean())
+                for j, name in enumerate(session.names):
+                    score = clustered(after.scores[..., j])
+                    line |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
             if config.diagnostics:
                 from experiments import diagnostics
 

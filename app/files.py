@@ -81,10 +81,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def free_directory(out: str | Path | None, name: str = "", resume: bool = False) -> Path:
-    """A directory that is locked for the life of this process: `out`, or the first free of runs/NAME, runs/NAME-2, …
-
-    It must hold nothing, unless its run is to `resume`.
-    """
+    """`out`, empty unless its run is to `resume`, or the first free of runs/NAME, runs/NAME-2, …; locked to the end."""
     k = 0
     while True:
         k += 1

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import NoReturn, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import baselines
 import fedmoa
@@ -156,10 +156,7 @@ def refuse_idle(config: Config, given: set[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """Command line -> settings, and the commands `resume`, `sweep`, `compare` (None if not given).
-
-    Ends the program on an unknown flag; raises ValueError for what does not go together.
-    """
+    """Command line -> settings, and `resume`, `sweep`, `compare`. Raises ValueError for what does not go together."""
     given = vars(flag_parser().parse_args(arguments))
     commands = argparse.Namespace(**{name: given.pop(name, None) for name in ("resume", "sweep", "compare")})
     if commands.resume:
@@ -185,9 +182,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
 
 
 def variant(config: Config, text: str) -> Config:
-    """The settings of a comparand, `METHOD NAME=VALUE …`, lists with commas. Raises ValueError for a setting that the
-    method does not read, or that all runs must share.
-    """
+    """The settings of a comparand, `METHOD NAME=VALUE …`, lists with commas. Raises ValueError for one out of place."""
     name, *changes = text.split()
     words = [word for change in changes for word in f"--{change}".replace("=", ",", 1).split(",")]
     given = vars(flag_parser().parse_args(words))
@@ -204,15 +199,11 @@ def front_is_known(config: Config) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose flags that are not given leave no trace."""
+    """A parser whose flags that are not given leave no trace."""
 
     def __init__(self, prog: str, description: str) -> None:
         usage, nothing = f"python {prog} [--FLAG VALUE ...]", argparse.SUPPRESS
         super().__init__(prog, usage, description, allow_abbrev=False, argument_default=nothing)
-
-    def error(self, message: str) -> NoReturn:
-        """End the program, without the usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_settings(self, group: type, explained: dict[str, list[str]]) -> None:
         """A flag for every field of a dataclass of settings; explained: what its choices mean."""

@@ -36,8 +36,7 @@ BLACK = {
 def style(label: str, position: int) -> dict[str, Any]:
     """Colour, marker and line of one label, as matplotlib's keyword arguments.
 
-    A method's label has that method's pair. A variant, `firm beta=1`, has it on a broken line with a hollow marker, by
-    position. Any other label (an objective, a setting) has a pair by position; the front and the base model are black.
+    A variant, `firm beta=1`, has its method's pair on a broken line with a hollow marker; other labels go by position.
     """
     if label in BLACK:
         return BLACK[label] | {"label": label}
@@ -138,10 +137,7 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
 def predictor(
     metrics: Sequence[dict], start: dict[str, float], groups: dict[str, dict], sides: Sequence[str], out: Path
 ) -> None:
-    """A predictor's curves.png and groups.png: alignment and loss by round; every group's alignment beside two guesses.
-
-    start: the alignment of each side before training; groups: a group's figures by side, as in summary.json.
-    """
+    """A predictor's curves.png and groups.png; start: each side's alignment before training; groups: summary.json's."""
     starts = [{"round": -1, **{f"alignment/{side}": start[side] for side in sides}}]
     lines = {side: curve(starts + metrics, f"alignment/{side}") for side in sides}
     losses = {side: curve(metrics, f"loss/{side}") for side in sides}
@@ -155,18 +151,11 @@ def predictor(
     panels([Panel("", "alignment", "Every group; * took no part in training", shown, ticks=names)], out / "groups.png")
 
 
-def trade_off(
-    rows: dict[str, list[dict[str, Any]]], front: np.ndarray | None, names: Sequence[str], path: Path
-) -> None:
-    """Where runs stand, by label, from their summaries; front [K, 2] is the exact one if it is known.
+def trade_off(rows: dict[str, list[dict]], front: np.ndarray | None, names: Sequence[str], path: Path) -> None:
+    """Where runs stand, by label, from their summaries; front [K, 2] is the exact one if it is known."""
 
-    The worst gain is in units of what the ideal point would gain, or without a front in base-policy deviations.
-    """
-
-    def of(summaries: Sequence[dict[str, Any]], stage: str, key: str) -> np.ndarray:
-        return np.array(
-            [[summary["objectives"][name][stage][key] for name in names] for summary in summaries]
-        )  # [n, M]
+    def of(summaries: Sequence[dict[str, Any]], stage: str, key: str) -> np.ndarray:  # [n, M]
+        return np.array([[each["objectives"][name][stage][key] for name in names] for each in summaries])
 
     first, groups = next(iter(rows.values()))[:1], {}
     base, unit, axis = of(first, "before", "mean")[0], of(first, "calibration", "scale")[0], "base-policy deviations"
@@ -191,9 +180,8 @@ def pareto(
 ) -> None:  # fmt: skip
     """Trade-offs: every other objective against the first one, and the worst-served objective's gain against the KL.
 
-    groups maps a label to its points in order of the preference p₁, if several: p [n]; mean and error [n, M] in raw
-    units; kl, gain and their errors kl_error, gain_error [n], gain in the unit that the axis label `gain` states. over:
-    what the errors, standard errors, are taken over. base [M] is the base model, exact [K, 2] the exact front.
+    groups maps a label to its points: p [n] if several; mean and error [n, M] in raw units; kl, gain, kl_error and
+    gain_error [n]. over: what the standard errors are taken over. base [M] is the base model, exact [K, 2] the front.
     """
     first, notes = next(iter(groups)), {}
     if "p" in groups[first]:
@@ -209,9 +197,8 @@ def pareto(
             lines[label] = (x, y, dy, dx)
         axes = (f"{names[0]} (raw units)", f"{names[j]} (raw units)", f"Bars: one standard error over {over}")
         contents.append(Panel(*axes, lines, dots=len(names) > 2, notes=notes))
-    gains = {
-        label: (group["kl"], group["gain"], group["gain_error"], group["kl_error"]) for label, group in groups.items()
-    }
+    keys = ("kl", "gain", "gain_error", "kl_error")
+    gains = {label: tuple(group[key] for key in keys) for label, group in groups.items()}
     axes = ("KL to the base model (nats per response)", gain, "What the worst-served objective gains")
     contents.append(Panel(*axes, {BASE: ([0.0], [0.0], None)} | gains, dots=True, notes=notes))
     panels(contents, path, size=4.8)

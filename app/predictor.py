@@ -31,7 +31,7 @@ from tqdm import tqdm
 import pluralllm
 from app import checkpoint
 from app.files import free_directory, rows_of, to_json, write_tensors, write_text
-from app.loading import pretrained
+from app.loading import fingerprint, pretrained
 from app.options import PRESETS
 from app.tables import aligned
 from pluralllm import Predictor, PredictorFederation, Question, Survey
@@ -70,17 +70,13 @@ class Encoder:
 
 def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", progress: bool = True) -> Tensor:
     """The embeddings of the questions' options: from the cache, keyed by the encoder's files and the texts, or new."""
-    files = sorted(Path(encoder).iterdir()) if Path(encoder).is_dir() else []
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    about = {"encoder": states or encoder, "questions": [(question.text, question.options) for question in questions]}
+    name = fingerprint(encoder) if Path(encoder).is_dir() else encoder
+    about = {"encoder": name, "questions": [(question.text, question.options) for question in questions]}
 
     def fill(directory: Path) -> None:
         write_tensors(directory / "x.safetensors", {"x": Encoder(encoder, device)(questions, progress=progress)})
 
     return safetensors.torch.load_file(tiny_llama.cached(fill, __file__, about) / "x.safetensors", device)["x"]
-
-
-# ---- a saved one -----------------------------------------------------------------------------------------------
 
 
 def context_rows(data: Survey, group: str, seed: int) -> list[dict[str, Any]]:
@@ -136,11 +132,7 @@ load = lru_cache(maxsize=4)(SavedPredictor)  # cached, since the objectives of s
 
 
 def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> tuple[Callable, str, bool]:
-    """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none.
-
-    Returns the function, a hash of the predictor's files, and False: it scores client by client. Prompts need the
-    columns `question` and `options`. dtype is that of reward models; the predictor stays in float32.
-    """
+    """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none."""
     directory, _, group = rest.rpartition(":")
     saved = load(directory, device)
     group = saved.group(group)
@@ -154,8 +146,7 @@ def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> t
             rewards.append(0.0 if position is None else saved.ask(group, q, o)[position])
         return rewards
 
-    files = [(Path(directory) / f"predictor.{kind}").read_bytes() for kind in ("json", "safetensors")]
-    return reward, hashlib.sha256(b"".join(files)).hexdigest(), False
+    return reward, fingerprint(f"{directory}/predictor.json", f"{directory}/predictor.safetensors"), False
 
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
@@ -173,9 +164,6 @@ def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list
 
     entry = tiny_llama.cached(fill, __file__, about | {"sources": sources})
     return [spec.replace("group:survey:", f"group:{entry / 'run' / 'predictor'}:") for spec in specs]
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------
 
 
 def survey_of(config: Config, device: str, progress: bool) -> tuple[Survey, list[str], list[str], str]:
@@ -208,7 +196,13 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     answers = hashlib.sha256(repr([(q, y.tolist()) for own in data.answers.values() for q, y in own.items()]).encode())
     inputs = {"the answers": answers.hexdigest(), "rounds, over which the rate decays,": config.rounds}
     identity = checkpoint.identity(config, inputs)
-    lines = restore(out, sides, identity)
+    lines = []
+    if (out / checkpoint.FILE).is_file():
+        tensors, values = checkpoint.read(out, identity)
+        lines = values["lines"]
+        for side, federation in sides.items():
+            names = [name for name in tensors if name.startswith(f"{side}/")]
+            federation.restore({name.removeprefix(f"{side}/"): tensors[name] for name in names})
     write_text(out / "config.json", json.dumps(vars(config), indent=2) + "\n")
     if progress:
         print(f"{len(data.questions)} questions; {len(groups)} groups train, {len(unseen)} are held out; run {out}")
@@ -244,18 +238,6 @@ def do_round(sides: dict[str, PredictorFederation]) -> dict[str, float]:
         line |= {f"loss/{side}": figures["loss"], f"seconds/{side}": time.perf_counter() - started}
     del line["loss"]
     return line
-
-
-def restore(out: Path, sides: dict[str, PredictorFederation], identity: dict[str, Any]) -> list[dict]:
-    """Take back what the last checkpoint holds, if there is one; returns the lines of metrics.jsonl so far."""
-    if not (out / checkpoint.FILE).is_file():
-        return []
-    tensors, values = checkpoint.read(out)
-    checkpoint.check_same(values["identity"], identity)
-    for side, federation in sides.items():
-        names = [name for name in tensors if name.startswith(f"{side}/")]
-        federation.restore({name.removeprefix(f"{side}/"): tensors[name] for name in names})
-    return values["lines"]
 
 
 def scores_of(sides: dict[str, PredictorFederation], groups: list[str]) -> dict[str, Tensor]:

@@ -73,15 +73,6 @@ def summarise(session: Session, after: Evaluation) -> dict[str, Any]:
     }
 
 
-def held_out_figures(session: Session, evaluation: Evaluation) -> dict[str, float]:
-    """What an evaluation during the training adds to its round's line."""
-    figures = {"held_out_kl": float(evaluation.kl.mean())}
-    for j, name in enumerate(session.names):
-        score = clustered(evaluation.scores[..., j])
-        figures |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
-    return figures
-
-
 def best_round(session: Session, held_out: dict[int, Tensor]) -> dict[str, Any] | None:
     """The best of the evaluated rounds. A round is as good as its least gain, in base-policy standard deviations, on
     one half of the held-out prompts; the gains returned are those on the other half.
@@ -98,9 +89,7 @@ def best_round(session: Session, held_out: dict[int, Tensor]) -> dict[str, Any] 
 
 
 def by_client(session: Session, after: Evaluation, personal: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Each client's task and objectives, and the primary objective on held-out prompts of its kind: under the base
-    model, under the global adapter, and under its own adapter if it has one.
-    """
+    """Each client's task and objectives, and the primary one on held-out prompts of its kind, under each adapter."""
     lines = []
     for client, task in zip(session.federation.clients, session.tasks, strict=True):
         kind = session.of_kind(client.index)

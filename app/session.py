@@ -63,17 +63,16 @@ class Session:
         options.check(config)
         self.base_model, files = config.model, config.prompts
         bar = partial(tqdm, desc="pre-training, once", disable=not self.progress, leave=False)
+        specs = config.objectives
         if config.model == "toy":
             model, prompts = toy.prepare(progress=bar)
         elif config.model == "reasoning":
             model, prompts = reasoning.prepare(config.severity, config.seed, progress=bar)
         elif config.model == "survey":
             model, _, _, prompts = survey.prepare(config.seed, progress=bar)
+            specs = predictor.of_the_world(specs, config.seed, progress)
         if config.model in options.EMBEDDED:
             self.base_model, files = str(model), files or [str(prompts)]
-        specs = config.objectives
-        if config.model == "survey":
-            specs = predictor.of_the_world(specs, config.seed, progress)
         self.objectives = load_objectives(specs, self.device, config.dtype)
         self.names = [objective.name for objective in self.objectives]
         model, tokenizer = load_model(self.base_model, config.dtype, self.device)
@@ -100,10 +99,7 @@ class Session:
         return rewards.score(self.objectives, prompts, texts, ids, holdings)
 
     def evaluate(self, label: str, chosen: Sequence[int] | None = None) -> Evaluation:
-        """Sample `eval_samples` answers to each held-out prompt (or to those chosen).
-
-        A prompt always gets the same random numbers. Raises ValueError if the KL to the base model is not finite.
-        """
+        """Answer each held-out prompt (or those chosen) `eval_samples` times, always from the same random numbers."""
         S, L = self.config.eval_samples, self.config.max_new_tokens
         chosen = range(len(self.held_out)) if chosen is None else chosen
         asked = [self.held_out[i] for i in chosen for _ in range(S)]
@@ -184,8 +180,7 @@ class Session:
 
     def restore(self, out: Path) -> None:
         """Take back what `save` wrote. Raises ValueError if the file is damaged, or of another run."""
-        tensors, values = checkpoint.read(out)
-        checkpoint.check_same(values["identity"], checkpoint.identity(self.config, self.inputs))
+        tensors, values = checkpoint.read(out, checkpoint.identity(self.config, self.inputs))
         if values["rounds_done"] > self.config.rounds:
             raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
         checkpoint.restore_federation(self.federation, tensors, values)

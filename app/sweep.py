@@ -83,9 +83,7 @@ def parse_preference(text: str, M: int) -> list[float]:
 
 
 def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> dict[str, list[Config]]:
-    """The runs of each comparand, by ascending preference, with `out` still open. Raises ValueError for what cannot be
-    run or compared.
-    """
+    """The runs of each comparand, by preference, with `out` open. Raises ValueError for what cannot be compared."""
     M, runs = len(config.objectives), {}
     centre, asked = (mgda.preference_vector(p, M).tolist() for p in (None, config.preference))
     preferences = sorted(parse_preference(text, M) for text in sweep) if sweep else [asked]
@@ -146,9 +144,7 @@ def finish(config: Config, train: Callable[..., dict[str, Any]]) -> None:
 
 
 def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Callable[..., dict[str, Any]]) -> None:
-    """Rewarded Soups in the directory home: specialists, trained one per objective, then Σ_m p_m θ_m, measured at every
-    p, one for each config.
-    """
+    """Rewarded Soups in the directory home: a specialist per objective, then Σ_m p_m θ_m for every config's p."""
     specialists = []
     for name, p in zip(names, np.eye(len(names)).tolist(), strict=True):
         out = str(home / f"specialist-{name}")
@@ -174,15 +170,11 @@ def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Ca
 
 
 def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str], out: Path) -> None:
-    """The table, the pictures, and the figures of both into sweep.json. Raises ValueError if prompts, weights or code
-    changed between the runs.
-    """
+    """The table, the pictures, and sweep.json. Raises ValueError if prompts, weights or code changed between runs."""
     from app import plots  # here: matplotlib takes its time to import
 
-    rows = {
-        text: [read_json(Path(one.out, "summary.json").read_text("utf-8")) for one in configs]
-        for text, configs in runs.items()
-    }
+    summary_of = lambda one: read_json(Path(one.out, "summary.json").read_text("utf-8"))  # noqa: E731
+    rows = {text: list(map(summary_of, configs)) for text, configs in runs.items()}
     first, *others = [row for group in rows.values() for row in group]
     changed = {name for row in others for name in row["inputs"] if row["inputs"][name] != first["inputs"][name]}
     if changed - {"the clients' prompts"}:  # which may differ
