@@ -82,18 +82,17 @@ def by_loss(record: Round, clients: Sequence[Client], names: Sequence[str]) -> d
     figures, variances = defaultdict(list), defaultdict(list)
     for c, part in record.arrived.items():
         for update in part.updates:
+            advantages = update.advantages
             scores, S, real = update.batch.scores, update.batch.rollout.group_size, update.batch.rollout.mask.bool()
             for j, column in enumerate(update.mix.T):
                 label = "+".join(names[clients[c].objectives[i]] for i in column.nonzero().flatten())
-                figures[f"advantage_scale/{label}"].append(float(update.advantages.scale[j]))
+                figures[f"advantage_scale/{label}"].append(float(advantages.scale[j]))
                 if S > 1:
                     groups = scores[:, j].unflatten(0, (-1, S))  # [B / S, S]
                     silent = (groups == groups[:, :1]).all(1).double().mean()
                     figures[f"zero_spread/{label}"].append(float(silent))
-                if update.advantages.values is not None:
-                    returns, values = (
-                        x[real][:, j].double() for x in (update.advantages.returns, update.advantages.values)
-                    )
+                if advantages.values is not None:
+                    returns, values = (x[real][:, j].double() for x in (advantages.returns, advantages.values))
                     variances[label].append([x.var(correction=0) for x in (returns - values, returns)])
     means = {name: float(np.mean(values)) for name, values in figures.items()}
     for label, pairs in variances.items():

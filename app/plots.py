@@ -134,9 +134,7 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     ], out / "weights.png")  # fmt: skip
 
 
-def predictor(
-    metrics: Sequence[dict], start: dict[str, float], groups: dict[str, dict], sides: Sequence[str], out: Path
-) -> None:
+def predictor(metrics: list[dict], start: dict, groups: dict[str, dict], sides: list[str], out: Path) -> None:
     """A predictor's curves.png and groups.png; start: each side's alignment before training; groups: summary.json's."""
     starts = [{"round": -1, **{f"alignment/{side}": start[side] for side in sides}}]
     lines = {side: curve(starts + metrics, f"alignment/{side}") for side in sides}

@@ -45,7 +45,6 @@ class Encoder:
 
     def __init__(self, where: str, device: str = "cpu") -> None:
         self.model, self.tokenizer = pretrained("AutoModel", where, device=device, new_head=True)
-        self.model.eval()
         self.tokenizer.truncation_side = "left"  # the option stands at the end
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

@@ -85,13 +85,12 @@ class Session:
         by_chance = config.split in ("iid", "dirichlet")
         self.client_names = [] if by_chance else [str(share[0].owner(config.split)) for share in self.prompts_of]
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.prompts_of]
-        self.objectives_of = objectives_of(config.client_objectives, self.names, self.tasks)
+        held = objectives_of(config.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config, config.seed)
         method, numbers = options.method_of(config), [sorted(set(self.tasks)).index(task) for task in self.tasks]
         self.federation = Federation(
-            self.policy, self.prompts_of, self.names, self.score, method, config, self.objectives_of, numbers,
-            ranks.Exchange(),
-        )  # fmt: skip
+            self.policy, self.prompts_of, self.names, self.score, method, config, held, numbers, ranks.Exchange()
+        )
 
     def score(self, prompts: Sequence[Prompt], rollout: Rollout, holdings: list | None = None) -> Tensor:
         """Raw rewards [n, M] of a rollout; holdings as in `rewards.score`."""

@@ -102,9 +102,7 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
     return runs
 
 
-def sweep(
-    config: Config, preferences: list[str] | None, compare: list[str] | None, train: Callable[..., dict[str, Any]]
-) -> None:
+def sweep(config: Config, preferences: list[str] | None, compare: list[str] | None, train: Callable) -> None:
     """Train what is missing, measure it, and conclude. train: `run.train`. Raises ValueError on bad input."""
     runs = plan(config, preferences, compare)
     shared = {name: value for name, value in vars(config).items() if name not in ("out", "method", "preference")}
