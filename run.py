@@ -1,13 +1,10 @@
 """A whole run: settings in, a trained adapter, tables and pictures out.
 
-    python run.py                                            FIRM on the toy world
-    python run.py --preset tinyllama                         the paper's setup on one GPU
-    python run.py --model DIR --prompts FILE --objectives hf:DIR hf:DIR --out runs/mine
-    python run.py --resume runs/firm-tiny                    go on after a crash, same result
-    python run.py --sweep 0.1 0.3 0.5 0.7 0.9                a run per preference: the trade-off (app/sweep.py)
-    python run.py --compare firm linear morlhf soups         methods side by side; with --sweep at every preference
-    python run.py --preset pluralllm-tiny                    a predictor of preferences (app/predictor.py)
-    torchrun --nproc-per-node 2 run.py                       clients spread over processes (app/ranks.py)
+    python run.py                             FIRM on the toy world
+    python run.py --resume runs/firm-tiny     go on after a crash, same result
+    python run.py --sweep … --compare …       many runs (app/sweep.py)
+    python run.py --preset pluralllm-tiny     a predictor of preferences (app/predictor.py)
+    torchrun --nproc-per-node 2 run.py        clients spread over processes (app/ranks.py)
 
 Every setting is a flag (settings.py, app/options.py). `train(config)` is the whole run as a function: prepare (all that
 can be wrong is found here, before any long work), measure the base model on held-out prompts, calibrate the rewards
@@ -37,39 +34,34 @@ import torch
 from tqdm import tqdm
 
 from app import checkpoint, metrics, options, peft_files, predictor, ranks, report, sweep
-from app.files import append_line, free_directory, to_json, write_tensors, write_text
+from app.files import free_directory, to_json, write_lines, write_tensors, write_text
 from app.session import Evaluation, Session
+from app.tables import clustered
 from settings import Config
 from worlds import toy
 
 
 def train(config: Config, resume: Path | None = None, progress: bool = True, title: str = "") -> dict[str, Any]:
-    """One whole run. Returns what summary.json holds, on the first process. With a title, all it shows is a bar of that
-    name.
-
-    Raises ValueError on bad input before any long work, and during the run for rewards that are not finite numbers and
-    updates that have diverged.
-    """
-    started = time.perf_counter()
+    """One whole run. Returns what summary.json holds, on the first process. With a title it shows only a bar."""
     say = print if progress and not title else lambda *_: None
-    name = str(resume) if resume else config.out
-    out = Path(ranks.from_first(str(free_directory(name, name_of(config), bool(resume))) if ranks.first() else ""))
+    method = "" if config.preset.startswith(config.method) else config.method
+    name = "-".join(filter(None, (method, config.advantages, config.weights, config.aggregation, config.preset)))
+    out = ranks.from_first(str(free_directory(resume or config.out, name, bool(resume))) if ranks.first() else "")
+    out = Path(out)
     session = ranks.after_first(lambda: Session(config, progress))
     say(report.header(session, out))
     if (out / checkpoint.FILE).is_file():
-        before, held_out, lines, seconds = session.restore(out)
-        say(f"goes on after round {len(lines)}")
+        session.restore(out)
+        say(f"goes on after round {len(session.lines)}")
     else:
-        before, held_out, lines, seconds = session.begin(), {}, [], 0.0
-    warn_of_constants(session)
+        session.begin()
     if ranks.first():
         write_text(out / "config.json", json.dumps(vars(config), indent=2) + "\n")
-        write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
-        session.save(out, before, held_out, lines, seconds)
+        session.save(out)
     ranks.barrier()
     try:
         with Profile() if config.profile else nullcontext() as profile:
-            after = do_rounds(session, before, held_out, lines, out, title, seconds - started)
+            after = do_rounds(session, out, title)
         after = after or session.evaluate("trained model")
         personal = session.personalised(out) if config.personal_rounds and config.rounds else []
     except BaseException:
@@ -77,12 +69,12 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
         raise
     if not ranks.first():
         return {}
-    summary = report.summarise(session, before, after, lines, seconds + time.perf_counter() - started)
-    summary["best"] = report.best_round(session, before, held_out | {config.rounds: after.scores})
+    summary = report.summarise(session, after)
+    summary["best"] = report.best_round(session, session.scores_after | {config.rounds: after.scores})
     if personal or session.federation.method.needs_primary:
-        summary["by_client"] = report.by_client(session, before, after, personal)
-    samples = report.samples(session, before, after)
-    write_results(session, summary, lines, samples, out)
+        summary["by_client"] = report.by_client(session, after, personal)
+    samples = report.samples(session, after)
+    write_results(session, summary, samples, out)
     say(report.table(session, summary) + "\n" + report.show_samples(samples))
     if profile:
         Stats(profile).sort_stats("cumulative").print_stats(str(Path(__file__).parent), 25)  # our own functions
@@ -92,30 +84,12 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     return summary
 
 
-def name_of(config: Config) -> str:
-    """What a run without --out is called: its method, unless the preset names it, its parts, its preset."""
-    method = "" if config.preset.startswith(config.method) else config.method
-    return "-".join(filter(None, (method, config.advantages, config.weights, config.aggregation, config.preset)))
-
-
-def warn_of_constants(session: Session) -> None:
-    """Say which objectives the base policy gives one and the same reward."""
-    for name, constant in zip(session.names, session.federation.calibration.constant.tolist(), strict=True):
-        if constant and session.progress:
-            print(f"warning: {name} gave every response of the base policy the same reward; it is not scaled, and")
-            print("  while its gradient is zero, min-norm weights go to it alone and nothing is learnt")
-
-
-def do_rounds(
-    session: Session, before: Evaluation, held_out: dict, lines: list, out: Path, title: str, offset: float
-) -> Evaluation | None:
-    """The rounds that are left, each with its line in metrics.jsonl and its checkpoint; `held_out` and `lines` grow.
-
-    Returns the evaluation after the last round if --eval_every asked for one. offset: seconds to add to the clock's.
-    """
+def do_rounds(session: Session, out: Path, title: str) -> Evaluation | None:
+    """Run and log the rounds that are left. Returns the last round's evaluation if --eval_every asked for one."""
     config, federation, adapter, after = session.config, session.federation, session.policy.adapter, None
     shown = {"desc": title or "round", "disable": not session.progress, "dynamic_ncols": True}
-    with tqdm(range(len(lines), config.rounds), initial=len(lines), total=config.rounds, **shown) as bar:
+    done = len(session.lines)
+    with tqdm(range(done, config.rounds), initial=done, total=config.rounds, **shown) as bar:
         for t in bar:
             started = time.perf_counter()
             record = federation.round()
@@ -124,14 +98,17 @@ def do_rounds(
             line = metrics.line(record, federation.clients, session.names, adapter)
             line["seconds"] = time.perf_counter() - started
             if after:
-                line |= report.held_out_figures(session, after)
-                held_out[t + 1] = after.scores
+                session.scores_after[t + 1] = after.scores
+                line["held_out_kl"] = float(after.kl.mean())
+                for j, name in enumerate(session.names):
+                    score = clustered(after.scores[..., j])
+                    line |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
             if config.diagnostics:
                 from experiments import diagnostics
 
                 figures, grams = diagnostics.observe(session.policy, record, config)
                 line |= figures
-            lines.append(line)
+            session.lines.append(line)
             if not ranks.first():
                 continue
             if after:
@@ -139,22 +116,23 @@ def do_rounds(
             if config.diagnostics:
                 (out / "grams").mkdir(exist_ok=True)
                 write_tensors(out / "grams" / f"{t:04d}.safetensors", grams)
-            append_line(out / "metrics.jsonl", line)
-            session.save(out, before, held_out, lines, offset + time.perf_counter())
+            session.save(out)
             for client, fault in record.faults.items():
                 tqdm.write(f"warning: round {t}: client {client} is left out: {fault}", file=sys.stderr)
-            bar.set_postfix_str(report.progress_line(line, session.names))
+            rewards = [f"{name} {line[f'reward/{name}']:.3f}" for name in session.names]
+            weights = "/".join(f"{line[f'lambda/{name}']:.2f}" for name in session.names)
+            bar.set_postfix_str("  ".join([*rewards, f"KL {line['kl']:.2f}", f"λ {weights}"]))
     return after
 
 
-def write_results(session: Session, summary: dict[str, Any], lines: list, samples: list, out: Path) -> None:
+def write_results(session: Session, summary: dict[str, Any], samples: list, out: Path) -> None:
     """The adapter, the samples, the pictures, and last summary.json: a run that has one is complete."""
     from app import plots  # here: matplotlib takes its time to import
 
     peft_files.save(session.policy.adapter, out / "adapter", session.base_model)
-    write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
-    if lines:
-        plots.by_round(lines, session.names, out)
+    write_lines(out / "samples.jsonl", samples)
+    if session.lines:
+        plots.by_round(session.lines, session.names, out)
     if options.front_is_known(session.config):
         front = toy.pareto_front([line["prompt"] for line in samples])
         plots.trade_off({session.config.method: [summary]}, front, session.names, out / "front.png")
@@ -163,9 +141,9 @@ def write_results(session: Session, summary: dict[str, Any], lines: list, sample
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status; bad input ends with one line."""
-    config, commands = options.parse(sys.argv[1:] if arguments is None else arguments)
-    resume = Path(commands.resume) if commands.resume else None
     try:
+        config, commands = options.parse(sys.argv[1:] if arguments is None else arguments)
+        resume = Path(commands.resume) if commands.resume else None
         ranks.join()
         if ranks.size() > 1 and (commands.sweep or commands.compare or config.method == options.PREDICTOR):
             raise ValueError("torchrun: --sweep, --compare and pluralllm run in one process; start them with python")

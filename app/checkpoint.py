@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from app.files import write_tensors
+from app.files import write_lines, write_tensors
 from firm import Federation
 from rewards import Calibration
 from settings import Config
@@ -26,31 +26,29 @@ FREE = {  # settings that may change within a run: how far it goes, where, what 
 
 
 def write(out: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Write a run's checkpoint, from tensors on any device."""
+    """Write a run's metrics.jsonl, which is values["lines"], and its checkpoint, from tensors on any device."""
+    write_lines(out / "metrics.jsonl", values["lines"])
     (out / FILE).parent.mkdir(exist_ok=True)
     write_tensors(out / FILE, tensors, {"values": json.dumps(values)})
 
 
-def read(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` wrote. Raises ValueError if the file is damaged."""
+def read(out: Path, now: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write` wrote. Raises ValueError if the file is damaged, or its values["identity"] is another than `now`."""
     try:
         with safetensors.safe_open(out / FILE, "pt") as file:
             values = json.loads(file.metadata()["values"])
-        return safetensors.torch.load_file(out / FILE), values
+        tensors, before = safetensors.torch.load_file(out / FILE), values["identity"]
     except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"resume: {out / FILE} is damaged ({error}); start the run again") from error
+    for name in before.keys() | now.keys():
+        if before.get(name) != now.get(name):
+            raise ValueError(f"resume: {name} changed since the run began; put it back, or start a new run with --out")
+    return tensors, values
 
 
 def identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
     """What a run must keep to the end: its settings, and hashes of what they name."""
     return {name: value for name, value in vars(config).items() if name not in FREE} | hashes
-
-
-def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError if a run's settings, or what they name, are others than when it began."""
-    for name in before.keys() | now.keys():
-        if before.get(name) != now.get(name):
-            raise ValueError(f"resume: {name} changed since the run began; put it back, or start a new run with --out")
 
 
 def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -70,22 +70,18 @@ def read_json(text: str) -> dict[str, Any]:
     return json.loads(text, object_hook=lambda line: {k: math.nan if v is None else v for k, v in line.items()})
 
 
-def append_line(path: Path, values: dict[str, Any]) -> None:
-    """Append an object to a .jsonl file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(to_json(values) + "\n")
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write a .jsonl file, whole or not at all."""
+    write_text(path, "".join(to_json(line) + "\n" for line in lines))
 
 
-def read_lines(path: Path, n: int | None = None) -> list[dict[str, Any]]:
-    """The first n objects of a .jsonl file, or all; a crash may have left half a line behind them."""
-    return [read_json(line) for line in path.read_text("utf-8").splitlines()[:n]]
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file."""
+    return [read_json(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def free_directory(out: str | None, name: str = "", resume: bool = False) -> Path:
-    """A directory that is locked for the life of this process: `out`, or the first free of runs/NAME, runs/NAME-2, …
-
-    It must hold nothing, unless its run is to `resume`.
-    """
+def free_directory(out: str | Path | None, name: str = "", resume: bool = False) -> Path:
+    """`out`, empty unless its run is to `resume`, or the first free of runs/NAME, runs/NAME-2, …; locked to the end."""
     k = 0
     while True:
         k += 1

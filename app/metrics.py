@@ -55,10 +55,7 @@ def _product_norm(P: Tensor, Q: Tensor) -> Tensor:
 
 
 def pair_cosines(G: Tensor) -> Tensor:
-    """The cosine of every pair of objectives [M (M − 1) / 2], from their Gram matrix [M, M]: below 0 they conflict.
-
-    A zero gradient has cosine 0 with everything.
-    """
+    """The cosine of every pair of objectives [M (M − 1) / 2], from their Gram matrix [M, M]; of a zero gradient, 0."""
     norms = G.diagonal().clamp_min(0.0).sqrt()
     cosines = G / (norms[:, None] * norms).clamp_min(torch.finfo(G.dtype).tiny)
     i, j = torch.triu_indices(len(G), len(G), offset=1)
@@ -85,18 +82,17 @@ def by_loss(record: Round, clients: Sequence[Client], names: Sequence[str]) -> d
     figures, variances = defaultdict(list), defaultdict(list)
     for c, part in record.arrived.items():
         for update in part.updates:
+            advantages = update.advantages
             scores, S, real = update.batch.scores, update.batch.rollout.group_size, update.batch.rollout.mask.bool()
             for j, column in enumerate(update.mix.T):
                 label = "+".join(names[clients[c].objectives[i]] for i in column.nonzero().flatten())
-                figures[f"advantage_scale/{label}"].append(float(update.advantages.scale[j]))
+                figures[f"advantage_scale/{label}"].append(float(advantages.scale[j]))
                 if S > 1:
                     groups = scores[:, j].unflatten(0, (-1, S))  # [B / S, S]
                     silent = (groups == groups[:, :1]).all(1).double().mean()
                     figures[f"zero_spread/{label}"].append(float(silent))
-                if update.advantages.values is not None:
-                    returns, values = (
-                        x[real][:, j].double() for x in (update.advantages.returns, update.advantages.values)
-                    )
+                if advantages.values is not None:
+                    returns, values = (x[real][:, j].double() for x in (advantages.returns, advantages.values))
                     variances[label].append([x.var(correction=0) for x in (returns - values, returns)])
     means = {name: float(np.mean(values)) for name, values in figures.items()}
     for label, pairs in variances.items():
@@ -126,18 +122,14 @@ def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter
     metrics["ended"] = float(torch.cat([rollout.ended for rollout in rollouts]).double().mean())
     metrics["response_tokens"] = float(torch.cat([rollout.mask.sum(1) for rollout in rollouts]).double().mean())
     lambdas = torch.stack([objective_weights(clients[c], record, c, len(names)) for c in record.arrived])  # [C, K, M]
-    metrics |= agreement(record, lambdas, names, adapter) | by_client(record, clients, lambdas, names) | bill(record)
+    metrics |= agreement(record, lambdas, names, adapter) | by_client(record, clients, lambdas, names)
+    up, down = record.exchanged  # bytes of one client, the mean over clients: tensors as they are, numbers at 8 bytes
+    metrics["upload_bytes"] = up + float(np.mean([n_bytes(p.upload.tensors, len(p.upload.numbers)) for p in parts]))
+    metrics["download_bytes"] = down + n_bytes(record.message, 1)  # 1: κ
     metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
     if record.faults:
         metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
     return metrics
-
-
-def bill(record: Round) -> dict[str, float]:
-    """Bytes of one client in this round, the mean over clients: tensors as they are, named numbers at 8 bytes."""
-    up, down = record.exchanged
-    sizes = [n_bytes(part.upload.tensors, len(part.upload.numbers)) for part in record.arrived.values()]
-    return {"upload_bytes": up + sum(sizes) / len(sizes), "download_bytes": down + n_bytes(record.message, 1)}  # 1: κ
 
 
 def by_client(record: Round, clients: Sequence[Client], lambdas: Tensor, names: Sequence[str]) -> dict[str, float]:

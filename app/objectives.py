@@ -13,7 +13,7 @@ while code of a folder runs, and only then, the folder comes first on sys.path a
 import importlib
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -42,10 +42,7 @@ def parse_spec(text: str) -> tuple[str, str, str]:
 
 
 def load_objectives(specs: Sequence[str], device: str = "cpu", dtype: str = "float32") -> list[Objective]:
-    """The objectives that the specs name, in their order; device and dtype are those of reward models.
-
-    Raises ValueError for a bad spec or two objectives of one name, RuntimeError for an error in a user's file.
-    """
+    """The objectives that the specs name, in their order; device and dtype are those of reward models."""
     parsed = [parse_spec(spec) for spec in specs]
     names = [name for name, _, _ in parsed]
     if len(set(names)) < len(names):
@@ -89,24 +86,21 @@ def users_function(rest: str, device: str, dtype: str) -> Loaded:
     folder = ROOT if path.parent in (ROOT, ROOT / "worlds") else path.parent
     module = ".".join(path.relative_to(folder).with_suffix("").parts)  # worlds.toy, or the name of a user's file
     function = run_in(folder, rest, lambda: getattr(importlib.import_module(module), name))
-    files = [path, *sorted(ROOT.glob("worlds/*.py")), *(file for part in neighbours(folder).values() for file in part)]
-    return lambda **given: run_in(folder, rest, lambda: list(function(**given))), fingerprint(*files), False
+    code = fingerprint(path, *sorted(ROOT.glob("worlds/*.py")), *neighbours(folder))
+    return lambda **given: run_in(folder, rest, lambda: list(function(**given))), code, False
 
 
 @cache
-def neighbours(folder: Path) -> dict[str, list[Path]]:
-    """The modules and packages of a user's folder by name, with their files; empty for the project's folder."""
-    if folder == ROOT:
-        return {}
-    modules = {file.stem: [file] for file in sorted(folder.glob("*.py")) if file.stem != "__main__"}
-    packages = [file.parent for file in sorted(folder.glob("*/__init__.py"))]
-    return modules | {package.name: sorted(package.rglob("*.py")) for package in packages}
+def neighbours(folder: Path) -> list[Path]:
+    """The files of a user's modules and packages, as they stand in a folder; none for the project's folder."""
+    packages = [file.parent for file in folder.glob("*/__init__.py")]
+    files = [*folder.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]
+    return [] if folder == ROOT else sorted(file for file in files if file.stem != "__main__")
 
 
 def run_in(folder: Path, rest: str, work: Callable[[], Any]) -> Any:
     """work(), which finds the modules of a user's folder. Raises RuntimeError from what the user's code raises."""
-    names = neighbours(folder)
-    others = taken_out(names)
+    others = taken_out(folder)
     sys.modules.update(MODULES.get(folder, {}))
     sys.path.insert(0, str(folder))
     try:
@@ -115,12 +109,13 @@ def run_in(folder: Path, rest: str, work: Callable[[], Any]) -> Any:
         raise RuntimeError(f"objective py:{rest} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(folder))
-        MODULES[folder] = taken_out(names)
+        MODULES[folder] = taken_out(folder)
         sys.modules.update(others)
 
 
-def taken_out(names: Collection[str]) -> dict[str, ModuleType]:
-    """Modules and packages of these names, with their parts, taken out of sys.modules."""
+def taken_out(folder: Path) -> dict[str, ModuleType]:
+    """Modules and packages of the names that a user's folder has, with their parts, taken out of sys.modules."""
+    names = {file.relative_to(folder).parts[0].removesuffix(".py") for file in neighbours(folder)}
     return {full: sys.modules.pop(full) for full in list(sys.modules) if full.partition(".")[0] in names}
 
 

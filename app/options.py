@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import baselines
 import fedmoa
@@ -100,10 +100,7 @@ PRESETS = {
 
 
 def method_of(config: Config) -> Method:
-    """The chosen method, with the parts that --advantages, --weights and --aggregation name.
-
-    Raises ValueError for a part that does not go with the method.
-    """
+    """The chosen method, with the parts that --advantages, --weights and --aggregation name, or a ValueError."""
     if config.method not in METHODS:
         raise ValueError(f"method: {config.method!r} is none of {', '.join(METHODS)}, {PREDICTOR}")
     method = METHODS[config.method]
@@ -159,54 +156,36 @@ def refuse_idle(config: Config, given: set[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """Command line -> settings, and the commands `resume`, `sweep`, `compare` (None if not given).
-
-    Ends the program on bad usage.
-    """
-    parser = flag_parser()
-    options = parser.parse_args(arguments)
-    commands = {name: vars(options).pop(name, None) for name in ("resume", "sweep", "compare")}
-    try:
-        config = configured(vars(options), **commands)
-    except ValueError as error:
-        parser.error(str(error))
-    return config, argparse.Namespace(**commands)
-
-
-def configured(given: dict[str, Any], resume: str | None, sweep: list | None, compare: list | None) -> Config:
-    """The settings of given flags and commands. Raises ValueError for what does not go together."""
-    if resume is not None:
-        if given.keys() - {"rounds"} or sweep or compare:
+    """Command line -> settings, and `resume`, `sweep`, `compare`. Raises ValueError for what does not go together."""
+    given = vars(flag_parser().parse_args(arguments))
+    commands = argparse.Namespace(**{name: given.pop(name, None) for name in ("resume", "sweep", "compare")})
+    if commands.resume:
+        if given.keys() - {"rounds"} or commands.sweep or commands.compare:
             raise ValueError("resume: a run goes on with its own settings; only --rounds may stand beside --resume")
         try:
-            return Config(**json.loads(Path(resume, "config.json").read_text("utf-8")) | given)
+            return Config(**json.loads(Path(commands.resume, "config.json").read_text("utf-8")) | given), commands
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"resume: {resume} holds no settings ({error}); name a run directory") from error
-    if compare and "method" in given:
+            raise ValueError(f"resume: {commands.resume} holds no settings ({error}); name a run directory") from error
+    if commands.compare and "method" in given:
         raise ValueError("compare: it names the methods itself; leave --method out")
-    if sweep and "preference" in given:
+    if commands.sweep and "preference" in given:
         raise ValueError("sweep: it names the preferences itself; leave --preference out")
     preset = given.get("preset", "tiny" if given.get("model", "toy") in EMBEDDED else "paper")
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} is none of {', '.join(PRESETS)}")
     config = Config(**PRESETS[preset] | given | {"preset": preset})
-    if config.method == PREDICTOR and (sweep or compare):
-        raise ValueError(
-            f"method: {PREDICTOR} trains no policy; leave --sweep and --compare out, or take another preset"
-        )
-    if not compare:
+    if config.method == PREDICTOR and (commands.sweep or commands.compare):
+        raise ValueError(f"method: {PREDICTOR} trains no policy; leave --sweep and --compare out")
+    if not commands.compare:
         refuse_idle(config, set(given))
-    return config
+    return config, commands
 
 
 def variant(config: Config, text: str) -> Config:
-    """The settings of a comparand, `METHOD NAME=VALUE …`, lists with commas. Raises ValueError for an idle one, and for
-    one that must be the same in all runs of a comparison.
-    """
+    """The settings of a comparand, `METHOD NAME=VALUE …`, lists with commas. Raises ValueError for one out of place."""
     name, *changes = text.split()
-    pairs = [change.partition("=") for change in changes]
-    flags = [word for flag, _, value in pairs for word in (f"--{flag}", *value.split(","))]
-    given = vars(flag_parser().parse_args(flags))
+    words = [word for change in changes for word in f"--{change}".replace("=", ",", 1).split(",")]
+    given = vars(flag_parser().parse_args(words))
     if common := given.keys() & COMMON:
         raise ValueError(f"compare: {text!r} sets {min(common)}, which all runs share; give it as --{min(common)}")
     changed = replace(config, method=name, **given)
@@ -220,26 +199,22 @@ def front_is_known(config: Config) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose flags that are not given leave no trace."""
+    """A parser whose flags that are not given leave no trace."""
 
     def __init__(self, prog: str, description: str) -> None:
         usage, nothing = f"python {prog} [--FLAG VALUE ...]", argparse.SUPPRESS
         super().__init__(prog, usage, description, allow_abbrev=False, argument_default=nothing)
 
-    def error(self, message: str) -> NoReturn:
-        """End the program, without the usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def add_settings(self, group: type, explained: dict[str, list[str]] | None = None) -> None:
+    def add_settings(self, group: type, explained: dict[str, list[str]]) -> None:
         """A flag for every field of a dataclass of settings; explained: what its choices mean."""
         titled, hints = self.add_argument_group(group.__doc__), get_type_hints(group)
         for f in fields(group):
-            text = "; ".join([f.metadata["help"], *(explained or {}).get(f.name, [])])
+            text = "; ".join([f.metadata["help"], *explained.get(f.name, [])])
             text += f" (default: {f.default})" if f.default not in (None, False, MISSING) else ""
             hint = get_args(hints[f.name])[0] if get_origin(hints[f.name]) is UnionType else hints[f.name]  # X | None
-            kind = get_args(hint)[0] if get_origin(hint) is list else hint
-            form = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-            form |= {"nargs": "+"} if get_origin(hint) is list else {}
+            form = {"nargs": "+"} if get_origin(hint) is list else {}
+            kind = get_args(hint)[0] if form else hint
+            form |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
             form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
             titled.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **form)
 
@@ -251,7 +226,7 @@ def flag_parser() -> Parser:
     commands.add_argument("--resume", metavar="RUN", help="go on with a run directory; only --rounds beside it")
     commands.add_argument("--sweep", nargs="+", metavar="P", help="a run per preference: 0.3 is (0.3, 0.7); or a:b:c")
     commands.add_argument(
-        "--compare", nargs="+", metavar="METHOD", help="side by side: firm linear soups 'firm beta=1'; --sweep too"
+        "--compare", nargs="+", metavar="METHOD", help="side by side: firm linear soups 'firm beta=1'"
     )
     explained = {flag: [f"{p.name}: {p.help}" for p in choices.values()] for flag, (_, choices) in PARTS.items()}
     methods = [f"{method.name}: {method.help}" for method in METHODS.values()]

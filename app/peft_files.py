@@ -6,7 +6,6 @@ Left out on purpose: PEFT's settings that compute something else than W x + scal
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 
@@ -18,7 +17,9 @@ UNSUPPORTED = (
     "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
     "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
 )  # fmt: skip
-STARTS = (True, False, "gaussian", "orthogonal", "mica")  # of A and B; PiSSA, OLoRA, … take a part out of W as well
+SUPPORTED = {  # other values change it as well; of the starts of A and B, PiSSA, OLoRA, … take a part out of W
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "mica"),
+}  # fmt: skip
 
 
 def save(adapter: Adapter, directory: str | Path, base_model: str) -> None:
@@ -42,20 +43,17 @@ def save(adapter: Adapter, directory: str | Path, base_model: str) -> None:
 
 
 def load(adapter: Adapter, directory: str | Path) -> None:
-    """Read an adapter in PEFT's format, ours or PEFT's own, into this one.
-
-    Raises ValueError if rank, scale, layers or shapes differ from this adapter's, if a value is not finite, or if the
-    files need what is left out here.
-    """
+    """Read an adapter in PEFT's format, ours or PEFT's own, into this one. Raises ValueError if it does not fit."""
     weights = Path(directory) / "adapter_model.safetensors"
     if not weights.is_file():
         remedy = "save it with PEFT as safetensors (a .bin file is a pickle, which is not read)"
         raise ValueError(f"adapter: {directory} holds no {weights.name}; {remedy}")
     config = json.loads(weights.with_name("adapter_config.json").read_text("utf-8"))
-    unsupported = changes_the_function(config)
+    unsupported = [key for key, values in SUPPORTED.items() if config.get(key, values[0]) not in values]
+    unsupported += [key for key in config if config[key] and (key in UNSUPPORTED or key.endswith("_config"))]
     if unsupported:
-        value = str(config.get(unsupported))[:60]
-        raise ValueError(f"adapter: {directory} has {unsupported} = {value}, which is not supported; train without it")
+        what = f"{unsupported[0]} = {str(config[unsupported[0]])[:60]}"
+        raise ValueError(f"adapter: {directory} has {what}, which is not supported; train without it")
     rank = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if rank != adapter.rank or not math.isclose(scale, adapter.scale):
@@ -68,14 +66,3 @@ def load(adapter: Adapter, directory: str | Path) -> None:
     if embeddings:
         raise ValueError(f"adapter: {directory} holds an embedding ({embeddings[0]}); only linear layers are adapted")
     adapter.load_tensors(tensors)
-
-
-def changes_the_function(config: dict[str, Any]) -> str | None:
-    """The name of a setting with which PEFT would not compute W x + scale · B A x over the base model's W, or None."""
-    if config.get("peft_type") != "LORA":
-        return "peft_type"
-    if config.get("bias", "none") != "none":
-        return "bias"
-    if config.get("init_lora_weights", True) not in STARTS:
-        return "init_lora_weights"
-    return next((key for key in config if config[key] and (key in UNSUPPORTED or key.endswith("_config"))), None)

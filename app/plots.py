@@ -36,8 +36,7 @@ BLACK = {
 def style(label: str, position: int) -> dict[str, Any]:
     """Colour, marker and line of one label, as matplotlib's keyword arguments.
 
-    A method's label has that method's pair. A variant, `firm beta=1`, has it on a broken line with a hollow marker, by
-    position. Any other label (an objective, a setting) has a pair by position; the front and the base model are black.
+    A variant, `firm beta=1`, has its method's pair on a broken line with a hollow marker; other labels go by position.
     """
     if label in BLACK:
         return BLACK[label] | {"label": label}
@@ -110,71 +109,51 @@ def panels(contents: Sequence[Panel], path: Path, size: float = 3.8) -> None:
     plt.close(figure)
 
 
+def curve(metrics: Sequence[dict], key: str, done: int = 1, error: str | None = None) -> tuple:
+    """A line of a `Panel`: a figure by round, of the rounds that have it, and its error."""
+    measured = [m for m in metrics if key in m]
+    return [m["round"] + done for m in measured], [m[key] for m in measured], error and [m[error] for m in measured]
+
+
 def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
-    """A run's rewards.png and weights.png: every objective's mean raw reward on the clients' own batches, held out too
-    if that was measured, and the KL; the objectives' weights λ, mean over clients and steps, and how far clients
-    disagree.
-    """
-
-    def line(key: str, done: int = 1) -> tuple[list[int], list[float], None]:
-        return [m["round"] + done for m in metrics], [m[key] for m in metrics], None
-
-    def reward(name: str) -> dict[str, tuple]:
-        lines = {"training prompts": line(f"reward/{name}", 0)}  # answered by the adapter that the round began with
-        if measured := [m for m in metrics if "held_out_kl" in m]:
-            values, errors = ([m[f"{kind}/{name}"] for m in measured] for kind in ("held_out", "held_out_error"))
-            lines["held-out prompts ± standard error"] = ([m["round"] + 1 for m in measured], values, errors)
-        return lines
-
-    weights = {name: line(f"lambda/{name}") for name in names}
-    apart, kl = {"disagreement": line("lambda/disagreement")}, {"training prompts": line("kl", 0)}
-    panels([
-        *(Panel("rounds done", "mean reward (raw units)", name, reward(name)) for name in names),
-        Panel("rounds done", "KL per response (nats)", "distance from the base model", kl),
-    ], out / "rewards.png")  # fmt: skip
+    """A run's rewards.png and weights.png: rewards on training and held-out prompts, and KL; λ and disagreement."""
+    contents, training, held_out = [], "training prompts", "held-out prompts ± standard error"
+    for name in names:
+        lines = {training: curve(metrics, f"reward/{name}", 0)}  # by the adapter that the round began with
+        if any("held_out_kl" in m for m in metrics):
+            lines[held_out] = curve(metrics, f"held_out/{name}", error=f"held_out_error/{name}")
+        contents.append(Panel("rounds done", "mean reward (raw units)", name, lines))
+    kl = {training: curve(metrics, "kl", 0)}
+    contents.append(Panel("rounds done", "KL per response (nats)", "distance from the base model", kl))
+    panels(contents, out / "rewards.png")
+    weights = {name: curve(metrics, f"lambda/{name}") for name in names}
+    apart = {"disagreement": curve(metrics, "lambda/disagreement")}
     panels([
         Panel("round", "λ, mean over clients", "Weights of the objectives", weights, limits=(-0.02, 1.02)),
         Panel("round", "mean distance from λ̄", "Disagreement between clients", apart, limits=(0.0, None)),
     ], out / "weights.png")  # fmt: skip
 
 
-def predictor(
-    metrics: Sequence[dict], start: dict[str, float], groups: dict[str, dict], sides: Sequence[str], out: Path
-) -> None:
-    """A predictor's curves.png and groups.png: alignment and loss by round; every group's alignment beside two guesses.
-
-    start: the alignment of each side before training; groups: a group's figures by side, as in summary.json.
-    """
-    lines, losses = {}, {}
-    for side in sides:
-        measured = [m for m in metrics if f"alignment/{side}" in m]
-        scores = [start[side], *(m[f"alignment/{side}"] for m in measured)]
-        lines[side] = ([0, *(m["round"] + 1 for m in measured)], scores, None)
-        losses[side] = ([m["round"] + 1 for m in metrics], [m[f"loss/{side}"] for m in metrics], None)
+def predictor(metrics: list[dict], start: dict, groups: dict[str, dict], sides: list[str], out: Path) -> None:
+    """A predictor's curves.png and groups.png; start: each side's alignment before training; groups: summary.json's."""
+    starts = [{"round": -1, **{f"alignment/{side}": start[side] for side in sides}}]
+    lines = {side: curve(starts + metrics, f"alignment/{side}") for side in sides}
+    losses = {side: curve(metrics, f"loss/{side}") for side in sides}
     panels([
         Panel("round", "alignment, unseen groups", "How well unseen groups are known", lines),
         Panel("round", "loss", "Training loss, mean over clients and steps", losses),
     ], out / "curves.png")  # fmt: skip
     names = [shorten(name, 20, placeholder="…") + " *" * figures["unseen"] for name, figures in groups.items()]
-    shown = {
-        side: (range(len(names)), [f[side] for f in groups.values()], None)
-        for side in (*sides, "mean answer", "uniform")
-    }
+    sources, places = (*sides, "mean answer", "uniform"), range(len(names))
+    shown = {source: (places, [figures[source] for figures in groups.values()], None) for source in sources}
     panels([Panel("", "alignment", "Every group; * took no part in training", shown, ticks=names)], out / "groups.png")
 
 
-def trade_off(
-    rows: dict[str, list[dict[str, Any]]], front: np.ndarray | None, names: Sequence[str], path: Path
-) -> None:
-    """Where runs stand, by label, from their summaries; front [K, 2] is the exact one if it is known.
+def trade_off(rows: dict[str, list[dict]], front: np.ndarray | None, names: Sequence[str], path: Path) -> None:
+    """Where runs stand, by label, from their summaries; front [K, 2] is the exact one if it is known."""
 
-    The worst gain is in units of what the ideal point would gain, or without a front in base-policy deviations.
-    """
-
-    def of(summaries: Sequence[dict[str, Any]], stage: str, key: str) -> np.ndarray:
-        return np.array(
-            [[summary["objectives"][name][stage][key] for name in names] for summary in summaries]
-        )  # [n, M]
+    def of(summaries: Sequence[dict[str, Any]], stage: str, key: str) -> np.ndarray:  # [n, M]
+        return np.array([[each["objectives"][name][stage][key] for name in names] for each in summaries])
 
     first, groups = next(iter(rows.values()))[:1], {}
     base, unit, axis = of(first, "before", "mean")[0], of(first, "calibration", "scale")[0], "base-policy deviations"
@@ -199,9 +178,8 @@ def pareto(
 ) -> None:  # fmt: skip
     """Trade-offs: every other objective against the first one, and the worst-served objective's gain against the KL.
 
-    groups maps a label to its points in order of the preference p₁, if several: p [n]; mean and error [n, M] in raw
-    units; kl, gain and their errors kl_error, gain_error [n], gain in the unit that the axis label `gain` states. over:
-    what the errors, standard errors, are taken over. base [M] is the base model, exact [K, 2] the exact front.
+    groups maps a label to its points: p [n] if several; mean and error [n, M] in raw units; kl, gain, kl_error and
+    gain_error [n]. over: what the standard errors are taken over. base [M] is the base model, exact [K, 2] the front.
     """
     first, notes = next(iter(groups)), {}
     if "p" in groups[first]:
@@ -217,9 +195,8 @@ def pareto(
             lines[label] = (x, y, dy, dx)
         axes = (f"{names[0]} (raw units)", f"{names[j]} (raw units)", f"Bars: one standard error over {over}")
         contents.append(Panel(*axes, lines, dots=len(names) > 2, notes=notes))
-    gains = {
-        label: (group["kl"], group["gain"], group["gain_error"], group["kl_error"]) for label, group in groups.items()
-    }
+    keys = ("kl", "gain", "gain_error", "kl_error")
+    gains = {label: tuple(group[key] for key in keys) for label, group in groups.items()}
     axes = ("KL to the base model (nats per response)", gain, "What the worst-served objective gains")
     contents.append(Panel(*axes, {BASE: ([0.0], [0.0], None)} | gains, dots=True, notes=notes))
     panels(contents, path, size=4.8)

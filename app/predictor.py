@@ -31,7 +31,7 @@ from tqdm import tqdm
 import pluralllm
 from app import checkpoint
 from app.files import free_directory, rows_of, to_json, write_tensors, write_text
-from app.loading import pretrained
+from app.loading import fingerprint, pretrained
 from app.options import PRESETS
 from app.tables import aligned
 from pluralllm import Predictor, PredictorFederation, Question, Survey
@@ -45,7 +45,6 @@ class Encoder:
 
     def __init__(self, where: str, device: str = "cpu") -> None:
         self.model, self.tokenizer = pretrained("AutoModel", where, device=device, new_head=True)
-        self.model.eval()
         self.tokenizer.truncation_side = "left"  # the option stands at the end
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -70,22 +69,13 @@ class Encoder:
 
 def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", progress: bool = True) -> Tensor:
     """The embeddings of the questions' options: from the cache, keyed by the encoder's files and the texts, or new."""
-    files = sorted(Path(encoder).iterdir()) if Path(encoder).is_dir() else []
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    about = {"encoder": states or encoder, "questions": [(question.text, question.options) for question in questions]}
+    name = fingerprint(encoder) if Path(encoder).is_dir() else encoder
+    about = {"encoder": name, "questions": [(question.text, question.options) for question in questions]}
 
     def fill(directory: Path) -> None:
         write_tensors(directory / "x.safetensors", {"x": Encoder(encoder, device)(questions, progress=progress)})
 
     return safetensors.torch.load_file(tiny_llama.cached(fill, __file__, about) / "x.safetensors", device)["x"]
-
-
-# ---- a saved one -----------------------------------------------------------------------------------------------
-
-
-def slug(group: str) -> str:
-    """A group's name as a flag's: "United States" -> "united-states"."""
-    return re.sub(r"\W+", "-", group.lower()).strip("-")
 
 
 def context_rows(data: Survey, group: str, seed: int) -> list[dict[str, Any]]:
@@ -111,7 +101,8 @@ class SavedPredictor:
         self.groups, self.encoder = about["groups"], Encoder(about["encoder"], device)
         self.model = Predictor(about["width"]).to(device)
         self.model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
-        self.names = {slug(group): group for group in self.groups} | {group: group for group in self.groups}
+        slugs = {re.sub(r"\W+", "-", group.lower()).strip("-"): group for group in self.groups}  # united-states
+        self.names = slugs | {group: group for group in self.groups}
         self.contexts: dict[str, tuple[Tensor, Tensor]] = {}  # group -> x [C, E], y [C], once it was asked
         self.answers: dict[tuple, list[float]] = {}  # since a run asks the same question again
 
@@ -140,11 +131,7 @@ load = lru_cache(maxsize=4)(SavedPredictor)  # cached, since the objectives of s
 
 
 def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> tuple[Callable, str, bool]:
-    """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none.
-
-    Returns the function, a hash of the predictor's files, and False: it scores client by client. Prompts need the
-    columns `question` and `options`. dtype is that of reward models; the predictor stays in float32.
-    """
+    """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none."""
     directory, _, group = rest.rpartition(":")
     saved = load(directory, device)
     group = saved.group(group)
@@ -158,8 +145,7 @@ def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> t
             rewards.append(0.0 if position is None else saved.ask(group, q, o)[position])
         return rewards
 
-    files = [(Path(directory) / f"predictor.{kind}").read_bytes() for kind in ("json", "safetensors")]
-    return reward, hashlib.sha256(b"".join(files)).hexdigest(), False
+    return reward, fingerprint(f"{directory}/predictor.json", f"{directory}/predictor.safetensors"), False
 
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
@@ -179,9 +165,6 @@ def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list
     return [spec.replace("group:survey:", f"group:{entry / 'run' / 'predictor'}:") for spec in specs]
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------
-
-
 def survey_of(config: Config, device: str, progress: bool) -> tuple[Survey, list[str], list[str], str]:
     """(survey, groups that train, groups that are only evaluated, encoder), of a file or of the survey world."""
     if config.opinions and config.encoder:
@@ -199,10 +182,7 @@ def survey_of(config: Config, device: str, progress: bool) -> tuple[Survey, list
 
 
 def train(config: Config, resume: Path | None = None, progress: bool = True) -> dict[str, Any]:
-    """One whole run; resume: the directory to go on with. Returns what summary.json holds.
-
-    Raises ValueError on bad input, before any long work.
-    """
+    """One whole run; resume: the directory to go on with. Returns what summary.json holds."""
     started, threads = time.perf_counter(), torch.get_num_threads()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     data, groups, unseen, encoder = survey_of(config, device, progress)
@@ -215,7 +195,13 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     answers = hashlib.sha256(repr([(q, y.tolist()) for own in data.answers.values() for q, y in own.items()]).encode())
     inputs = {"the answers": answers.hexdigest(), "rounds, over which the rate decays,": config.rounds}
     identity = checkpoint.identity(config, inputs)
-    lines = restore(out, sides, identity)
+    lines = []
+    if (out / checkpoint.FILE).is_file():
+        tensors, values = checkpoint.read(out, identity)
+        lines = values["lines"]
+        for side, federation in sides.items():
+            names = [name for name in tensors if name.startswith(f"{side}/")]
+            federation.restore({name.removeprefix(f"{side}/"): tensors[name] for name in names})
     write_text(out / "config.json", json.dumps(vars(config), indent=2) + "\n")
     if progress:
         print(f"{len(data.questions)} questions; {len(groups)} groups train, {len(unseen)} are held out; run {out}")
@@ -225,7 +211,6 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
             if len(lines) == config.rounds or (config.eval_every and len(lines) % config.eval_every == 0):
                 for side, scores in scores_of(sides, unseen).items():
                     lines[-1] |= {f"{name}/{side}": value for name, value in figures_of(scores).items()}
-                write_text(out / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
                 tensors = {f"{side}/{name}": x for side, f in sides.items() for name, x in f.state().items()}
                 checkpoint.write(out, tensors, {"identity": identity, "lines": lines})
             bar.update()
@@ -252,20 +237,6 @@ def do_round(sides: dict[str, PredictorFederation]) -> dict[str, float]:
         line |= {f"loss/{side}": figures["loss"], f"seconds/{side}": time.perf_counter() - started}
     del line["loss"]
     return line
-
-
-def restore(out: Path, sides: dict[str, PredictorFederation], identity: dict[str, Any]) -> list[dict]:
-    """Take back what the last checkpoint holds, if there is one; returns the figures so far. Raises ValueError if the
-    settings or the answers are others than when the run began.
-    """
-    if not (out / checkpoint.FILE).is_file():
-        return []
-    tensors, values = checkpoint.read(out)
-    checkpoint.check_same(values["identity"], identity)
-    for side, federation in sides.items():
-        names = [name for name in tensors if name.startswith(f"{side}/")]
-        federation.restore({name.removeprefix(f"{side}/"): tensors[name] for name in names})
-    return values["lines"]
 
 
 def scores_of(sides: dict[str, PredictorFederation], groups: list[str]) -> dict[str, Tensor]:

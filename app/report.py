@@ -5,6 +5,7 @@ uniforms; gains are paired by prompt, and every standard error is clustered by p
 """
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -37,17 +38,10 @@ def header(session: Session, out: Path) -> str:
     ])  # fmt: skip
 
 
-def progress_line(m: dict[str, float], names: Sequence[str]) -> str:
-    """The bar's tail: rewards, KL and λ of the last round."""
-    parts = [f"{name} {m[f'reward/{name}']:.3f}" for name in names] + [f"KL {m['kl']:.2f}"]
-    return "  ".join(parts) + "  λ " + "/".join(f"{m[f'lambda/{name}']:.2f}" for name in names)
-
-
-def summarise(
-    session: Session, before: Evaluation, after: Evaluation, lines: Sequence[dict[str, Any]], seconds: float
-) -> dict[str, Any]:
+def summarise(session: Session, after: Evaluation) -> dict[str, Any]:
     """The contract for scripts, summary.json: raw units, gains paired by prompt."""
     config, calibration = session.config, session.federation.calibration
+    before, lines = session.before, session.lines
     objectives = {
         name: {
             "before": clustered(before.scores[..., j]),
@@ -62,7 +56,7 @@ def summarise(
     return {
         "method": config.method,
         "seed": config.seed,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - session.started,
         "processes": ranks.size(),
         "rounds": config.rounds,
         "preference": config.preference,
@@ -79,16 +73,7 @@ def summarise(
     }
 
 
-def held_out_figures(session: Session, evaluation: Evaluation) -> dict[str, float]:
-    """What an evaluation during the training adds to its round's line."""
-    figures = {"held_out_kl": float(evaluation.kl.mean())}
-    for j, name in enumerate(session.names):
-        score = clustered(evaluation.scores[..., j])
-        figures |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
-    return figures
-
-
-def best_round(session: Session, before: Evaluation, held_out: dict[int, Tensor]) -> dict[str, Any] | None:
+def best_round(session: Session, held_out: dict[int, Tensor]) -> dict[str, Any] | None:
     """The best of the evaluated rounds. A round is as good as its least gain, in base-policy standard deviations, on
     one half of the held-out prompts; the gains returned are those on the other half.
     """
@@ -97,22 +82,18 @@ def best_round(session: Session, before: Evaluation, held_out: dict[int, Tensor]
     if len(held_out) < 2 or n < 4 or not varying.any():
         return None
     chosen, rest = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tensor_split(2)
-    gains = {t: scores - before.scores for t, scores in held_out.items()}  # [n, S, M]
+    gains = {t: scores - session.before.scores for t, scores in held_out.items()}  # [n, S, M]
     worst = {t: (gain[chosen].mean((0, 1)) / calibration.scale)[varying].min() for t, gain in gains.items()}
     best = max(worst, key=worst.get)
     return {"round": best, "gain": {name: clustered(gains[best][rest][..., j]) for j, name in enumerate(session.names)}}
 
 
-def by_client(
-    session: Session, before: Evaluation, after: Evaluation, personal: Sequence[Evaluation]
-) -> list[dict[str, Any]]:
-    """Each client's task and objectives, and the primary objective on held-out prompts of its kind: under the base
-    model, under the global adapter, and under its own adapter if it has one.
-    """
+def by_client(session: Session, after: Evaluation, personal: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Each client's task and objectives, and the primary one on held-out prompts of its kind, under each adapter."""
     lines = []
     for client, task in zip(session.federation.clients, session.tasks, strict=True):
         kind = session.of_kind(client.index)
-        stages = {"before": before.scores[kind], "after": after.scores[kind]}
+        stages = {"before": session.before.scores[kind], "after": after.scores[kind]}
         stages |= {"personal": personal[client.index].scores} if personal else {}
         lines.append({
             "client": client.index, "task": task, "prompts": len(client.prompts), "held_out": len(kind),
@@ -160,12 +141,12 @@ def table(session: Session, summary: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def samples(session: Session, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+def samples(session: Session, after: Evaluation) -> list[dict[str, Any]]:
     """The lines of samples.jsonl: each held-out prompt, and its first answer with its raw scores, before and after."""
     lines = []
     for i, prompt in enumerate(session.held_out):
         line = {"prompt": prompt.text, "subset": prompt.subset, "question": prompt.messages[-1]["content"]}
-        for stage, answers in (("before", before), ("after", after)):
+        for stage, answers in (("before", session.before), ("after", after)):
             scores = dict(zip(session.names, answers.scores[i, 0].tolist(), strict=True))
             line[stage] = {"response": answers.texts[i], "scores": scores}
         lines.append(line)

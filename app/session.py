@@ -6,8 +6,9 @@ no client trains on.
 
 import hashlib
 import json
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -49,6 +50,10 @@ class Session:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         self.config, self.progress = config, progress and ranks.first()
+        self.started = time.perf_counter()
+        self.before: Evaluation | None = None  # the base model's, from `begin` or `restore`
+        self.lines: list[dict] = []  # of metrics.jsonl
+        self.scores_after: dict[int, Tensor] = {}  # [n, S, M] of the adapter after some rounds
         if config.threads:
             torch.set_num_threads(config.threads)
         gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -58,17 +63,16 @@ class Session:
         options.check(config)
         self.base_model, files = config.model, config.prompts
         bar = partial(tqdm, desc="pre-training, once", disable=not self.progress, leave=False)
+        specs = config.objectives
         if config.model == "toy":
             model, prompts = toy.prepare(progress=bar)
         elif config.model == "reasoning":
             model, prompts = reasoning.prepare(config.severity, config.seed, progress=bar)
         elif config.model == "survey":
             model, _, _, prompts = survey.prepare(config.seed, progress=bar)
+            specs = predictor.of_the_world(specs, config.seed, progress)
         if config.model in options.EMBEDDED:
             self.base_model, files = str(model), files or [str(prompts)]
-        specs = config.objectives
-        if config.model == "survey":
-            specs = predictor.of_the_world(specs, config.seed, progress)
         self.objectives = load_objectives(specs, self.device, config.dtype)
         self.names = [objective.name for objective in self.objectives]
         model, tokenizer = load_model(self.base_model, config.dtype, self.device)
@@ -81,13 +85,12 @@ class Session:
         by_chance = config.split in ("iid", "dirichlet")
         self.client_names = [] if by_chance else [str(share[0].owner(config.split)) for share in self.prompts_of]
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.prompts_of]
-        self.objectives_of = objectives_of(config.client_objectives, self.names, self.tasks)
+        held = objectives_of(config.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config, config.seed)
         method, numbers = options.method_of(config), [sorted(set(self.tasks)).index(task) for task in self.tasks]
         self.federation = Federation(
-            self.policy, self.prompts_of, self.names, self.score, method, config, self.objectives_of, numbers,
-            ranks.Exchange(),
-        )  # fmt: skip
+            self.policy, self.prompts_of, self.names, self.score, method, config, held, numbers, ranks.Exchange()
+        )
 
     def score(self, prompts: Sequence[Prompt], rollout: Rollout, holdings: list | None = None) -> Tensor:
         """Raw rewards [n, M] of a rollout; holdings as in `rewards.score`."""
@@ -95,20 +98,23 @@ class Session:
         return rewards.score(self.objectives, prompts, texts, ids, holdings)
 
     def evaluate(self, label: str, chosen: Sequence[int] | None = None) -> Evaluation:
-        """Sample `eval_samples` answers to each held-out prompt (or to those chosen).
-
-        A prompt always gets the same random numbers. Raises ValueError if the KL to the base model is not finite.
-        """
+        """Answer each held-out prompt (or those chosen) `eval_samples` times, always from the same random numbers."""
         S, L = self.config.eval_samples, self.config.max_new_tokens
         chosen = range(len(self.held_out)) if chosen is None else chosen
-        rows = [self.held_out[i] for i in chosen for _ in range(S)]
+        asked = [self.held_out[i] for i in chosen for _ in range(S)]
         u = np.concatenate([stream(self.config.seed, Purpose.EVALUATION, i).random((S, L)) for i in chosen])  # [n·S, L]
         exchange, parts = ranks.Exchange(), {}
-        starts = exchange.mine(range(0, len(rows), EVAL_BATCH))
+        starts = exchange.mine(range(0, len(asked), EVAL_BATCH))
         for start in tqdm(starts, label, disable=not self.progress, leave=False):
-            prompts = rows[start : start + EVAL_BATCH]
+            prompts = asked[start : start + EVAL_BATCH]
             rollout = self.policy.sample([p.token_ids for p in prompts], u[start : start + EVAL_BATCH])
-            parts[start] = (self.score(prompts, rollout), *self.kl_and_gap(rollout), self.policy.texts(rollout)[0])
+            rows = self.config.micro_batch_size or self.config.batch_size  # what training has room for
+            logp, hidden = self.policy.logprobs_in_pieces(rollout, rows)
+            with self.policy.adapter.disabled():
+                _, hidden_ref = self.policy.logprobs_in_pieces(rollout, rows)
+            kl = self.policy.expected_kl(hidden, hidden_ref, rollout.mask)
+            gap = float(((rollout.sampled_logp - logp).abs() * rollout.mask).max())
+            parts[start] = self.score(prompts, rollout), kl, gap, self.policy.texts(rollout)[0]
         scores, kl, gaps, texts = zip(*exchange.merged(parts).values(), strict=True)
         kl, gap, texts = torch.cat(kl).cpu(), max(gaps), [text for part in texts for text in part]
         if not kl.isfinite().all():
@@ -118,29 +124,23 @@ class Session:
         shape = (len(chosen), S)
         return Evaluation(torch.cat(scores).view(*shape, -1), kl.view(shape), texts[::S])
 
-    def kl_and_gap(self, rollout: Rollout) -> tuple[Tensor, float]:
-        """The KL to the base model of each response [n], and the largest gap between sampled and computed log-probs."""
-        rows = self.config.micro_batch_size or self.config.batch_size  # what training has room for
-        logp, hidden = self.policy.logprobs_in_pieces(rollout, rows)
-        with self.policy.adapter.disabled():
-            _, hidden_ref = self.policy.logprobs_in_pieces(rollout, rows)
-        gap = ((rollout.sampled_logp - logp).abs() * rollout.mask).max()
-        return self.policy.expected_kl(hidden, hidden_ref, rollout.mask), float(gap)
-
-    def begin(self) -> Evaluation:
+    def begin(self) -> None:
         """Measure the base model and calibrate the rewards on it; then put the adapter that training starts at."""
         fresh = self.federation.theta
         if self.config.adapter:  # first: it may be refused
             peft_files.load(self.policy.adapter, self.config.adapter)
             self.federation.theta = self.policy.adapter.vector()
             self.policy.adapter.assign(fresh)
-        before = self.evaluate("base model")
+        self.before = self.evaluate("base model")
         self.federation.calibrate()
+        for name, constant in zip(self.names, self.federation.calibration.constant.tolist(), strict=True):
+            if constant and self.progress:
+                print(f"warning: {name} gave every response of the base policy the same reward; it is not scaled, and")
+                print("  while its gradient is zero, min-norm weights go to it alone and nothing is learnt")
         self.policy.adapter.assign(self.federation.theta)
-        return before
 
     def of_kind(self, client: int) -> list[int]:
-        """The held-out prompts of a client's subsets, or all if there are none."""
+        """The numbers of the held-out prompts of a client's subsets, or of all if there are none."""
         kinds = {prompt.subset for prompt in self.prompts_of[client]}
         same = [i for i, prompt in enumerate(self.held_out) if prompt.subset in kinds]
         return same or list(range(len(self.held_out)))
@@ -162,49 +162,36 @@ class Session:
     def inputs(self) -> dict[str, str]:
         """Hashes of what the settings name: prompts with their columns, the base model, the objectives."""
 
-        def digest(prompts: Iterable[Prompt]) -> str:
+        hashes = {f"objective {objective.name}": objective.fingerprint for objective in self.objectives}
+        hashes["the base model"] = fingerprint(self.base_model)
+        for whose, prompts in (("the clients'", sum(self.prompts_of, [])), ("the held-out", self.held_out)):
             rows = [[p.token_ids, {k: v for k, v in p.columns.items() if v is not None}] for p in prompts]
-            return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+            hashes[f"{whose} prompts"] = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+        return hashes
 
-        return {
-            "the clients' prompts": digest(chain.from_iterable(self.prompts_of)),
-            "the held-out prompts": digest(self.held_out),
-            "the base model": fingerprint(self.base_model),
-            **{f"objective {objective.name}": objective.fingerprint for objective in self.objectives},
-        }
-
-    def save(
-        self, out: Path, before: Evaluation, held_out: dict[int, Tensor], lines: list[dict], seconds: float
-    ) -> None:
-        """All that --resume needs beside config.json; held_out: the scores [n, S, M] after some rounds."""
+    def save(self, out: Path) -> None:
+        """All that --resume needs beside config.json."""
         tensors, values = checkpoint.federation_state(self.federation)
-        tensors |= {"before.scores": before.scores, "before.kl": before.kl}
-        tensors |= {f"held_out.{t}": scores for t, scores in held_out.items()}
-        values |= {
-            "texts": before.texts,
-            "identity": checkpoint.identity(self.config, self.inputs),
-            "lines": lines,
-            "seconds": seconds,
-        }
-        checkpoint.write(out, tensors, values)
+        tensors |= {"before.scores": self.before.scores, "before.kl": self.before.kl}
+        tensors |= {f"held_out.{t}": scores for t, scores in self.scores_after.items()}
+        values |= {"texts": self.before.texts, "lines": self.lines, "seconds": time.perf_counter() - self.started}
+        checkpoint.write(out, tensors, values | {"identity": checkpoint.identity(self.config, self.inputs)})
 
-    def restore(self, out: Path) -> tuple[Evaluation, dict[int, Tensor], list[dict], float]:
+    def restore(self, out: Path) -> None:
         """Take back what `save` wrote. Raises ValueError if the file is damaged, or of another run."""
-        tensors, values = checkpoint.read(out)
-        checkpoint.check_same(values["identity"], checkpoint.identity(self.config, self.inputs))
+        tensors, values = checkpoint.read(out, checkpoint.identity(self.config, self.inputs))
         if values["rounds_done"] > self.config.rounds:
             raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
         checkpoint.restore_federation(self.federation, tensors, values)
-        held_out = {int(n.partition(".")[2]): x for n, x in tensors.items() if n.startswith("held_out.")}
-        before = Evaluation(tensors["before.scores"], tensors["before.kl"], values["texts"])
-        return before, held_out, values["lines"], values["seconds"]
+        self.scores_after = {int(n.partition(".")[2]): x for n, x in tensors.items() if n.startswith("held_out.")}
+        self.before = Evaluation(tensors["before.scores"], tensors["before.kl"], values["texts"])
+        self.lines, self.started = values["lines"], self.started - values["seconds"]
 
 
 def objectives_of(specs: Sequence[str], names: Sequence[str], tasks: Sequence[str]) -> list[list[int]]:
     """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
 
-    A client goes by its number, else by its task, else it holds all. Raises ValueError for a WHO that is neither a
-    client nor a task, or both, or comes twice; and for a NAME that is not an objective, or comes twice.
+    A client goes by its number, else by its task, else it holds all. Raises ValueError for an unclear spec.
     """
     numbers, lists = [str(client) for client in range(len(tasks))], {}
     for spec in specs:
@@ -219,7 +206,6 @@ def objectives_of(specs: Sequence[str], names: Sequence[str], tasks: Sequence[st
         lists[who] = [names.index(name) for name in chosen]
     everything = list(range(len(names)))
     held = [lists.get(client, lists.get(task, everything)) for client, task in zip(numbers, tasks, strict=True)]
-    for j, name in enumerate(names):
-        if not any(j in objectives for objectives in held):
-            raise ValueError(f"client_objectives: no client holds {name}; leave it out of the objectives")
+    if idle := set(everything).difference(*held):
+        raise ValueError(f"client_objectives: no client holds {names[min(idle)]}; leave it out of the objectives")
     return held

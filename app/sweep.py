@@ -83,9 +83,7 @@ def parse_preference(text: str, M: int) -> list[float]:
 
 
 def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> dict[str, list[Config]]:
-    """The runs of each comparand, by ascending preference, with `out` still open. Raises ValueError for what cannot be
-    run or compared.
-    """
+    """The runs of each comparand, by preference, with `out` open. Raises ValueError for what cannot be compared."""
     M, runs = len(config.objectives), {}
     centre, asked = (mgda.preference_vector(p, M).tolist() for p in (None, config.preference))
     preferences = sorted(parse_preference(text, M) for text in sweep) if sweep else [asked]
@@ -104,9 +102,7 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
     return runs
 
 
-def sweep(
-    config: Config, preferences: list[str] | None, compare: list[str] | None, train: Callable[..., dict[str, Any]]
-) -> None:
+def sweep(config: Config, preferences: list[str] | None, compare: list[str] | None, train: Callable) -> None:
     """Train what is missing, measure it, and conclude. train: `run.train`. Raises ValueError on bad input."""
     runs = plan(config, preferences, compare)
     shared = {name: value for name, value in vars(config).items() if name not in ("out", "method", "preference")}
@@ -146,9 +142,7 @@ def finish(config: Config, train: Callable[..., dict[str, Any]]) -> None:
 
 
 def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Callable[..., dict[str, Any]]) -> None:
-    """Rewarded Soups in the directory home: specialists, trained one per objective, then Σ_m p_m θ_m, measured at every
-    p, one for each config.
-    """
+    """Rewarded Soups in the directory home: a specialist per objective, then Σ_m p_m θ_m for every config's p."""
     specialists = []
     for name, p in zip(names, np.eye(len(names)).tolist(), strict=True):
         out = str(home / f"specialist-{name}")
@@ -158,33 +152,27 @@ def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Ca
     if not missing:
         return
     session, lines, thetas = Session(specialists[-1]), [], []
-    before, *_ = session.restore(Path(specialists[-1].out))
+    session.restore(Path(specialists[-1].out))
     for specialist in specialists:
         lines += read_lines(Path(specialist.out) / "metrics.jsonl")
         peft_files.load(session.policy.adapter, Path(specialist.out) / "adapter")
         thetas.append(session.policy.adapter.vector())
+    session.lines = lines
     for one in missing:
-        started, here = time.perf_counter(), home / label(one.preference)
+        session.started, here = time.perf_counter(), home / label(one.preference)
         session.policy.adapter.assign(baselines.interpolate(torch.stack(thetas), one.preference))
-        after = session.evaluate(f"soups {here.name}")
-        summary = report.summarise(session, before, after, lines, time.perf_counter() - started)
+        summary = report.summarise(session, session.evaluate(f"soups {here.name}"))
+        summary |= {"method": "soups", "preference": one.preference, "mean_lambda": []}
         here.mkdir(exist_ok=True)
-        write_text(
-            here / "summary.json",
-            to_json(summary | {"method": "soups", "preference": one.preference, "mean_lambda": []}, indent=2) + "\n",
-        )
+        write_text(here / "summary.json", to_json(summary, indent=2) + "\n")
 
 
 def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str], out: Path) -> None:
-    """The table, the pictures, and the figures of both into sweep.json. Raises ValueError if prompts, weights or code
-    changed between the runs.
-    """
+    """The table, the pictures, and sweep.json. Raises ValueError if prompts, weights or code changed between runs."""
     from app import plots  # here: matplotlib takes its time to import
 
-    rows = {
-        text: [read_json(Path(one.out, "summary.json").read_text("utf-8")) for one in configs]
-        for text, configs in runs.items()
-    }
+    summary_of = lambda one: read_json(Path(one.out, "summary.json").read_text("utf-8"))  # noqa: E731
+    rows = {text: list(map(summary_of, configs)) for text, configs in runs.items()}
     first, *others = [row for group in rows.values() for row in group]
     changed = {name for row in others for name in row["inputs"] if row["inputs"][name] != first["inputs"][name]}
     if changed - {"the clients' prompts"}:  # which may differ

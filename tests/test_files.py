@@ -30,12 +30,10 @@ def test_a_file_is_never_written_through_a_link_and_lacking_figures_are_null_in_
     (tmp_path / "other").write_text("untouched")
     for link in ("a.jsonl", "a.jsonl.tmp"):
         (tmp_path / link).symlink_to(tmp_path / "other")
-    files.write_text(tmp_path / "a.jsonl", files.to_json({"λ": math.nan}) + "\n")
-    files.append_line(tmp_path / "a.jsonl", {"λ": 0.5})
+    files.write_lines(tmp_path / "a.jsonl", [{"λ": math.nan}, {"λ": 0.5}])
     assert (tmp_path / "other").read_text() == "untouched" and not (tmp_path / "a.jsonl.tmp").is_symlink()
     assert (tmp_path / "a.jsonl").read_text() == '{"\\u03bb": null}\n{"\\u03bb": 0.5}\n'
-    (line,) = files.read_lines(tmp_path / "a.jsonl", 1)
-    assert math.isnan(line["λ"])
+    assert math.isnan(files.read_lines(tmp_path / "a.jsonl")[0]["λ"])
 
 
 def test_a_directory_belongs_to_one_process_until_it_ends(tmp_path, monkeypatch):

@@ -255,7 +255,8 @@ def of_two(constant, n=8, scale=1.0) -> SimpleNamespace:
     )
     clients = [SimpleNamespace(index=c, objectives=[0, 1]) for c in range(2)]
     federation = SimpleNamespace(clients=clients, calibration=calibration)
-    return SimpleNamespace(names=["a", "b"], federation=federation, held_out=[None] * n)
+    before = Evaluation(torch.full((n, 1, 2), 5.0), torch.zeros(n, 1), [])
+    return SimpleNamespace(names=["a", "b"], federation=federation, held_out=[None] * n, before=before)
 
 
 @pytest.mark.parametrize(
@@ -269,18 +270,17 @@ def of_two(constant, n=8, scale=1.0) -> SimpleNamespace:
     ],
 )
 def test_the_best_round_is_the_one_of_the_greatest_least_gain_in_base_deviations(constant, n, scale, best):
-    before = Evaluation(torch.full((n, 1, 2), 5.0), torch.zeros(n, 1), [])
-    gains = {1: torch.tensor([0.10, 0.02]), 2: torch.tensor([0.05, 0.04])}
-    answer = report.best_round(of_two(constant, n, scale), before, {t: before.scores + g for t, g in gains.items()})
+    session, gains = of_two(constant, n, scale), {1: torch.tensor([0.10, 0.02]), 2: torch.tensor([0.05, 0.04])}
+    answer = report.best_round(session, {t: session.before.scores + g for t, g in gains.items()})
     assert (answer and answer["round"]) == best
 
 
 def test_the_best_round_is_chosen_on_one_half_and_reported_on_the_other():
-    before = Evaluation(torch.zeros(8, 1, 2), torch.zeros(8, 1), [])
+    session = of_two((False, False))
     half, rest = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tensor_split(2)
     luck = torch.zeros(8, 1, 2)
     luck[half], luck[rest] = 1.0, -3.0
-    answer = report.best_round(of_two((False, False)), before, {1: luck, 2: before.scores})
+    answer = report.best_round(session, {1: session.before.scores + luck, 2: session.before.scores})
     assert answer["round"] == 1 and answer["gain"]["a"]["mean"] == -3.0
 
 
