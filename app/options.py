@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import NoReturn, get_args, get_origin, get_type_hints
 
 import baselines
 import fedmoa
@@ -199,11 +199,15 @@ def front_is_known(config: Config) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose flags that are not given leave no trace."""
+    """A parser whose errors are one line, and whose flags that are not given leave no trace."""
 
     def __init__(self, prog: str, description: str) -> None:
         usage, nothing = f"python {prog} [--FLAG VALUE ...]", argparse.SUPPRESS
         super().__init__(prog, usage, description, allow_abbrev=False, argument_default=nothing)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_settings(self, group: type, explained: dict[str, list[str]]) -> None:
         """A flag for every field of a dataclass of settings; explained: what its choices mean."""

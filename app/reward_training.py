@@ -5,7 +5,8 @@
 minimises -log sigmoid(r(chosen) - r(rejected)) [Bradley & Terry 1952; Ouyang et al. 2022] with AdamW, a linear warm-up
 over a tenth of the steps, a linear decay, and no dropout. The result is an ordinary sequence-classification checkpoint.
 With --freeze_backbone only the head learns. A BERT's pooler belongs to the head, since in most checkpoints it was never
-trained to sum up a text.
+trained to sum up a text. The head reads one state of each text, that of the first token or of the last. So the backbone
+runs once over all texts, and from then on it only looks these states up [ours].
 
 Left out on purpose: several labels, margins between replies, ensembles.
 """
@@ -17,9 +18,10 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
 from app.files import rows_of
 from app.loading import pretrained
@@ -65,6 +67,33 @@ def encode_pairs(reward_model: RewardModel, pairs: list[tuple[str, dict]]) -> li
     return texts["chosen"] + texts["rejected"]
 
 
+def freeze_backbone(reward_model: RewardModel, rows: list[list[int]]) -> list[list[int]]:
+    """From now on the backbone only looks up its states of these texts; returns what stands for them, [[0], [1], ...].
+
+    The gradient tells which token's state the head reads. `del reward_model.model.base_model.forward` undoes it.
+    """
+    backbone, hidden = reward_model.model.base_model, None
+    pooler, forward = getattr(backbone, "pooler", None), backbone.forward
+    states = torch.empty(len(rows), backbone.config.hidden_size, device=backbone.device)
+
+    def output(hidden: Tensor) -> Output:
+        return Output(last_hidden_state=hidden, pooler_output=pooler(hidden) if pooler else None)
+
+    def run(*inputs, **named) -> Output:
+        nonlocal hidden
+        with torch.no_grad():
+            hidden = forward(*inputs, **named)[0]  # [B, T, H]
+        return output(hidden.requires_grad_())
+
+    backbone.forward = run
+    for batch in tqdm(list(reward_model.batches(rows)), "backbone"):
+        scores = reward_model.forward([rows[i] for i in batch])
+        read = torch.autograd.grad(scores.sum(), hidden)[0].any(2)  # [B, T], True at one token of each text
+        states[batch] = hidden.detach()[read]
+    backbone.forward = lambda input_ids, *_, **__: output(states[input_ids])  # [B, 1, H]
+    return [[number] for number in range(len(rows))]
+
+
 def fit(reward_model: RewardModel, rows: list[list[int]], settings: RewardTraining) -> None:
     """Bradley-Terry training in place; rows are all chosen texts, then all rejected ones, [2N]."""
     n, parameters = len(rows) // 2, list(reward_model.model.parameters())
@@ -104,12 +133,12 @@ def train(settings: RewardTraining) -> None:
     pairs, test = pairs[held_out:][: settings.max_pairs], test or pairs[:held_out]
     classifier = "AutoModelForSequenceClassification"
     model, tokenizer = pretrained(classifier, settings.backbone, device=settings.device, new_head=True)
-    for name, parameter in model.base_model.named_parameters():
-        parameter.requires_grad_(not settings.freeze_backbone or "pooler" in name)
     reward_model = RewardModel(model, tokenizer, max_length=settings.max_length)
     rows, test_rows = encode_pairs(reward_model, pairs), encode_pairs(reward_model, test)
     aside.mkdir(parents=True, exist_ok=True)  # before the training, since it may fail
-    fit(reward_model, rows, settings)
+    fit(reward_model, freeze_backbone(reward_model, rows) if settings.freeze_backbone else rows, settings)
+    if settings.freeze_backbone:
+        del model.base_model.forward
     share, error = accuracy(reward_model, test_rows), 0.5 / math.sqrt(len(test))  # the error is that of a coin
     record = asdict(settings) | {"trained_on": len(pairs), "tested_on": len(test), "accuracy": share, "error": error}
     model.save_pretrained(aside)
