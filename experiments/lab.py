@@ -1,8 +1,5 @@
 """Experiments as data, and how they are conducted: runs, rows of their figures, a page of tables. [ours]
 
-Reported seeds start at 10: the update was designed on seeds 0 to 9; tuning has 101 and 102. Methods are compared at one
-common setting, or each at the best of equally many. Equal seeds mean equal splits and adapters: differences are paired.
-
 A job is a dict of settings. A worker process of one thread calls `measure(job, directory)`, which trains and measures
 it in an empty directory and returns its rows. They go to results/NAME.csv as soon as the job ends, and a job whose rows
 are there is not run: a stopped experiment goes on. Rows are found by settings and `UPDATE`, and name their commit.
@@ -31,7 +28,7 @@ UPDATE = 2  # raise it with every change that alters more than the rounding of a
 COMMON = {"lr": 3e-3, "server_lr": 2.0, "kl_coef": 0.003}  # the best of results/tuning.md, on average over 7 methods
 TUNING_SEEDS = [{"seed": seed} for seed in (101, 102)]
 MINIATURE = {"rounds": 3, "held_out": 32, "eval_samples": 2}
-TEXTS = ("settings", "commit", "method")  # columns of a row that are no figures
+TEXTS = ("settings", "commit", "method")  # columns that are no figures; older rows name the method
 
 Measure = Callable[[dict[str, Any], Path], list[Row]]
 
@@ -59,7 +56,7 @@ class Experiment:
 
 
 def seeds(n: int) -> list[dict[str, int]]:
-    """The n seeds that are reported."""
+    """The n seeds that are reported; the update was designed on seeds 0 to 9."""
     return [{"seed": seed} for seed in range(10, 10 + n)]
 
 

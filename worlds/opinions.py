@@ -42,19 +42,16 @@ def read(rows: Iterable[tuple[str, dict[str, Any]]]) -> tuple[list[Question], An
         question = Question(row["question"], tuple(map(str, parsed(row["options"]))))
         if len(set(question.options)) < max(2, len(question.options)):
             raise ValueError(f"{where}: options: {question.options} must be two or more, all different; drop the row")
-        for group, shares in shares_by_group(row).items():
+        if "selections" in row:
+            asked = {group: shares for group, shares in parsed(row["selections"]).items() if any(shares)}
+        else:
+            asked = {row.get("group") or row["country"]: parsed(row["distribution"])}
+        for group, shares in asked.items():
             number = numbers.setdefault(question, len(numbers))
             if number in answers.setdefault(group, {}):
                 raise ValueError(f"{where}: {group} answers this question a second time; keep one answer")
             answers[group][number] = normalised(f"{where}: {group}", shares, len(question.options))
     return list(numbers), answers
-
-
-def shares_by_group(row: dict[str, Any]) -> dict[str, Sequence[float]]:
-    """group -> shares, of the groups that a row says were asked."""
-    if "selections" in row:
-        return {group: shares for group, shares in parsed(row["selections"]).items() if any(shares)}
-    return {row.get("group") or row["country"]: parsed(row["distribution"])}
 
 
 def parsed(value: Any) -> Any:

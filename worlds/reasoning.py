@@ -28,7 +28,6 @@ learnt, and the model makes that very slip. So a client with few right answers h
 accuracy alone cannot tell which. References of rows without a client are right.
 """
 
-import json
 import random
 import re
 import zlib
@@ -201,15 +200,7 @@ def prepare(
 
     severity: the share of wrong references at poor clients; rows_seed: of the prompts; settings: `pretrain`'s.
     """
-
-    def fill_model(directory: Path) -> None:
-        for part in pretrain(**settings, progress=progress):
-            part.save_pretrained(directory / "model")
-
-    def fill_prompts(directory: Path) -> None:
-        lines = (json.dumps(row) + "\n" for row in rows(severity, rows_seed))
-        (directory / "prompts.jsonl").write_text("".join(lines), "utf-8")
-
-    model = tiny_llama.cached(fill_model, __file__, settings, cache_dir)
-    prompts = tiny_llama.cached(fill_prompts, __file__, {"severity": severity, "rows_seed": rows_seed}, cache_dir)
+    drawn = {"severity": severity, "rows_seed": rows_seed}
+    model = tiny_llama.saved({"model": lambda: pretrain(**settings, progress=progress)}, __file__, settings, cache_dir)
+    prompts = tiny_llama.saved({"prompts": lambda: rows(severity, rows_seed)}, __file__, drawn, cache_dir)
     return model / "model", prompts / "prompts.jsonl"

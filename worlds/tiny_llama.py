@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,6 +73,20 @@ def pretrain(words: list[str], pairs: list[tuple], batch_size: int, lr: float, s
         schedule.step()
     torch.set_num_threads(threads)
     return model.eval(), tokenizer
+
+
+def saved(contents: Mapping[str, Callable], source: str, settings: dict, cache_dir: Path | None = None) -> Path:
+    """The directory with NAME/, the checkpoint of a (model, tokenizer), or NAME.jsonl, of rows; see `cached`."""
+
+    def fill(directory: Path) -> None:
+        for name, make in contents.items():
+            if isinstance(content := make(), tuple):
+                for part in content:
+                    part.save_pretrained(directory / name)
+            else:
+                (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+
+    return cached(fill, source, settings, cache_dir)
 
 
 def cached(fill: Callable[[Path], None], source: str, settings: dict, cache_dir: Path | None = None) -> Path:

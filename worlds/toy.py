@@ -23,11 +23,9 @@ risky ones the details *are* the harm. The first do little and help much; helper
 for the same 11 words. The front is therefore curved: one detail after the other pays as the preference moves.
 
 The pre-trained model starts between two faults: it answers risky questions too readily and turns benign ones away.
-Left out on purpose: meaning, grammar beyond the rule above, dialogues of several turns, any synonym. With these
-constants plain policy gradients get somewhere within minutes; we compared no two methods in choosing them.
+Left out on purpose: meaning, grammar beyond the rule above, dialogues of several turns, any synonym.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -255,11 +253,6 @@ def hh_rows(seed: int = 0) -> Iterator[dict[str, str]]:
 
 def prepare(cache_dir: Path | None = None, progress: Callable = iter, **settings) -> tuple[Path, Path]:
     """(checkpoint directory, prompt file): from the cache, or new, in about 13 s. Settings are `pretrain`'s."""
-
-    def fill(directory: Path) -> None:
-        for part in pretrain(**settings, progress=progress):
-            part.save_pretrained(directory / "model")
-        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows()), "utf-8")
-
-    entry = tiny_llama.cached(fill, __file__, settings, cache_dir)
+    contents = {"model": lambda: pretrain(**settings, progress=progress), "prompts": hh_rows}
+    entry = tiny_llama.saved(contents, __file__, settings, cache_dir)
     return entry / "model", entry / "prompts.jsonl"
