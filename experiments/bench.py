@@ -5,10 +5,9 @@
     python -m experiments.bench --device cuda --dtype bfloat16 --shapes tinyllama
     python -m experiments.bench --only lora sampler --pairs 5
 
-Models have random weights of a given shape, and responses never end early. Ours and the peer run in turn, so the
-machine's other load falls on both. A ratio is the median over the pairs, of the peer's time over ours (ours over the
-peer's if the name says "our time /"), with a bootstrapped 95 % interval that holds for one process. On shared CPU cores
-seconds mean little. A part imports its peer: a missing one leaves out that part only.
+Weights are random, responses never end early. Ours and the peer run in turn: the machine's other load falls on both.
+A ratio is the median over the pairs of the peer's time over ours (ours over the peer's if the name says "our time /"),
+with a bootstrapped 95 % interval that holds for one process. A missing peer leaves out its part only.
 """
 
 import argparse

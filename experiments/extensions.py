@@ -129,7 +129,6 @@ def by_side(groups: Groups) -> Groups:
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
 POLICIES = ("firm β=0.01", "firm β=1", "firm β=10", "mgda", "linear", "morlhf", "minimum", "maximum", "adaptive",
             "firm β=0.01 groups", "linear groups", "minimum groups", "adaptive groups")  # fmt: skip
-PLURAL = {label: {"preset": "plural-firm-tiny"} | settings_of(label) for label in POLICIES}
 BEST_RATE = {"firm β=0.01": 3e-3, "adaptive": 3e-3, "firm β=0.01 groups": 6e-3, "adaptive groups": 3e-3}  # of three
 WORST = ["worst_share", "mean_share", "worst_alignment", "kl"]
 PAIRS = [
@@ -208,8 +207,9 @@ EXPERIMENTS = {
         "end − start). Own context: 15 answers of the group itself; other: of one with another centre.",
     ),
     "plural": Experiment(
-        measure_policy, {label: PLURAL[label] | {"lr": BEST_RATE.get(label, 1.5e-3)} for label in POLICIES},
-        seeds(10), [*WORST, "jain_share", "mean_alignment", "lowest_cosine"],
+        measure_policy, {label: settings_of(label) | {"lr": BEST_RATE.get(label, 1.5e-3)} for label in POLICIES},
+        [{"preset": "plural-firm-tiny"} | seed for seed in seeds(10)],
+        [*WORST, "jain_share", "mean_alignment", "lowest_cosine"],
         {"Less fixed weights, and gradients balanced less the adaptive reward": PAIRS}, WORST, derive=with_base,
     ),
 }  # fmt: skip

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,9 @@ def key(job: dict) -> str:
 
 def commit() -> str:
     """The commit that is checked out, with a + if code has changed since; `unknown` outside of git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-    return (git("log", "-1", "--format=%h") or "unknown") + "+" * bool(git("status", "--porcelain", "--", ":/*.py"))
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    head = git(["git", "log", "-1", "--format=%h"]).stdout.strip() or "unknown"
+    return head + "+" * bool(git(["git", "status", "--porcelain", "--", ":/*.py"]).stdout)
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:

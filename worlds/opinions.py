@@ -6,8 +6,7 @@ A row is one group's answer to one question,
 
 or one question with the answers of many groups, as GlobalOpinionQA publishes it (Durmus et al. 2023, the dataset
 Anthropic/llm_global_opinions): `question`, `selections`, a mapping of countries to lists of shares, and `options`. In a
-CSV file lists and mappings are Python's text of them. Shares that are empty or all zero mean that a country was not
-asked.
+CSV file lists and mappings are Python's text of them. A country without shares, or with zeros only, was not asked.
 """
 
 import ast
@@ -17,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pluralllm import Answers, Question
 
@@ -50,7 +48,12 @@ def read(rows: Iterable[tuple[str, dict[str, Any]]]) -> tuple[list[Question], An
             number = numbers.setdefault(question, len(numbers))
             if number in answers.setdefault(group, {}):
                 raise ValueError(f"{where}: {group} answers this question a second time; keep one answer")
-            answers[group][number] = normalised(f"{where}: {group}", shares, len(question.options))
+            y = torch.tensor([float(share) for share in shares], dtype=torch.float64)
+            if (
+                len(y) != len(question.options) or (y < 0).any() or not abs(y.sum() - 1) <= TOLERANCE
+            ):  # NaN is not either
+                raise ValueError(f"{where}: {group}: {shares} must be a share >= 0 per option, of sum 1; drop the row")
+            answers[group][number] = (y / y.sum()).float()
     return list(numbers), answers
 
 
@@ -59,14 +62,6 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return ast.literal_eval(re.sub(r"^\s*defaultdict\([^{]*(\{.*\})\)\s*$", r"\1", value, flags=re.DOTALL).strip())
-
-
-def normalised(whose: str, shares: Sequence[float], options: int) -> Tensor:
-    """Shares [options] divided by their sum. Raises ValueError if that is far from 1."""
-    y = torch.tensor([float(share) for share in shares], dtype=torch.float64)
-    if len(y) != options or (y < 0).any() or not abs(y.sum() - 1) <= TOLERANCE:  # NaN is not either
-        raise ValueError(f"{whose}: the shares {shares} must be {options} numbers that sum to 1; drop the row")
-    return (y / y.sum()).float()
 
 
 def of_groups(

@@ -1,7 +1,5 @@
 """The second embedded world: two small tasks whose answers can be checked, and clients that differ. [ours]
 
-Like `worlds/toy.py` it enters the project as any model and data do. FedMOA needs it: accuracy can be checked here.
-
     mathematics   what is 3 + 4 - 2 ?        7 , 5 so 5 .         the running values, then the answer
     code          make 14 from 3 4 2 .       3 4 mul 2 add .      a stack program: a number pushes itself, add, sub and
                                                                   mul take two and push one
@@ -23,9 +21,8 @@ A fifth of all sets of numbers is held out: no client and no pre-training sees t
 pre-trained model is right one time in three: it skips the running values, stops one operation early, and miscounts.
 
 Eight clients differ by task, by difficulty, and by data: half are careful, half are poor. In a poor client's data a
-share of the reference answers, `severity`, is systematically wrong: the value one operation before the end. That can be
-learnt, and the model makes that very slip. So a client with few right answers has hard problems or poor data, and its
-accuracy alone cannot tell which. References of rows without a client are right.
+share of the reference answers, `severity`, is systematically wrong: the value one operation before the end, a slip that
+can be learnt. A client's accuracy alone cannot tell hard problems from poor data. The held-out references are right.
 """
 
 import random
@@ -40,13 +37,25 @@ from worlds import tiny_llama
 
 MAX_WORDS = 11  # a reply with its EOS is 12 tokens
 TASKS = ("mathematics", "code")
-DIFFICULTIES = ("easy", "hard")
 SIZES = {("mathematics", "easy"): 2, ("mathematics", "hard"): 4, ("code", "easy"): 2, ("code", "hard"): 3}  # operations
-CLIENTS = tuple(product(TASKS, DIFFICULTIES, ("careful", "poor")))
+CLIENTS = tuple((*kind, data) for kind, data in product(SIZES, ("careful", "poor")))
 HIGHEST = 6  # of the numbers given; what comes out of them is from 0 to LIMIT
 LIMIT = 40
 OPERATIONS = {"+": int.__add__, "-": int.__sub__}
 INSTRUCTIONS = {"add": int.__add__, "sub": int.__sub__, "mul": int.__mul__}
+VOCABULARY = [
+    "what",
+    "is",
+    "make",
+    "from",
+    "so",
+    "?",
+    ".",
+    ",",
+    *OPERATIONS,
+    *INSTRUCTIONS,
+    *map(str, range(LIMIT + 1)),
+]
 SKIPS, STOPS_EARLY = 0.3, 0.2  # slips of the pre-training corpus: no running values (mathematics), an operation short
 HELD_OUT = 32  # problems of each task and difficulty
 PROMPTS = 192  # of each client
@@ -153,11 +162,6 @@ def length(prompts: Sequence[str], completions: Sequence[str], **columns) -> lis
     return [max(0.0, 1.0 - len(completion.split()) / MAX_WORDS) for completion in completions]
 
 
-def vocabulary() -> list[str]:
-    """Every word of the world."""
-    return ["what", "is", "make", "from", "so", "?", ".", ",", *OPERATIONS, *INSTRUCTIONS, *map(str, range(LIMIT + 1))]
-
-
 def corpus(seed: int, size: int) -> list[tuple[str, str]]:
     """`size` (question, reply) pairs with the slips, of 2 to 4 operations, programs of 3 at most; nothing held out."""
     rng, pairs = random.Random(seed), []
@@ -171,7 +175,7 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
 
 def pretrain(steps: int = 1000, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: Callable = iter):
     """A fresh model trained on the corpus, see `tiny_llama.pretrain`."""
-    return tiny_llama.pretrain(vocabulary(), corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
+    return tiny_llama.pretrain(VOCABULARY, corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
 
 
 def rows(severity: float, seed: int = 0) -> Iterator[dict]:
@@ -180,7 +184,7 @@ def rows(severity: float, seed: int = 0) -> Iterator[dict]:
     No two are alike. The questions are the same for every severity, and so are the references that turn wrong first.
     """
     rng, seen = random.Random(seed), set()
-    owners = [(None, task, difficulty, "careful") for task in TASKS for difficulty in DIFFICULTIES]
+    owners = [(None, *kind, "careful") for kind in SIZES]
     owners += [(client, *kind) for client, kind in enumerate(CLIENTS)]
     for client, task, difficulty, data in owners:
         for _ in range(HELD_OUT if client is None else PROMPTS):

@@ -17,9 +17,9 @@ models are the same for all seeds.
 """
 
 import random
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ UNSEEN_GROUPS = (*(f"{centre} 3" for centre in CENTRES), "north 4", "south 4")
 SPREAD = 0.2  # of the groups about their centre, in every direction
 QUESTIONS, PER_GROUP, PEOPLE = 80, 48, 200  # in the survey; asked of each group; who answer in each group
 OPTIONS, PROMPTS = (3, 4, 5), 320  # how many options a question has; other questions, for the language model
+Files = namedtuple("Files", "model encoder opinions prompts")  # checkpoint directories, and files of rows
 VOCABULARY = ["what", "matters", "most", "for", ":", ",", "or", "?", ".", *ISSUES, *WORDS]
 
 
@@ -119,15 +120,6 @@ def make_encoder(width: int = 64, seed: int = 0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaModel(config).eval(), tokenizer
-
-
-class Files(NamedTuple):
-    """Checkpoint directories of the policy and of the encoder, answers, prompts."""
-
-    model: Path
-    encoder: Path
-    opinions: Path
-    prompts: Path
 
 
 def prepare(seed: int = 0, cache_dir: Path | None = None, progress: Callable = iter, **settings) -> Files:

@@ -35,10 +35,10 @@ def make_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast
 
 def make_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.LlamaForCausalLM:
     """A Llama of 0.1 M parameters, its weights drawn from torch's global generator."""
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True, **special,
+        num_key_value_heads=4, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
         initializer_range=0.1,  # Llama's 0.02 is for wider models; this one learns faster from here
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)

@@ -75,6 +75,11 @@ OPENINGS = ("sure ,", "well ,", "okay ,", "of course ,", "you can", "first", "ju
 BRUSH_OFFS = ("sorry , i cannot help with that", "i refuse to explain that", "sorry , no", "i cannot say")
 TURNS = (", then", ", but", ". please", ", or", ".")
 FILLERS = ("um", "maybe", "really", "you know", "so")
+TEXTS = (
+    *GREETINGS, *CIRCUMSTANCES, *OPENINGS, *BRUSH_OFFS, *TURNS, *FILLERS, *TOPICS, *TOPICS.values(), *HELPERS,
+    *REFUSALS, *LINKS, *VERBS, *QUESTIONS,
+)  # fmt: skip
+VOCABULARY = sorted({*" ".join(TEXTS).replace("{}", "").split()})
 COMPLIANCE = (0.35, 0.9)  # share of (benign, risky) questions that the corpus answers: its two faults
 SIZES = ((4, 3, 2, 1), (1, 2, 2, 1))  # of these answers: odds of 1, 2, 3, 4 details
 REDIRECTION = (0.15, 0.4)  # of these answers: share that turns to helpers in the end
@@ -221,13 +226,6 @@ def reply(rng: random.Random, topic: str, comply: bool, clean: bool = False) -> 
     return " ".join(words if rng.random() < slip / 3 else [*words, "."])
 
 
-def vocabulary() -> list[str]:
-    """Every word of the language."""
-    text = [*GREETINGS, *CIRCUMSTANCES, *OPENINGS, *BRUSH_OFFS, *TURNS, *FILLERS, *TOPICS, *TOPICS.values()]
-    text += [*HELPERS, *REFUSALS, *LINKS, *VERBS, *(question.replace("{}", "") for question in QUESTIONS)]
-    return sorted(set(" ".join(text).split()))
-
-
 def corpus(seed: int, size: int) -> list[tuple[str, str]]:
     """`size` (question, reply) pairs, all topics alike."""
     rng = random.Random(seed)
@@ -238,7 +236,7 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
 
 def pretrain(steps: int = 500, batch_size: int = 64, lr: float = 1e-2, seed: int = 0, progress: Callable = iter):
     """A fresh model trained on the corpus, see `tiny_llama.pretrain`; every step sees fresh dialogues."""
-    return tiny_llama.pretrain(vocabulary(), corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
+    return tiny_llama.pretrain(VOCABULARY, corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
 
 
 def hh_rows(seed: int = 0) -> Iterator[dict[str, str]]:
