@@ -168,9 +168,7 @@ def trl_trainers(bench: Bench) -> Iterator:
 
 
 def a_round(bench: Bench) -> Iterator[Comparison]:
-    """A round (8 clients × 16 responses, 2 objectives, 3 epochs) against GRPO's by TRL and PEFT, which takes one
-    gradient a step and has no critic. FIRM takes M and has one; MORLHF with groups is as GRPO.
-    """
+    """A round (8 clients × 16 responses, 2 objectives, 3 epochs) against TRL's, which is as MORLHF's with groups."""
     trainers, grouped = list(trl_trainers(bench)), {"advantages": "group"}
     methods = {"FIRM": {}, "FIRM with groups": grouped, "MORLHF with groups": grouped | {"method": "morlhf"}}
     for label, changes in methods.items():

@@ -107,9 +107,7 @@ def measure_predictor(job: dict, directory: Path) -> list[Row]:
 
 
 def by_side(groups: Groups) -> Groups:
-    """A row per seed and side: its scores, and the rounds until it has gone 0.95 of the way from the mean start to the
-    better side's end, NaN if it never does.
-    """
+    """A row per seed and side: scores, and the rounds until 0.95 of the way from the mean start to the better end."""
     result: Groups = {f"{side}, {counting}": [] for counting in (EQUAL, COUNTED) for side in SIDES}
     for counting in (EQUAL, COUNTED):
         for pair in zip(groups[EQUAL], groups[counting], strict=True):  # federated training is the same in both

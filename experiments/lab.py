@@ -63,10 +63,9 @@ def seeds(n: int) -> list[dict[str, int]]:
 
 def settings_of(label: str) -> dict[str, Any]:
     """What a label names: `firm β=10 groups` is FIRM at β = 10 with groups of responses in the critic's place."""
-    name = label.removesuffix(" groups")
-    method, _, beta = name.partition(" β=")
+    method, _, beta = label.removesuffix(" groups").partition(" β=")
     settings = {"method": method} | ({"beta": float(beta)} if beta else {})
-    return settings | ({} if name == label else {"advantages": "group"})
+    return settings | ({"advantages": "group"} if label.endswith(" groups") else {})
 
 
 def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
@@ -92,10 +91,7 @@ def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
 
 
 def rows_of(path: Path, jobs: Sequence[dict], measure: Measure, workers: int) -> dict[str, list[Row]]:
-    """The rows of a file by the keys of their jobs, after the missing jobs have run.
-
-    Stops at the first that fails; the rows of those that ended are on disk.
-    """
+    """The rows of a file by the keys of their jobs, after the missing jobs have run. Stops at the first that fails."""
     present, version = read_rows(path), commit()
     missing = {key(job): job for job in jobs if key(job) not in present}
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang

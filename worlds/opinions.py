@@ -19,10 +19,8 @@ import torch
 
 from pluralllm import Answers, Question
 
-TRAIN_GROUPS = (
-    "Nigeria", "Egypt", "India (Current national sample)", "Germany", "United States", "Canada", "Argentina",
-    "Australia",
-)  # fmt: skip
+TRAIN_GROUPS = ("Nigeria", "Egypt", "India (Current national sample)", "Germany", "United States", "Canada",
+                "Argentina", "Australia")  # fmt: skip
 UNSEEN_GROUPS = ("China", "Japan", "France", "Spain", "Brazil", "New Zealand")  # as the eight above [code]
 TOLERANCE = 0.02  # how far the sum of shares may be from 1
 QUOTES = " \t\r\n\"'“”‘’«»"  # and white space
@@ -72,12 +70,10 @@ def of_groups(
     Raises ValueError for a group that is unknown, named twice, or answered fewer than `needed` questions.
     """
     for group in groups:
-        if group not in answers:
-            raise ValueError(f"groups: nobody answers as {group!r}; there are {', '.join(sorted(answers))}")
         if groups.count(group) > 1:
             raise ValueError(f"groups: {group} is named twice; a group either trains or is unseen")
-        if len(answers[group]) < needed:
-            raise ValueError(f"groups: {group} answered {len(answers[group])} of {needed} questions; leave it out")
+        if (n := len(answers.get(group, ()))) < needed:
+            raise ValueError(f"groups: {group} answered {n} of {needed} questions; there are {', '.join(answers)}")
     asked = sorted({q for group in groups for q in answers[group]})
     place = {q: i for i, q in enumerate(asked)}
     return [questions[q] for q in asked], {g: {place[q]: y for q, y in answers[g].items()} for g in groups}

@@ -4,16 +4,15 @@
     code          make 14 from 3 4 2 .       3 4 mul 2 add .      a stack program: a number pushes itself, add, sub and
                                                                   mul take two and push one
 
-A problem has two operations (easy) or more (hard: four in mathematics, three in code), on numbers from 1 to 6. In a
-program each given number may be used once at most, in any order. It is right if it leaves the value that was asked for
-and nothing else. `execute` runs programs; it knows numbers and these three words only.
+A problem has two operations (easy) or more (hard: four in mathematics, three in code) on numbers from 1 to 6. A program
+may use each given number once at most, in any order, and leaves one value: that which was asked for, if it is right.
 
 The objectives, for a reply of n words:
 
     accuracy   1 if the answer, or what the program leaves, is the reference answer, else 0
     format     1 if it is a well-made reply, right or wrong, else 0: running values, and the last of them as the answer;
                a program that leaves one value
-    length     1 - n / 11, at least 0: short replies
+    length     1 - n / 11, at least 0
 
 They conflict: `so 5 .` is short, but a model that skips the running values is mostly wrong.
 
@@ -43,19 +42,8 @@ HIGHEST = 6  # of the numbers given; what comes out of them is from 0 to LIMIT
 LIMIT = 40
 OPERATIONS = {"+": int.__add__, "-": int.__sub__}
 INSTRUCTIONS = {"add": int.__add__, "sub": int.__sub__, "mul": int.__mul__}
-VOCABULARY = [
-    "what",
-    "is",
-    "make",
-    "from",
-    "so",
-    "?",
-    ".",
-    ",",
-    *OPERATIONS,
-    *INSTRUCTIONS,
-    *map(str, range(LIMIT + 1)),
-]
+WORDS = ("what", "is", "make", "from", "so", "?", ".", ",")
+VOCABULARY = [*WORDS, *OPERATIONS, *INSTRUCTIONS, *map(str, range(LIMIT + 1))]
 SKIPS, STOPS_EARLY = 0.3, 0.2  # slips of the pre-training corpus: no running values (mathematics), an operation short
 HELD_OUT = 32  # problems of each task and difficulty
 PROMPTS = 192  # of each client

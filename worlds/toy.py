@@ -1,7 +1,7 @@
 """The toy world: a tiny language, a tiny Llama pre-trained on it, two conflicting objectives, their exact front.
 
-All of it is [ours]. It enters the project as any model and data do: `prepare` writes an ordinary checkpoint and prompts
-in HH-RLHF's format, and the objectives are plain functions in TRL's convention.
+[ours] It enters the project as any model and data do: an ordinary checkpoint, prompts in HH-RLHF's format, and objectives
+that are functions in TRL's convention.
 
 The language. Somebody asks how to do one of 16 things, 8 benign ("bake bread") and 8 risky ("pick locks"). A reply
 is words: `take flour and yeast .` lists *details* of the topic, `ask police or friends .` lists *helpers* to turn to,
@@ -176,9 +176,8 @@ def pareto_front(prompts: Sequence[str] | None = None, points: int = 101, max_wo
 
     A policy may answer each prompt with any distribution over replies, so on one prompt it reaches the convex hull
     of `profiles`, and over several prompts the mean of one point from each hull: a Minkowski sum. Its upper-right
-    boundary begins at every prompt's most harmless point and then walks the edges of all hulls in the order of their
-    slopes, cheapest first. Between vertices it is straight: the policy randomises. Only the share of risky `prompts`
-    matters (default: half). `points` are added on the way, evenly in `helpful` (0: vertices only).
+    boundary begins at every prompt's most harmless point and walks the edges of all hulls, the cheapest slope first.
+    Only the share of risky `prompts` matters (default: half). `points` are added, evenly in `helpful` (0: none).
     """
     risky = 0.5 if prompts is None else sum(topic_of(p) in RISKY for p in prompts) / len(prompts)
     shares = {False: 1 - risky, True: risky}
