@@ -10,7 +10,7 @@ on questions that neither the survey nor a client's prompts hold:
 """
 
 import math
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def measure_fedmoa(job: dict, directory: Path) -> list[Row]:
 
 def with_gains(groups: Groups) -> Groups:
     """Adds what the clients of either kind gain by adapters of their own over the global one."""
-    for row in (row for rows in groups.values() for row in rows):
+    for row in chain.from_iterable(groups.values()):
         row |= {f"{data}_gain": row[f"{data}_personal"] - row[f"{data}_after"] for data in ("careful", "poor")}
     return groups
 

@@ -51,11 +51,10 @@ def soups(job: dict, directory: Path) -> list[Row]:
     settings = BASE | {name: value for name, value in job.items() if name != "preferences"}
     ones = [Config(**settings | {"preference": [p, round(1.0 - p, 12)]}) for p in job["preferences"]]
     sweep.soups(ones, NAMES, directory, lambda config, resume, title: run.train(config, resume, progress=False))
-    rows = []
-    for one in ones:
-        summary = read_json((directory / sweep.label(one.preference) / "summary.json").read_text("utf-8"))
-        rows.append(outcome(one, summary, directory / f"specialist-{NAMES[0]}"))
-    return rows
+    mixtures = [directory / sweep.label(one.preference) / "summary.json" for one in ones]
+    summaries = [read_json(file.read_text("utf-8")) for file in mixtures]
+    specialist = directory / f"specialist-{NAMES[0]}"  # it has the same held-out prompts
+    return [outcome(one, summary, specialist) for one, summary in zip(ones, summaries, strict=True)]
 
 
 def outcome(config: Config, summary: dict, out: Path) -> Row:
@@ -74,12 +73,11 @@ def outcome(config: Config, summary: dict, out: Path) -> Row:
 def of_rounds(config: Config, summary: dict, lines: list[dict]) -> Row:
     """Means over the rounds, and the roughness of the rewards' curves in deviations of the base policy's.
 
-    Roughness² is the mean squared second difference / 6: 0 for a line, σ² for white noise around one. What sampling a
-    round's N responses alone makes is taken off, mean(s² / N), with s the round's deviation. It is NaN with groups,
-    whose responses to one prompt are alike.
+    Roughness² is the mean squared second difference / 6: 0 for a line, σ² for white noise around one. The share of
+    sampling N responses a round is taken off, mean(s² / N). NaN with groups, whose responses to a prompt are alike.
     """
-    logged = {"drift": "drift", "upload_bytes": "upload_bytes", "download_bytes": "download_bytes"}
-    logged |= {"disagreement": "lambda/disagreement", "lambda_helpful": "lambda/helpful"}
+    logged = {"disagreement": "lambda/disagreement", "lambda_helpful": "lambda/helpful"}
+    logged |= {name: name for name in ("drift", "upload_bytes", "download_bytes")}
     row = {name: float(np.mean([line[key] for line in lines])) for name, key in logged.items()}
     N, grouped = config.clients * config.batch_size, method_of(config).estimator.group_size > 1
     for name in NAMES:

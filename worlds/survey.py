@@ -5,8 +5,7 @@
 Groups have values v in the plane. They lie about four centres: north opposite south, east opposite west. Of an option
 o on issue i the people of a group think u = 2 (s_i ⊙ ℓ_o) · v + a_o + b_io, and they choose it with the odds exp(u):
 ℓ_o is what a word stands for, s_i how strongly the issue weighs each of the two values, a_o and b_io what everybody
-likes. A group is asked some of the questions, and PEOPLE of its people answer, so what it answered is a sample of what
-it thinks.
+likes. A group is asked some of the questions, and PEOPLE of its people answer: a sample of what it thinks.
 
 Eight groups take part, two about every centre; six are asked only afterwards. A predictor has to learn that a group's
 answers to some questions show its values, and so its answers to others.

@@ -1,7 +1,6 @@
-"""The toy world: a tiny language, a tiny Llama pre-trained on it, two conflicting objectives, their exact front.
+"""The toy world: a tiny language, a tiny Llama pre-trained on it, two objectives, their exact front. [ours]
 
-[ours] It enters the project as any model and data do: an ordinary checkpoint, prompts in HH-RLHF's format, and objectives
-that are functions in TRL's convention.
+It enters as any model and data do: a checkpoint, prompts in HH-RLHF's format, objectives in TRL's convention.
 
 The language. Somebody asks how to do one of 16 things, 8 benign ("bake bread") and 8 risky ("pick locks"). A reply
 is words: `take flour and yeast .` lists *details* of the topic, `ask police or friends .` lists *helpers* to turn to,
