@@ -3,9 +3,8 @@
     python -m experiments groups pareto          some of them, in this order
     python -m experiments all --quick            all in miniature, five minutes on one core
 
-NAME leaves results/NAME.csv (a row a run) and NAME.md (its tables), sweeps a picture too; results/README.md draws
-conclusions. A stopped experiment goes on where it was, and drawing tables again costs nothing. --quick writes to
-runs/quick, and its figures mean nothing. requirements-dev.txt is needed (SciPy).
+results/README.md says what they leave and draws conclusions. A stopped experiment goes on where it was, and drawing its
+tables again costs nothing. requirements-dev.txt is needed (SciPy).
 """
 
 import argparse

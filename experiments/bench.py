@@ -5,10 +5,9 @@
     python -m experiments.bench --device cuda --dtype bfloat16 --shapes tinyllama
     python -m experiments.bench --only lora sampler --pairs 5
 
-Models have random weights of a given shape, and responses never end early. Ours and the peer run in turn, so the
-machine's other load falls on both. A ratio is the median over the pairs, of the peer's time over ours (ours over the
-peer's if the name says "our time /"), with a bootstrapped 95 % interval that holds for one process. On shared CPU cores
-seconds mean little. A part imports its peer: a missing one leaves out that part only.
+Weights are random, responses never end early. Ours and the peer run in turn: the machine's other load falls on both.
+A ratio is the median over the pairs of the peer's time over ours (ours over the peer's if the name says "our time /"),
+with a bootstrapped 95 % interval that holds for one process. A missing peer leaves out its part only.
 """
 
 import argparse
@@ -169,9 +168,7 @@ def trl_trainers(bench: Bench) -> Iterator:
 
 
 def a_round(bench: Bench) -> Iterator[Comparison]:
-    """A round (8 clients × 16 responses, 2 objectives, 3 epochs) against GRPO's by TRL and PEFT, which takes one
-    gradient a step and has no critic. FIRM takes M and has one; MORLHF with groups is as GRPO.
-    """
+    """A round (8 clients × 16 responses, 2 objectives, 3 epochs) against TRL's, which is as MORLHF's with groups."""
     trainers, grouped = list(trl_trainers(bench)), {"advantages": "group"}
     methods = {"FIRM": {}, "FIRM with groups": grouped, "MORLHF with groups": grouped | {"method": "morlhf"}}
     for label, changes in methods.items():

@@ -1,17 +1,16 @@
 """The experiments of the other worlds: FedMOA (reasoning); PluralLLM's predictor and FIRM on it (survey). [ours]
 
 `fedmoa`: the judge is accuracy on held-out prompts, whose references are right.
-`predictor`: federated and central training take equally many optimizer steps, and a central step goes over all groups.
-A second comparison counts as the public code does: as many central steps as there are rounds.
-`plural`: a policy answers survey questions, and the predictor's shares of four groups are its objectives. It is judged
-by what the groups truly think, on questions that neither the survey nor a client's prompts hold:
+`predictor`: federated and central training take equally many optimizer steps; then as many central ones as rounds.
+`plural`: the predictor's shares of four groups are a policy's objectives. It is judged by what the groups truly think,
+on questions that neither the survey nor a client's prompts hold:
 
     share      Σ_o π(o) s_g(o), what an answer is worth to group g on average; greatest if the policy answers the mode
     alignment  1 − the distance of π over the options from s_g
 """
 
 import math
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +64,11 @@ DIFFERENCES = {
 
 
 def measure_fedmoa(job: dict, directory: Path) -> list[Row]:
-    """Train and measure one job: held-out means in raw units, those of the clients' kinds under their own adapters, and
-    λ in the last eighth of the rounds, means over the clients that hold the objective.
-    """
+    """Held-out means of one job in raw units, those of the clients' kinds, and λ in the last eighth of the rounds."""
     out = directory / "run"
     summary = run.train(Config(**PRESETS["fedmoa-tiny"] | job | {"out": str(out)}), progress=False)
     lines = read_lines(out / "metrics.jsonl")
-    row = {"method": job["method"], "seed": job["seed"], "kl": summary["kl"]["mean"]}
+    row = {"kl": summary["kl"]["mean"]}
     for name, figures in summary["objectives"].items():
         row[name] = figures["after"]["mean"]
         row[f"lambda_{name}"] = float(np.mean([line[f"lambda/{name}"] for line in lines[-max(len(lines) // 8, 1) :]]))
@@ -84,7 +81,7 @@ def measure_fedmoa(job: dict, directory: Path) -> list[Row]:
 
 def with_gains(groups: Groups) -> Groups:
     """Adds what the clients of either kind gain by adapters of their own over the global one."""
-    for row in (row for rows in groups.values() for row in rows):
+    for row in chain.from_iterable(groups.values()):
         row |= {f"{data}_gain": row[f"{data}_personal"] - row[f"{data}_after"] for data in ("careful", "poor")}
     return groups
 
@@ -100,7 +97,7 @@ def measure_predictor(job: dict, directory: Path) -> list[Row]:
     """Train both sides: their final figures on unseen groups, their curves, and what the context is worth."""
     config = Config(**PRESETS["pluralllm-tiny"] | job | {"out": str(directory / "run")})
     summary = predictor.train(config, progress=False)
-    lines, row = read_lines(directory / "run" / "metrics.jsonl"), {"method": "pluralllm", "seed": job["seed"]}
+    lines, row = read_lines(directory / "run" / "metrics.jsonl"), {}
     for side, figures in summary["sides"].items():
         row |= {f"{side}_{name}": figures[name] for name in ("start", *SCORES)}
         row |= {f"{side}@{line['round'] + 1}": line[key] for line in lines if (key := f"alignment/{side}") in line}
@@ -110,9 +107,7 @@ def measure_predictor(job: dict, directory: Path) -> list[Row]:
 
 
 def by_side(groups: Groups) -> Groups:
-    """A row per seed and side: its scores, and the rounds until it has gone 0.95 of the way from the mean start to the
-    better side's end, NaN if it never does.
-    """
+    """A row per seed and side: scores, and the rounds until 0.95 of the way from the mean start to the better end."""
     result: Groups = {f"{side}, {counting}": [] for counting in (EQUAL, COUNTED) for side in SIDES}
     for counting in (EQUAL, COUNTED):
         for pair in zip(groups[EQUAL], groups[counting], strict=True):  # federated training is the same in both
@@ -132,7 +127,6 @@ def by_side(groups: Groups) -> Groups:
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
 POLICIES = ("firm β=0.01", "firm β=1", "firm β=10", "mgda", "linear", "morlhf", "minimum", "maximum", "adaptive",
             "firm β=0.01 groups", "linear groups", "minimum groups", "adaptive groups")  # fmt: skip
-PLURAL = {label: {"preset": "plural-firm-tiny"} | settings_of(label) for label in POLICIES}
 BEST_RATE = {"firm β=0.01": 3e-3, "adaptive": 3e-3, "firm β=0.01 groups": 6e-3, "adaptive groups": 3e-3}  # of three
 WORST = ["worst_share", "mean_share", "worst_alignment", "kl"]
 PAIRS = [
@@ -150,7 +144,7 @@ def measure_policy(job: dict, directory: Path) -> list[Row]:
     grams = [safetensors.torch.load_file(file)["steps"].flatten(0, 2) for file in (out / "grams").iterdir()]
     G = torch.cat(grams)  # [steps, k, k]
     lowest = torch.stack([pair_cosines(gram).min() for gram in G]).mean() if G.shape[1] > 1 else math.nan
-    row = {"method": job["method"], "seed": job["seed"], "kl": summary["kl"]["mean"], "lowest_cosine": float(lowest)}
+    row = {"kl": summary["kl"]["mean"], "lowest_cosine": float(lowest)}
     session = Session(config, progress=False)
     row |= {f"base_{name}": value for name, value in truth(session, job["seed"]).items()}
     peft_files.load(session.policy.adapter, out / "adapter")
@@ -160,7 +154,7 @@ def measure_policy(job: dict, directory: Path) -> list[Row]:
 @torch.no_grad()
 def truth(session: Session, seed: int) -> dict[str, float]:
     """The policy as it stands against what the groups truly think, on the held-out prompts."""
-    opinions, policy = survey.Opinions.drawn(seed), session.policy
+    opinions, policy = survey.Opinions(seed), session.policy
     values = np.zeros((2, len(session.held_out), len(GROUPS)))  # shares and alignments
     for i, prompt in enumerate(session.held_out):
         options, issue = prompt.columns["options"], survey.issue_of(prompt.columns["question"])
@@ -211,8 +205,9 @@ EXPERIMENTS = {
         "end − start). Own context: 15 answers of the group itself; other: of one with another centre.",
     ),
     "plural": Experiment(
-        measure_policy, {label: PLURAL[label] | {"lr": BEST_RATE.get(label, 1.5e-3)} for label in POLICIES},
-        seeds(10), [*WORST, "jain_share", "mean_alignment", "lowest_cosine"],
+        measure_policy, {label: settings_of(label) | {"lr": BEST_RATE.get(label, 1.5e-3)} for label in POLICIES},
+        [{"preset": "plural-firm-tiny"} | seed for seed in seeds(10)],
+        [*WORST, "jain_share", "mean_alignment", "lowest_cosine"],
         {"Less fixed weights, and gradients balanced less the adaptive reward": PAIRS}, WORST, derive=with_base,
     ),
 }  # fmt: skip

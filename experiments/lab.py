@@ -1,8 +1,5 @@
 """Experiments as data, and how they are conducted: runs, rows of their figures, a page of tables. [ours]
 
-Reported seeds start at 10: the update was designed on seeds 0 to 9; tuning has 101 and 102. Methods are compared at one
-common setting, or each at the best of equally many. Equal seeds mean equal splits and adapters: differences are paired.
-
 A job is a dict of settings. A worker process of one thread calls `measure(job, directory)`, which trains and measures
 it in an empty directory and returns its rows. They go to results/NAME.csv as soon as the job ends, and a job whose rows
 are there is not run: a stopped experiment goes on. Rows are found by settings and `UPDATE`, and name their commit.
@@ -18,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ UPDATE = 2  # raise it with every change that alters more than the rounding of a
 COMMON = {"lr": 3e-3, "server_lr": 2.0, "kl_coef": 0.003}  # the best of results/tuning.md, on average over 7 methods
 TUNING_SEEDS = [{"seed": seed} for seed in (101, 102)]
 MINIATURE = {"rounds": 3, "held_out": 32, "eval_samples": 2}
-TEXTS = ("settings", "commit", "method")  # columns of a row that are no figures
+TEXTS = ("settings", "commit", "method")  # columns that are no figures; older rows name the method
 
 Measure = Callable[[dict[str, Any], Path], list[Row]]
 
@@ -59,16 +57,15 @@ class Experiment:
 
 
 def seeds(n: int) -> list[dict[str, int]]:
-    """The n seeds that are reported."""
+    """The n seeds that are reported; the update was designed on seeds 0 to 9."""
     return [{"seed": seed} for seed in range(10, 10 + n)]
 
 
 def settings_of(label: str) -> dict[str, Any]:
     """What a label names: `firm β=10 groups` is FIRM at β = 10 with groups of responses in the critic's place."""
-    name = label.removesuffix(" groups")
-    method, _, beta = name.partition(" β=")
+    method, _, beta = label.removesuffix(" groups").partition(" β=")
     settings = {"method": method} | ({"beta": float(beta)} if beta else {})
-    return settings | ({} if name == label else {"advantages": "group"})
+    return settings | ({"advantages": "group"} if label.endswith(" groups") else {})
 
 
 def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
@@ -94,10 +91,7 @@ def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
 
 
 def rows_of(path: Path, jobs: Sequence[dict], measure: Measure, workers: int) -> dict[str, list[Row]]:
-    """The rows of a file by the keys of their jobs, after the missing jobs have run.
-
-    Stops at the first that fails; the rows of those that ended are on disk.
-    """
+    """The rows of a file by the keys of their jobs, after the missing jobs have run. Stops at the first that fails."""
     present, version = read_rows(path), commit()
     missing = {key(job): job for job in jobs if key(job) not in present}
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
@@ -126,11 +120,9 @@ def key(job: dict) -> str:
 
 def commit() -> str:
     """The commit that is checked out, with a + if code has changed since; `unknown` outside of git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-    return (git("log", "-1", "--format=%h") or "unknown") + "+" * bool(git("status", "--porcelain", "--", ":/*.py"))
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    head = git(["git", "log", "-1", "--format=%h"]).stdout.strip() or "unknown"
+    return head + "+" * bool(git(["git", "status", "--porcelain", "--", ":/*.py"]).stdout)
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -1,8 +1,7 @@
 """From rows to statements: intervals, paired tests, tables in Markdown. [ours]
 
-A row holds the settings and figures of one run, see `lab.py`; a group is the rows of one label, a run per seed. Over n
-seeds ± is half a 95 % interval, t₀.₉₇₅,ₙ₋₁ · s / √n. Two groups are compared by the differences of their runs of equal
-seeds, with the paired t-test; p-values are adjusted after Holm (1979) over the pairs that are compared in one figure.
+A row holds the settings and figures of one run, a group the rows of one label, a run per seed. Over n seeds ± is half a
+95 % interval, t₀.₉₇₅,ₙ₋₁ · s / √n. Groups are compared by the paired t-test, adjusted after Holm (1979).
 """
 
 import math
@@ -80,12 +79,10 @@ def means(groups: Groups, figures: Sequence[str]) -> str:
 
 
 def differences(groups: Groups, figures: Sequence[str], pairs: Sequence[tuple[str, str]]) -> str:
-    """A table with a line per pair (a, b) and a column per figure: a − b ± half its 95 % interval (p; p after Holm).
-
-    A column's family of tests is its pairs in which both groups have the figure, see `measured`.
-    """
+    """A table with a line per pair (a, b) and a column per figure: a − b ± half its 95 % interval (p; p after Holm)."""
     columns = []
     for figure in figures:
+        # a column's tests are those of the pairs in which both groups have the figure
         family = [pair for pair in pairs if all(measured(groups[label], figure) for label in pair)]
         tests = [paired(groups[a], groups[b], figure) for a, b in family]
         cells = dict.fromkeys(pairs, "–")

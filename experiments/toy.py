@@ -1,8 +1,7 @@
 """The experiments of the toy world: FIRM and the baselines, β, the update, preferences, bytes. [ours]
 
-Progress is measured against the exact Pareto front of the held-out prompts. A gain is normalised by what the ideal
-point would gain, gain_j / (ideal_j − base_j), and the worst is that of the objective that gained least. A sweep of
-preferences is measured by `sweep.normalised_hypervolume`.
+A gain is normalised by what the ideal point of the held-out prompts' exact Pareto front would gain, gain_j / (ideal_j −
+base_j); the worst is that of the objective that gained least. Sweeps: `sweep.normalised_hypervolume`.
 """
 
 import math
@@ -42,8 +41,8 @@ def measure(job: dict, directory: Path) -> list[Row]:
     summary = run.train(config, progress=False)
     row = outcome(config, summary, out) | of_rounds(config, summary, read_lines(out / "metrics.jsonl"))
     if config.method == "firm":
-        files = sorted((out / "grams").glob("*.safetensors"))
-        row |= of_grams([safetensors.torch.load_file(file) for file in files], config.preference)
+        grams = map(safetensors.torch.load_file, sorted((out / "grams").iterdir()))
+        row |= of_grams(list(grams), config.preference)
     return [row]
 
 
@@ -52,11 +51,10 @@ def soups(job: dict, directory: Path) -> list[Row]:
     settings = BASE | {name: value for name, value in job.items() if name != "preferences"}
     ones = [Config(**settings | {"preference": [p, round(1.0 - p, 12)]}) for p in job["preferences"]]
     sweep.soups(ones, NAMES, directory, lambda config, resume, title: run.train(config, resume, progress=False))
-    rows = []
-    for one in ones:
-        summary = read_json((directory / sweep.label(one.preference) / "summary.json").read_text("utf-8"))
-        rows.append(outcome(one, summary, directory / f"specialist-{NAMES[0]}"))
-    return rows
+    mixtures = [directory / sweep.label(one.preference) / "summary.json" for one in ones]
+    summaries = [read_json(file.read_text("utf-8")) for file in mixtures]
+    specialist = directory / f"specialist-{NAMES[0]}"  # it has the same held-out prompts
+    return [outcome(one, summary, specialist) for one, summary in zip(ones, summaries, strict=True)]
 
 
 def outcome(config: Config, summary: dict, out: Path) -> Row:
@@ -64,8 +62,8 @@ def outcome(config: Config, summary: dict, out: Path) -> Row:
     prompts = [sample["prompt"] for sample in read_lines(out / "samples.jsonl")]
     ideal = toy.pareto_front(prompts, points=0).max(0)  # [2]
     p = config.preference[0] if config.preference else 1 / len(config.objectives)
-    row = {"method": config.method, "seed": config.seed, "p": p, "kl": summary["kl"]["mean"], "held_out": len(prompts)}
-    row["risky"] = sum(toy.topic_of(prompt) in toy.RISKY for prompt in prompts)
+    risky = sum(toy.topic_of(prompt) in toy.RISKY for prompt in prompts)
+    row = {"p": p, "kl": summary["kl"]["mean"], "held_out": len(prompts), "risky": risky}
     for j, name in enumerate(NAMES):
         before, after = (summary["objectives"][name][stage]["mean"] for stage in ("before", "after"))
         row |= {f"base_{name}": before, name: after, f"normalised_{name}": (after - before) / (ideal[j] - before)}
@@ -75,24 +73,19 @@ def outcome(config: Config, summary: dict, out: Path) -> Row:
 def of_rounds(config: Config, summary: dict, lines: list[dict]) -> Row:
     """Means over the rounds, and the roughness of the rewards' curves in deviations of the base policy's.
 
-    It is net of what sampling a round's N responses alone makes, √max(roughness² − mean(s² / N), 0), with s the round's
-    deviation. It is NaN with groups, whose responses to one prompt are alike.
+    Roughness² is the mean squared second difference / 6: 0 for a line, σ² for white noise around one. The share of
+    sampling N responses a round is taken off, mean(s² / N). NaN with groups, whose responses to a prompt are alike.
     """
-    logged = ("drift", "upload_bytes", "download_bytes", "lambda/disagreement", "lambda/helpful")
-    row = {name: float(np.mean([line[name] for line in lines])) for name in logged}
-    row |= {"disagreement": row.pop("lambda/disagreement"), "lambda_helpful": row.pop("lambda/helpful")}
+    logged = {"disagreement": "lambda/disagreement", "lambda_helpful": "lambda/helpful"}
+    logged |= {name: name for name in ("drift", "upload_bytes", "download_bytes")}
+    row = {name: float(np.mean([line[key] for line in lines])) for name, key in logged.items()}
     N, grouped = config.clients * config.batch_size, method_of(config).estimator.group_size > 1
     for name in NAMES:
-        noise = roughness([line[f"reward/{name}"] for line in lines]) ** 2
-        noise -= float(np.mean([line[f"reward_sd/{name}"] ** 2 for line in lines])) / N
-        net = max(noise, 0.0) ** 0.5 / summary["objectives"][name]["calibration"]["scale"]
+        squared = np.mean(np.diff([line[f"reward/{name}"] for line in lines], 2) ** 2) / 6
+        squared -= np.mean([line[f"reward_sd/{name}"] ** 2 for line in lines]) / N
+        net = float(max(squared, 0.0)) ** 0.5 / summary["objectives"][name]["calibration"]["scale"]
         row[f"net_roughness_{name}"] = math.nan if grouped else net
     return row
-
-
-def roughness(curve: Sequence[float]) -> float:
-    """√(mean squared second difference / 6) of a curve: 0 for a line, σ for white noise of deviation σ around one."""
-    return float(np.sqrt(np.mean(np.diff(curve, 2) ** 2) / 6.0))
 
 
 def of_grams(grams: list[dict[str, Tensor]], preference: list[float] | None) -> Row:
@@ -104,7 +97,7 @@ def of_grams(grams: list[dict[str, Tensor]], preference: list[float] | None) -> 
         lam = torch.stack([mgda.solve(mgda.normalise(g), beta, preference) for g in G.flatten(0, 2)]).view(G.shape[:-1])
         apart = lam - lam.mean(1, keepdim=True)  # [T, C, K, M]
         pairs = zip(grams, lam[:, :, 0], strict=True)
-        drifts = [diagnostics.drift(gram["start"].sum((1, 4)), first, gram["weights"]) for gram, first in pairs]
+        drifts = [diagnostics.drift(gram["start"], first, gram["weights"]) for gram, first in pairs]
         row[f"disagreement@{beta:g}"] = float(apart.norm(dim=-1).mean())
         row[f"twin_disagreement@{beta:g}"] = float((apart[..., 0] - apart[..., -1]).abs().mean())
         row[f"drift@{beta:g}"] = float(np.mean(drifts))
@@ -175,7 +168,6 @@ TWIN = ["same_twin_disagreement", "same_drift", "twin_disagreement", "drift"]
 THREE = [*BASE["objectives"], "py:worlds/toy.py:twin"]
 FIRM = COMMON | {"method": "firm"}
 TWINS = FIRM | {"objectives": THREE, "preference": [0.25, 0.5, 0.25]}
-ONE_ROUND = {"rounds": 1, "held_out": 16, "eval_samples": 1}
 
 EXPERIMENTS = {
     "agreement": Experiment(  # every method at the common setting: what differs is the method alone
@@ -206,9 +198,9 @@ EXPERIMENTS = {
     ),
     "communication": Experiment(
         measure,
-        {f"{method}, M = {M}": ONE_ROUND | {"method": method, "objectives": [*THREE, "rule:brevity"][:M]}
+        {f"{method}, M = {M}": {"method": method, "objectives": [*THREE, "rule:brevity"][:M]}
          for method in ("firm", "linear", "fsmgda", "fedcmoo") for M in (2, 3, 4)},
-        [{"seed": 0}], ["upload_bytes", "download_bytes"],
+        [{"seed": 0, "rounds": 1, "held_out": 16, "eval_samples": 1}], ["upload_bytes", "download_bytes"],
         note="Bytes of one client and round. An adapter has d = 17,408 numbers, 69,632 bytes; named numbers have 8.",
     ),
     "pareto": swept(

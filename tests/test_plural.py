@@ -21,7 +21,7 @@ def test_the_truth_is_the_expected_share_and_the_distance_under_the_policys_own_
     with torch.no_grad():
         pi = session.policy.model(torch.tensor([prompt.token_ids])).logits[0, -1].double().softmax(0)
     pi = torch.stack([pi[session.policy.tokenizer.vocab[option]] for option in options])
-    true = survey.Opinions.drawn(0).shares("south 1", survey.issue_of(prompt.columns["question"]), options)
+    true = survey.Opinions(0).shares("south 1", survey.issue_of(prompt.columns["question"]), options)
     assert one["share_south-1"] == pytest.approx(float(pi @ torch.tensor(true)))
     apart = distance.jensenshannon(pi / pi.sum(), true)  # SciPy's, in nats
     assert one["alignment_south-1"] == pytest.approx(1 - apart)

@@ -84,7 +84,7 @@ def test_eight_clients_differ_by_task_difficulty_and_data_and_no_question_is_ask
     rows = list(reasoning.rows(0.5))
     counts = Counter((row.get("client"), row["task"], row["subset"]) for row in rows)
     expected = {(c, task, f"{task}, {how}"): 192 for c, (task, how, _) in enumerate(reasoning.CLIENTS)}
-    expected |= {(None, task, f"{task}, {how}"): 32 for task in reasoning.TASKS for how in reasoning.DIFFICULTIES}
+    expected |= {(None, task, f"{task}, {how}"): 32 for task, how in reasoning.SIZES}
     assert counts == expected
     assert len({question_of(row) for row in rows}) == len(rows)
 
@@ -118,7 +118,7 @@ def test_the_questions_do_not_depend_on_the_severity_and_do_on_the_seed():
 
 
 def test_the_corpus_is_known_to_the_tokenizer_fits_and_makes_each_slip_as_often_as_stated():
-    tokenizer, kinds = tiny_llama.make_tokenizer(reasoning.vocabulary()), Counter()
+    tokenizer, kinds = tiny_llama.make_tokenizer(reasoning.VOCABULARY), Counter()
     for question, reply in reasoning.corpus(2, 8000):
         ids = tokenizer(f"{question} {reply} <eos>", add_special_tokens=False).input_ids
         assert tokenizer.unk_token_id not in ids and len(f"{reply} <eos>".split()) <= 12

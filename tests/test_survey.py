@@ -11,7 +11,7 @@ from worlds.opinions import chosen
 
 @pytest.fixture(scope="module")
 def opinions():
-    return survey.Opinions.drawn(3)
+    return survey.Opinions(3)
 
 
 def test_shares_are_the_odds_of_what_a_group_thinks(opinions):
@@ -43,7 +43,7 @@ def test_every_group_answers_its_part_of_the_survey():
 
 
 def test_answers_are_a_sample_of_what_a_group_thinks():
-    opinions, gaps = survey.Opinions.drawn(0), []
+    opinions, gaps = survey.Opinions(0), []
     for row in survey.answers(0):
         p = opinions.shares(row["group"], survey.issue_of(row["question"]), row["options"])
         gaps.extend((np.array(row["distribution"]) - p) / np.sqrt(p * (1 - p) / survey.PEOPLE))

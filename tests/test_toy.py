@@ -218,7 +218,7 @@ def test_equal_seeds_pretrain_equal_weights_and_leave_generator_and_threads_alon
 
 
 def untrained(**settings):
-    tokenizer = tiny_llama.make_tokenizer(toy.vocabulary())
+    tokenizer = tiny_llama.make_tokenizer(toy.VOCABULARY)
     return tiny_llama.make_model(tokenizer), tokenizer
 
 

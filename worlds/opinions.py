@@ -6,8 +6,7 @@ A row is one group's answer to one question,
 
 or one question with the answers of many groups, as GlobalOpinionQA publishes it (Durmus et al. 2023, the dataset
 Anthropic/llm_global_opinions): `question`, `selections`, a mapping of countries to lists of shares, and `options`. In a
-CSV file lists and mappings are Python's text of them. Shares that are empty or all zero mean that a country was not
-asked.
+CSV file lists and mappings are Python's text of them. A country without shares, or with zeros only, was not asked.
 """
 
 import ast
@@ -17,14 +16,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pluralllm import Answers, Question
 
-TRAIN_GROUPS = (
-    "Nigeria", "Egypt", "India (Current national sample)", "Germany", "United States", "Canada", "Argentina",
-    "Australia",
-)  # fmt: skip
+TRAIN_GROUPS = ("Nigeria", "Egypt", "India (Current national sample)", "Germany", "United States", "Canada",
+                "Argentina", "Australia")  # fmt: skip
 UNSEEN_GROUPS = ("China", "Japan", "France", "Spain", "Brazil", "New Zealand")  # as the eight above [code]
 TOLERANCE = 0.02  # how far the sum of shares may be from 1
 QUOTES = " \t\r\n\"'“”‘’«»"  # and white space
@@ -42,19 +38,21 @@ def read(rows: Iterable[tuple[str, dict[str, Any]]]) -> tuple[list[Question], An
         question = Question(row["question"], tuple(map(str, parsed(row["options"]))))
         if len(set(question.options)) < max(2, len(question.options)):
             raise ValueError(f"{where}: options: {question.options} must be two or more, all different; drop the row")
-        for group, shares in shares_by_group(row).items():
+        if "selections" in row:
+            asked = {group: shares for group, shares in parsed(row["selections"]).items() if any(shares)}
+        else:
+            asked = {row.get("group") or row["country"]: parsed(row["distribution"])}
+        for group, shares in asked.items():
             number = numbers.setdefault(question, len(numbers))
             if number in answers.setdefault(group, {}):
                 raise ValueError(f"{where}: {group} answers this question a second time; keep one answer")
-            answers[group][number] = normalised(f"{where}: {group}", shares, len(question.options))
+            y = torch.tensor([float(share) for share in shares], dtype=torch.float64)
+            if (
+                len(y) != len(question.options) or (y < 0).any() or not abs(y.sum() - 1) <= TOLERANCE
+            ):  # NaN is not either
+                raise ValueError(f"{where}: {group}: {shares} must be a share >= 0 per option, of sum 1; drop the row")
+            answers[group][number] = (y / y.sum()).float()
     return list(numbers), answers
-
-
-def shares_by_group(row: dict[str, Any]) -> dict[str, Sequence[float]]:
-    """group -> shares, of the groups that a row says were asked."""
-    if "selections" in row:
-        return {group: shares for group, shares in parsed(row["selections"]).items() if any(shares)}
-    return {row.get("group") or row["country"]: parsed(row["distribution"])}
 
 
 def parsed(value: Any) -> Any:
@@ -62,14 +60,6 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return ast.literal_eval(re.sub(r"^\s*defaultdict\([^{]*(\{.*\})\)\s*$", r"\1", value, flags=re.DOTALL).strip())
-
-
-def normalised(whose: str, shares: Sequence[float], options: int) -> Tensor:
-    """Shares [options] divided by their sum. Raises ValueError if that is far from 1."""
-    y = torch.tensor([float(share) for share in shares], dtype=torch.float64)
-    if len(y) != options or (y < 0).any() or not abs(y.sum() - 1) <= TOLERANCE:  # NaN is not either
-        raise ValueError(f"{whose}: the shares {shares} must be {options} numbers that sum to 1; drop the row")
-    return (y / y.sum()).float()
 
 
 def of_groups(
@@ -80,12 +70,10 @@ def of_groups(
     Raises ValueError for a group that is unknown, named twice, or answered fewer than `needed` questions.
     """
     for group in groups:
-        if group not in answers:
-            raise ValueError(f"groups: nobody answers as {group!r}; there are {', '.join(sorted(answers))}")
         if groups.count(group) > 1:
             raise ValueError(f"groups: {group} is named twice; a group either trains or is unseen")
-        if len(answers[group]) < needed:
-            raise ValueError(f"groups: {group} answered {len(answers[group])} of {needed} questions; leave it out")
+        if (n := len(answers.get(group, ()))) < needed:
+            raise ValueError(f"groups: {group} answered {n} of {needed} questions; there are {', '.join(answers)}")
     asked = sorted({q for group in groups for q in answers[group]})
     place = {q: i for i, q in enumerate(asked)}
     return [questions[q] for q in asked], {g: {place[q]: y for q, y in answers[g].items()} for g in groups}

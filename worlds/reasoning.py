@@ -1,21 +1,18 @@
 """The second embedded world: two small tasks whose answers can be checked, and clients that differ. [ours]
 
-Like `worlds/toy.py` it enters the project as any model and data do. FedMOA needs it: accuracy can be checked here.
-
     mathematics   what is 3 + 4 - 2 ?        7 , 5 so 5 .         the running values, then the answer
     code          make 14 from 3 4 2 .       3 4 mul 2 add .      a stack program: a number pushes itself, add, sub and
                                                                   mul take two and push one
 
-A problem has two operations (easy) or more (hard: four in mathematics, three in code), on numbers from 1 to 6. In a
-program each given number may be used once at most, in any order. It is right if it leaves the value that was asked for
-and nothing else. `execute` runs programs; it knows numbers and these three words only.
+A problem has two operations (easy) or more (hard: four in mathematics, three in code) on numbers from 1 to 6. A program
+may use each given number once at most, in any order, and leaves one value: that which was asked for, if it is right.
 
 The objectives, for a reply of n words:
 
     accuracy   1 if the answer, or what the program leaves, is the reference answer, else 0
     format     1 if it is a well-made reply, right or wrong, else 0: running values, and the last of them as the answer;
                a program that leaves one value
-    length     1 - n / 11, at least 0: short replies
+    length     1 - n / 11, at least 0
 
 They conflict: `so 5 .` is short, but a model that skips the running values is mostly wrong.
 
@@ -23,12 +20,10 @@ A fifth of all sets of numbers is held out: no client and no pre-training sees t
 pre-trained model is right one time in three: it skips the running values, stops one operation early, and miscounts.
 
 Eight clients differ by task, by difficulty, and by data: half are careful, half are poor. In a poor client's data a
-share of the reference answers, `severity`, is systematically wrong: the value one operation before the end. That can be
-learnt, and the model makes that very slip. So a client with few right answers has hard problems or poor data, and its
-accuracy alone cannot tell which. References of rows without a client are right.
+share of the reference answers, `severity`, is systematically wrong: the value one operation before the end, a slip that
+can be learnt. A client's accuracy alone cannot tell hard problems from poor data. The held-out references are right.
 """
 
-import json
 import random
 import re
 import zlib
@@ -41,13 +36,14 @@ from worlds import tiny_llama
 
 MAX_WORDS = 11  # a reply with its EOS is 12 tokens
 TASKS = ("mathematics", "code")
-DIFFICULTIES = ("easy", "hard")
 SIZES = {("mathematics", "easy"): 2, ("mathematics", "hard"): 4, ("code", "easy"): 2, ("code", "hard"): 3}  # operations
-CLIENTS = tuple(product(TASKS, DIFFICULTIES, ("careful", "poor")))
+CLIENTS = tuple((*kind, data) for kind, data in product(SIZES, ("careful", "poor")))
 HIGHEST = 6  # of the numbers given; what comes out of them is from 0 to LIMIT
 LIMIT = 40
 OPERATIONS = {"+": int.__add__, "-": int.__sub__}
 INSTRUCTIONS = {"add": int.__add__, "sub": int.__sub__, "mul": int.__mul__}
+WORDS = ("what", "is", "make", "from", "so", "?", ".", ",")
+VOCABULARY = [*WORDS, *OPERATIONS, *INSTRUCTIONS, *map(str, range(LIMIT + 1))]
 SKIPS, STOPS_EARLY = 0.3, 0.2  # slips of the pre-training corpus: no running values (mathematics), an operation short
 HELD_OUT = 32  # problems of each task and difficulty
 PROMPTS = 192  # of each client
@@ -154,11 +150,6 @@ def length(prompts: Sequence[str], completions: Sequence[str], **columns) -> lis
     return [max(0.0, 1.0 - len(completion.split()) / MAX_WORDS) for completion in completions]
 
 
-def vocabulary() -> list[str]:
-    """Every word of the world."""
-    return ["what", "is", "make", "from", "so", "?", ".", ",", *OPERATIONS, *INSTRUCTIONS, *map(str, range(LIMIT + 1))]
-
-
 def corpus(seed: int, size: int) -> list[tuple[str, str]]:
     """`size` (question, reply) pairs with the slips, of 2 to 4 operations, programs of 3 at most; nothing held out."""
     rng, pairs = random.Random(seed), []
@@ -172,7 +163,7 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
 
 def pretrain(steps: int = 1000, batch_size: int = 64, lr: float = 5e-3, seed: int = 0, progress: Callable = iter):
     """A fresh model trained on the corpus, see `tiny_llama.pretrain`."""
-    return tiny_llama.pretrain(vocabulary(), corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
+    return tiny_llama.pretrain(VOCABULARY, corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
 
 
 def rows(severity: float, seed: int = 0) -> Iterator[dict]:
@@ -181,7 +172,7 @@ def rows(severity: float, seed: int = 0) -> Iterator[dict]:
     No two are alike. The questions are the same for every severity, and so are the references that turn wrong first.
     """
     rng, seen = random.Random(seed), set()
-    owners = [(None, task, difficulty, "careful") for task in TASKS for difficulty in DIFFICULTIES]
+    owners = [(None, *kind, "careful") for kind in SIZES]
     owners += [(client, *kind) for client, kind in enumerate(CLIENTS)]
     for client, task, difficulty, data in owners:
         for _ in range(HELD_OUT if client is None else PROMPTS):
@@ -201,15 +192,7 @@ def prepare(
 
     severity: the share of wrong references at poor clients; rows_seed: of the prompts; settings: `pretrain`'s.
     """
-
-    def fill_model(directory: Path) -> None:
-        for part in pretrain(**settings, progress=progress):
-            part.save_pretrained(directory / "model")
-
-    def fill_prompts(directory: Path) -> None:
-        lines = (json.dumps(row) + "\n" for row in rows(severity, rows_seed))
-        (directory / "prompts.jsonl").write_text("".join(lines), "utf-8")
-
-    model = tiny_llama.cached(fill_model, __file__, settings, cache_dir)
-    prompts = tiny_llama.cached(fill_prompts, __file__, {"severity": severity, "rows_seed": rows_seed}, cache_dir)
+    drawn = {"severity": severity, "rows_seed": rows_seed}
+    model = tiny_llama.saved({"model": lambda: pretrain(**settings, progress=progress)}, __file__, settings, cache_dir)
+    prompts = tiny_llama.saved({"prompts": lambda: rows(severity, rows_seed)}, __file__, drawn, cache_dir)
     return model / "model", prompts / "prompts.jsonl"

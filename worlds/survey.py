@@ -5,26 +5,24 @@
 Groups have values v in the plane. They lie about four centres: north opposite south, east opposite west. Of an option
 o on issue i the people of a group think u = 2 (s_i ⊙ ℓ_o) · v + a_o + b_io, and they choose it with the odds exp(u):
 ℓ_o is what a word stands for, s_i how strongly the issue weighs each of the two values, a_o and b_io what everybody
-likes. A group is asked some of the questions, and PEOPLE of its people answer, so what it answered is a sample of what
-it thinks.
+likes. A group is asked some of the questions, and PEOPLE of its people answer: a sample of what it thinks.
 
-Eight groups take part, two about every centre; six are asked only afterwards. A group's answers to some questions show
-its values, and so its answers to others: that is what a predictor has to learn in context.
+Eight groups take part, two about every centre; six are asked only afterwards. A predictor has to learn that a group's
+answers to some questions show its values, and so its answers to others.
 
-The language model is pre-trained to answer with any one of the listed options. Opposite groups pull its answers in
-opposite directions. What a group thinks is known for every question (`Opinions.shares`), so a policy is judged by the
-truth and not by the predictor that rewarded it.
-A seed draws values, words' meanings, questions and samples; the two models are the same for all seeds.
+The language model is pre-trained to answer with any one of the listed options. What a group thinks is known for every
+question (`Opinions.shares`), so a policy is judged by the truth and not by the predictor that rewarded it. The two
+models are the same for all seeds.
 """
 
-import json
 import random
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaModel
 
 from worlds import tiny_llama
 
@@ -37,27 +35,19 @@ UNSEEN_GROUPS = (*(f"{centre} 3" for centre in CENTRES), "north 4", "south 4")
 SPREAD = 0.2  # of the groups about their centre, in every direction
 QUESTIONS, PER_GROUP, PEOPLE = 80, 48, 200  # in the survey; asked of each group; who answer in each group
 OPTIONS, PROMPTS = (3, 4, 5), 320  # how many options a question has; other questions, for the language model
+Files = namedtuple("Files", "model encoder opinions prompts")  # checkpoint directories, and files of rows
 VOCABULARY = ["what", "matters", "most", "for", ":", ",", "or", "?", ".", *ISSUES, *WORDS]
 
 
-@dataclass(frozen=True)
 class Opinions:
     """What words and issues are about, and what groups think, drawn from one seed."""
 
-    meaning: np.ndarray  # ℓ [words, 2]
-    about: np.ndarray  # s [issues, 2]
-    liked: np.ndarray  # a + b [issues, words]
-    values: dict[str, np.ndarray]  # v [2] of every group
-
-    @classmethod
-    def drawn(cls, seed: int) -> "Opinions":
-        """Those of a seed."""
-        rng = np.random.default_rng(seed)
-        meaning, about = rng.normal(size=(len(WORDS), 2)), 1 + 0.3 * rng.normal(size=(len(ISSUES), 2))
-        liked = 0.7 * rng.normal(size=len(WORDS)) + 0.3 * rng.normal(size=(len(ISSUES), len(WORDS)))
-        groups = (*TRAIN_GROUPS, *UNSEEN_GROUPS)
-        values = {group: CENTRES[group.split()[0]] + SPREAD * rng.normal(size=2) for group in groups}
-        return cls(meaning, about, liked, values)
+    def __init__(self, seed: int) -> None:
+        rng, groups = np.random.default_rng(seed), (*TRAIN_GROUPS, *UNSEEN_GROUPS)
+        self.meaning = rng.normal(size=(len(WORDS), 2))  # ℓ
+        self.about = 1 + 0.3 * rng.normal(size=(len(ISSUES), 2))  # s
+        self.liked = 0.7 * rng.normal(size=len(WORDS)) + 0.3 * rng.normal(size=(len(ISSUES), len(WORDS)))  # a + b
+        self.values = {group: CENTRES[group.split()[0]] + SPREAD * rng.normal(size=2) for group in groups}  # v [2]
 
     def shares(self, group: str, issue: str, options: Sequence[str]) -> np.ndarray:
         """The share of a group's people that would choose each option [k] if all of them were asked."""
@@ -94,7 +84,7 @@ def prompt_text(question: str, options: Sequence[str]) -> str:
 
 def answers(seed: int) -> Iterator[dict]:
     """What every group answered, as rows of an opinions file."""
-    opinions, rng = Opinions.drawn(seed), np.random.default_rng([seed, 1])
+    opinions, rng = Opinions(seed), np.random.default_rng([seed, 1])
     survey = list(questions(seed, QUESTIONS))
     for group in opinions.values:
         for q in sorted(rng.choice(QUESTIONS, PER_GROUP, replace=False)):
@@ -104,7 +94,7 @@ def answers(seed: int) -> Iterator[dict]:
 
 
 def prompts(seed: int) -> Iterator[dict]:
-    """Questions outside the survey as prompts in HH-RLHF's form, with `question` and `options` beside it."""
+    """Questions outside the survey as prompts in HH-RLHF's form, with `question` and `options` as columns."""
     for question, options in list(questions(seed, QUESTIONS + PROMPTS))[QUESTIONS:]:
         dialogue = f"\n\nHuman: {prompt_text(question, options)}\n\nAssistant: {options[0]} ."
         yield {"chosen": dialogue, "question": question, "options": options}
@@ -121,9 +111,6 @@ def pretrain(steps: int = 800, batch_size: int = 64, lr: float = 5e-3, seed: int
 
 def make_encoder(width: int = 64, seed: int = 0):
     """What embeds the questions: a Llama without layers, for which a text is the mean of its words' random vectors."""
-    import torch
-    from transformers import LlamaConfig, LlamaModel
-
     tokenizer = tiny_llama.make_tokenizer(VOCABULARY)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=0,
@@ -134,27 +121,10 @@ def make_encoder(width: int = 64, seed: int = 0):
         return LlamaModel(config).eval(), tokenizer
 
 
-class Files(NamedTuple):
-    """Checkpoint directories of the policy and of the encoder, answers, prompts."""
-
-    model: Path
-    encoder: Path
-    opinions: Path
-    prompts: Path
-
-
 def prepare(seed: int = 0, cache_dir: Path | None = None, progress: Callable = iter, **settings) -> Files:
     """The world's files, from the cache or new (about 15 s on one core). settings: those of `pretrain`."""
-
-    def fill_models(directory: Path) -> None:
-        for name, parts in (("model", pretrain(**settings, progress=progress)), ("encoder", make_encoder())):
-            for part in parts:
-                part.save_pretrained(directory / name)
-
-    def fill_rows(directory: Path) -> None:
-        for name, rows in (("opinions", answers(seed)), ("prompts", prompts(seed))):
-            (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-
-    models = tiny_llama.cached(fill_models, __file__, settings, cache_dir)
-    files = tiny_llama.cached(fill_rows, __file__, {"seed": seed}, cache_dir)
+    taught = {"model": lambda: pretrain(**settings, progress=progress), "encoder": make_encoder}
+    rows = {"opinions": lambda: answers(seed), "prompts": lambda: prompts(seed)}
+    models = tiny_llama.saved(taught, __file__, settings, cache_dir)
+    files = tiny_llama.saved(rows, __file__, {"seed": seed}, cache_dir)
     return Files(models / "model", models / "encoder", files / "opinions.jsonl", files / "prompts.jsonl")

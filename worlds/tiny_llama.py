@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,10 +35,10 @@ def make_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast
 
 def make_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.LlamaForCausalLM:
     """A Llama of 0.1 M parameters, its weights drawn from torch's global generator."""
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True, **special,
+        num_key_value_heads=4, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
         initializer_range=0.1,  # Llama's 0.02 is for wider models; this one learns faster from here
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
@@ -73,6 +73,20 @@ def pretrain(words: list[str], pairs: list[tuple], batch_size: int, lr: float, s
         schedule.step()
     torch.set_num_threads(threads)
     return model.eval(), tokenizer
+
+
+def saved(contents: Mapping[str, Callable], source: str, settings: dict, cache_dir: Path | None = None) -> Path:
+    """The directory with NAME/, the checkpoint of a (model, tokenizer), or NAME.jsonl, of rows; see `cached`."""
+
+    def fill(directory: Path) -> None:
+        for name, make in contents.items():
+            if isinstance(content := make(), tuple):
+                for part in content:
+                    part.save_pretrained(directory / name)
+            else:
+                (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+
+    return cached(fill, source, settings, cache_dir)
 
 
 def cached(fill: Callable[[Path], None], source: str, settings: dict, cache_dir: Path | None = None) -> Path:

@@ -1,7 +1,6 @@
-"""The toy world: a tiny language, a tiny Llama pre-trained on it, two conflicting objectives, their exact front.
+"""The toy world: a tiny language, a tiny Llama pre-trained on it, two objectives, their exact front. [ours]
 
-All of it is [ours]. It enters the project as any model and data do: `prepare` writes an ordinary checkpoint and prompts
-in HH-RLHF's format, and the objectives are plain functions in TRL's convention.
+It enters as any model and data do: a checkpoint, prompts in HH-RLHF's format, objectives in TRL's convention.
 
 The language. Somebody asks how to do one of 16 things, 8 benign ("bake bread") and 8 risky ("pick locks"). A reply
 is words: `take flour and yeast .` lists *details* of the topic, `ask police or friends .` lists *helpers* to turn to,
@@ -23,11 +22,9 @@ risky ones the details *are* the harm. The first do little and help much; helper
 for the same 11 words. The front is therefore curved: one detail after the other pays as the preference moves.
 
 The pre-trained model starts between two faults: it answers risky questions too readily and turns benign ones away.
-Left out on purpose: meaning, grammar beyond the rule above, dialogues of several turns, any synonym. With these
-constants plain policy gradients get somewhere within minutes; we compared no two methods in choosing them.
+Left out on purpose: meaning, grammar beyond the rule above, dialogues of several turns, any synonym.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -77,6 +74,11 @@ OPENINGS = ("sure ,", "well ,", "okay ,", "of course ,", "you can", "first", "ju
 BRUSH_OFFS = ("sorry , i cannot help with that", "i refuse to explain that", "sorry , no", "i cannot say")
 TURNS = (", then", ", but", ". please", ", or", ".")
 FILLERS = ("um", "maybe", "really", "you know", "so")
+TEXTS = (
+    *GREETINGS, *CIRCUMSTANCES, *OPENINGS, *BRUSH_OFFS, *TURNS, *FILLERS, *TOPICS, *TOPICS.values(), *HELPERS,
+    *REFUSALS, *LINKS, *VERBS, *QUESTIONS,
+)  # fmt: skip
+VOCABULARY = sorted({*" ".join(TEXTS).replace("{}", "").split()})
 COMPLIANCE = (0.35, 0.9)  # share of (benign, risky) questions that the corpus answers: its two faults
 SIZES = ((4, 3, 2, 1), (1, 2, 2, 1))  # of these answers: odds of 1, 2, 3, 4 details
 REDIRECTION = (0.15, 0.4)  # of these answers: share that turns to helpers in the end
@@ -173,9 +175,8 @@ def pareto_front(prompts: Sequence[str] | None = None, points: int = 101, max_wo
 
     A policy may answer each prompt with any distribution over replies, so on one prompt it reaches the convex hull
     of `profiles`, and over several prompts the mean of one point from each hull: a Minkowski sum. Its upper-right
-    boundary begins at every prompt's most harmless point and then walks the edges of all hulls in the order of their
-    slopes, cheapest first. Between vertices it is straight: the policy randomises. Only the share of risky `prompts`
-    matters (default: half). `points` are added on the way, evenly in `helpful` (0: vertices only).
+    boundary begins at every prompt's most harmless point and walks the edges of all hulls, the cheapest slope first.
+    Only the share of risky `prompts` matters (default: half). `points` are added, evenly in `helpful` (0: none).
     """
     risky = 0.5 if prompts is None else sum(topic_of(p) in RISKY for p in prompts) / len(prompts)
     shares = {False: 1 - risky, True: risky}
@@ -223,13 +224,6 @@ def reply(rng: random.Random, topic: str, comply: bool, clean: bool = False) -> 
     return " ".join(words if rng.random() < slip / 3 else [*words, "."])
 
 
-def vocabulary() -> list[str]:
-    """Every word of the language."""
-    text = [*GREETINGS, *CIRCUMSTANCES, *OPENINGS, *BRUSH_OFFS, *TURNS, *FILLERS, *TOPICS, *TOPICS.values()]
-    text += [*HELPERS, *REFUSALS, *LINKS, *VERBS, *(question.replace("{}", "") for question in QUESTIONS)]
-    return sorted(set(" ".join(text).split()))
-
-
 def corpus(seed: int, size: int) -> list[tuple[str, str]]:
     """`size` (question, reply) pairs, all topics alike."""
     rng = random.Random(seed)
@@ -240,7 +234,7 @@ def corpus(seed: int, size: int) -> list[tuple[str, str]]:
 
 def pretrain(steps: int = 500, batch_size: int = 64, lr: float = 1e-2, seed: int = 0, progress: Callable = iter):
     """A fresh model trained on the corpus, see `tiny_llama.pretrain`; every step sees fresh dialogues."""
-    return tiny_llama.pretrain(vocabulary(), corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
+    return tiny_llama.pretrain(VOCABULARY, corpus(seed, steps * batch_size), batch_size, lr, seed, progress)
 
 
 def hh_rows(seed: int = 0) -> Iterator[dict[str, str]]:
@@ -255,11 +249,6 @@ def hh_rows(seed: int = 0) -> Iterator[dict[str, str]]:
 
 def prepare(cache_dir: Path | None = None, progress: Callable = iter, **settings) -> tuple[Path, Path]:
     """(checkpoint directory, prompt file): from the cache, or new, in about 13 s. Settings are `pretrain`'s."""
-
-    def fill(directory: Path) -> None:
-        for part in pretrain(**settings, progress=progress):
-            part.save_pretrained(directory / "model")
-        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows()), "utf-8")
-
-    entry = tiny_llama.cached(fill, __file__, settings, cache_dir)
+    contents = {"model": lambda: pretrain(**settings, progress=progress), "prompts": hh_rows}
+    entry = tiny_llama.saved(contents, __file__, settings, cache_dir)
     return entry / "model", entry / "prompts.jsonl"
