@@ -66,7 +66,7 @@ class RunSettings(Settings):
     eval_samples: int = setting(8, "responses to each held-out prompt, before and after", low=1)
     eval_every: int = setting(0, "rounds between held-out evaluations, whose adapters are kept; 0: none", low=0)
     adapter: str | None = setting(None, "adapter in PEFT's format to start from; the base model stays the reference")
-    diagnostics: bool = setting(False, "also log drift, and keep the Gram matrices in grams/")
+    diagnostics: bool = setting(False, "also log drift and stationarity, and keep the Gram matrices in grams/")
     profile: bool = setting(False, "print where the rounds' time goes, and peak memory")
 
 

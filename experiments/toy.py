@@ -97,7 +97,7 @@ def of_grams(grams: list[dict[str, Tensor]], preference: list[float] | None) -> 
         lam = torch.stack([mgda.solve(mgda.normalise(g), beta, preference) for g in G.flatten(0, 2)]).view(G.shape[:-1])
         apart = lam - lam.mean(1, keepdim=True)  # [T, C, K, M]
         pairs = zip(grams, lam[:, :, 0], strict=True)
-        drifts = [diagnostics.drift(gram["start"], first, gram["weights"]) for gram, first in pairs]
+        drifts = [diagnostics.drift(gram["start"].sum((1, 4)), first, gram["weights"]) for gram, first in pairs]
         row[f"disagreement@{beta:g}"] = float(apart.norm(dim=-1).mean())
         row[f"twin_disagreement@{beta:g}"] = float((apart[..., 0] - apart[..., -1]).abs().mean())
         row[f"drift@{beta:g}"] = float(np.mean(drifts))
