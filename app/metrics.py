@@ -123,13 +123,18 @@ def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter
     metrics["response_tokens"] = float(torch.cat([rollout.mask.sum(1) for rollout in rollouts]).double().mean())
     lambdas = torch.stack([objective_weights(clients[c], record, c, len(names)) for c in record.arrived])  # [C, K, M]
     metrics |= agreement(record, lambdas, names, adapter) | by_client(record, clients, lambdas, names)
-    up, down = record.exchanged  # bytes of one client, the mean over clients: tensors as they are, numbers at 8 bytes
-    metrics["upload_bytes"] = up + float(np.mean([n_bytes(p.upload.tensors, len(p.upload.numbers)) for p in parts]))
-    metrics["download_bytes"] = down + n_bytes(record.message, 1)  # 1: κ
+    metrics |= bill(record)
     metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
     if record.faults:
         metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
     return metrics
+
+
+def bill(record: Round) -> dict[str, float]:
+    """Bytes of one client, the mean over clients: tensors as they are, named numbers at 8 bytes."""
+    (up, down), uploads = record.exchanged, [part.upload for part in record.arrived.values()]
+    up += float(np.mean([n_bytes(upload.tensors, len(upload.numbers)) for upload in uploads]))
+    return {"upload_bytes": up, "download_bytes": down + n_bytes(record.message, 1)}  # 1: κ
 
 
 def by_client(record: Round, clients: Sequence[Client], lambdas: Tensor, names: Sequence[str]) -> dict[str, float]:
