@@ -127,6 +127,8 @@ def check(config: Config) -> None:
         raise ValueError(f"method: {method.name} is several runs; add --sweep 0.1 0.5 0.9, or use --compare")
     if not M:
         raise ValueError("objectives: name at least one, as [NAME=]rule:NAME, hf:DIR_OR_HUB or py:FILE.py:FUNCTION")
+    if M > 8 and method.weights in (firm.MIN_NORM, firm.UNREGULARISED):
+        raise ValueError(f"objectives: {M} are too many for min-norm weights; name at most 8, or use --weights fixed")
     if config.preference is not None and len(config.preference) != M:
         raise ValueError(f"preference: {len(config.preference)} numbers for {M} objectives; give one for each")
     if (config.clients_per_round or 1) > config.clients:

@@ -67,6 +67,7 @@ REFUSED = {  # flags, and what the one line names
     "--method fsmgda --personal_rounds 1": "personal_rounds: fsmgda",
     "--model dir --objectives rule:length": "prompts",
     "--model dir --prompts x": "objectives",
+    "--objectives " + " ".join(f"x{i}=rule:length" for i in range(9)): "objectives: 9 are too many",
     "--resume x --beta 1": "resume.*--rounds",
     "--resume nowhere": "resume: nowhere holds no settings",
     "--compare firm --method linear": "compare.*--method",
