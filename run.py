@@ -52,6 +52,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     say(report.header(session, out))
     if (out / checkpoint.FILE).is_file():
         session.restore(out)
+        if ranks.first():
+            (out / "summary.json").unlink(missing_ok=True)  # a run that has one is complete
         say(f"goes on after round {len(session.lines)}")
     else:
         session.begin()

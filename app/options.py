@@ -39,7 +39,7 @@ PREDICTOR_READS = {f.name for f in fields(PredictorSettings)} | {
 }  # fmt: skip
 COMMON = {  # in a comparison: what base model and held-out prompts depend on, and what is given in another place
     "preset", "seed", "out", "eval_samples", "model", "dtype", "max_new_tokens", "temperature", "prompts", "objectives",
-    "held_out", "max_prompt_tokens", "method", "preference", "resume", "sweep", "compare",
+    "held_out", "max_prompt_tokens", "split", "method", "preference", "resume", "sweep", "compare",
 }  # fmt: skip
 TINY = {"max_new_tokens": 12, "lora_rank": 8, "lr": 3e-3, "kl_coef": 0.01, "kl_target": 0.0, "threads": 1}
 PRESETS = {

@@ -145,7 +145,8 @@ def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> t
             rewards.append(0.0 if position is None else saved.ask(group, q, o)[position])
         return rewards
 
-    return reward, fingerprint(f"{directory}/predictor.json", f"{directory}/predictor.safetensors"), False
+    encoder = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))["encoder"]
+    return reward, fingerprint(f"{directory}/predictor.json", f"{directory}/predictor.safetensors", encoder), False
 
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:
@@ -193,6 +194,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     start = {side: figures_of(scores)["alignment"] for side, scores in scores_of(sides, unseen).items()}
     out = free_directory(str(resume) if resume else config.out, config.preset, resume=bool(resume))
     answers = hashlib.sha256(repr([(q, y.tolist()) for own in data.answers.values() for q, y in own.items()]).encode())
+    answers.update(data.embeddings.cpu().numpy().tobytes())
     inputs = {"the answers": answers.hexdigest(), "rounds, over which the rate decays,": config.rounds}
     identity = checkpoint.identity(config, inputs)
     lines = []

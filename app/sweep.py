@@ -132,6 +132,9 @@ def finish(config: Config, train: Callable[..., dict[str, Any]]) -> None:
     out = Path(config.out)
     title = f"{out.parent.name} {out.name}"
     if (out / "summary.json").exists():
+        done = read_json((out / "summary.json").read_text("utf-8"))["rounds"]
+        if done != config.rounds:
+            raise ValueError(f"out: {out} went on to {done} rounds, of {config.rounds} here; move it away")
         print(f"{title}: finished before")
         return
     gc.collect()  # a Session is a cycle of references: drop the last one's models before others are loaded
@@ -175,7 +178,8 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     rows = {text: list(map(summary_of, configs)) for text, configs in runs.items()}
     first, *others = [row for group in rows.values() for row in group]
     changed = {name for row in others for name in row["inputs"] if row["inputs"][name] != first["inputs"][name]}
-    if changed - {"the clients' prompts"}:  # which may differ
+    others_clients = any(one.clients != config.clients for configs in runs.values() for one in configs)
+    if changed - ({"the clients' prompts"} if others_clients else set()):
         raise ValueError(f"out: prompts, weights or code changed between the runs in {out}; name another directory")
     several, front = {text: group for text, group in rows.items() if len(group) > 1}, None
     if options.front_is_known(config):

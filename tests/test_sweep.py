@@ -148,14 +148,21 @@ def test_a_sweep_of_other_settings_is_refused_by_name(swept, world, capsys):
     assert contents(swept) == before
 
 
-@pytest.mark.parametrize(("what", "status"), [("the clients' prompts", 0), ("the held-out prompts", 2)])
-def test_runs_are_compared_if_all_but_the_clients_prompts_is_the_same(swept, world, tmp_path, what, status):
+@pytest.mark.parametrize("what", ["the clients' prompts", "the held-out prompts", "the base model"])
+def test_runs_of_other_prompts_or_weights_are_not_compared(swept, world, tmp_path, what):
     shutil.copytree(swept, tmp_path / "copy")
     point = tmp_path / "copy" / "firm" / "p0.40-0.60"
     summary = summary_of(point)
     summary["inputs"][what] += "another"
     (point / "summary.json").write_text(json.dumps(summary))
-    assert run.main(arguments(world, tmp_path / "copy")) == status
+    assert run.main(arguments(world, tmp_path / "copy")) == 2
+
+
+def test_a_run_that_went_on_alone_is_not_compared(swept, world, tmp_path, capsys):
+    shutil.copytree(swept, tmp_path / "copy")
+    point = tmp_path / "copy" / "firm" / "p0.40-0.60"
+    (point / "summary.json").write_text(json.dumps(summary_of(point) | {"rounds": 7}))
+    assert "went on to 7 rounds" in refused(capsys, arguments(world, tmp_path / "copy"))
 
 
 def test_on_the_toy_world_the_hypervolume_is_the_share_of_the_exact_front(tmp_path):
