@@ -162,7 +162,8 @@ def personalise(federation: Federation, client: Client) -> Tensor:
         (context,) = contexts(replace(client, state=state), batch, {"theta": theta}, method, config, i)
         try:
             local_update(policy, context, method)
-        except NotFinite:
+        except NotFinite as error:
+            warnings.warn(f"client {client.index} ends its personal rounds: {error}", stacklevel=2)
             break
         theta, state = context.theta, [context.state]
     policy.adapter.assign(federation.theta)

@@ -140,10 +140,12 @@ class Session:
         self.policy.adapter.assign(self.federation.theta)
 
     def of_kind(self, client: int) -> list[int]:
-        """The numbers of the held-out prompts of a client's subsets, or of all if there are none."""
-        kinds = {prompt.subset for prompt in self.prompts_of[client]}
-        same = [i for i, prompt in enumerate(self.held_out) if prompt.subset in kinds]
-        return same or list(range(len(self.held_out)))
+        """The held-out prompts that --split would give a client, else those of its subsets, else all."""
+        for kind in (lambda prompt: prompt.owner(self.config.split), lambda prompt: prompt.subset):
+            kinds = set(map(kind, self.prompts_of[client])) - {None}
+            if same := [i for i, prompt in enumerate(self.held_out) if kind(prompt) in kinds]:
+                return same
+        return list(range(len(self.held_out)))
 
     def personalised(self, out: Path) -> list[Evaluation]:
         """Each client's adapter after local rounds on its own: saved, and measured on held-out prompts of its kind."""
