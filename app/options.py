@@ -34,7 +34,7 @@ PARTS = {  # what a flag of that name puts into a method: the field of `Method`,
 EMBEDDED = ("toy", "reasoning", "survey")  # values of --model that are worlds
 PREDICTOR = "pluralllm"  # the one value of --method that trains no policy
 PREDICTOR_READS = {f.name for f in fields(PredictorSettings)} | {
-    "preset", "method", "model", "rounds", "clients_per_round", "lr", "max_grad_norm", "seed", "device", "threads",
+    "preset", "method", "model", "rounds", "clients_per_round", "lr", "max_grad_norm", "seed", "device",
     "eval_every", "out",
 }  # fmt: skip
 COMMON = {  # in a comparison: what base model and held-out prompts depend on, and what is given in another place
