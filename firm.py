@@ -220,9 +220,7 @@ class Federation:
         with self.policy.adapter.disabled():
             responses = self.respond(clients, Purpose.CALIBRATION)
         for client, (_, raw) in zip(clients, responses, strict=True):
-            self.method.aggregation.numbers(
-                client, raw, 1
-            )  # raises for rewards that it cannot use, before any training
+            self.method.aggregation.numbers(client, raw, 1)  # raises for rewards of no use, before any training
             sums[client.index] = rewards.calibration_sums(raw)
         self.calibration = rewards.combine_sums(list(self.exchange.merged(sums).values()))
 
