@@ -290,3 +290,26 @@ def split_by(name: str, prompts: list[Prompt], n_clients: int, n: int, seed: int
         raise ValueError(f"held_out: {n} prompts, but only {len(free)} have no {name}; lower it or pass more")
     owners = sorted(shares, key=lambda owner: (0, int(owner), owner) if owner.isdecimal() else (1, 0, owner))
     return [shares[owner] for owner in owners], held_out
+
+
+def objectives_of(specs: Sequence[str], names: Sequence[str], tasks: Sequence[str]) -> list[list[int]]:
+    """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
+
+    A client goes by its number, else by its task, else it holds all. Raises ValueError for an unclear spec.
+    """
+    numbers, lists = [str(client) for client in range(len(tasks))], {}
+    for spec in specs:
+        who, _, listed = spec.rpartition("=")
+        chosen = listed.split(",")
+        unclear = who in lists or (who in tasks) == (who in numbers)
+        if unclear or not set(chosen) <= set(names) or len(set(chosen)) < len(chosen):
+            raise ValueError(
+                f"client_objectives: {spec!r}; write WHO=NAME,NAME once for a client (0 to {len(tasks) - 1}) "
+                f"or a task ({', '.join(sorted(set(tasks)))}), with objectives from {', '.join(names)}"
+            )
+        lists[who] = [names.index(name) for name in chosen]
+    everything = list(range(len(names)))
+    held = [lists.get(client, lists.get(task, everything)) for client, task in zip(numbers, tasks, strict=True)]
+    if idle := set(everything).difference(*held):
+        raise ValueError(f"client_objectives: no client holds {names[min(idle)]}; leave it out of the objectives")
+    return held

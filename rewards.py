@@ -22,7 +22,7 @@ once. For each objective that it holds, client c sends n_c, m_c = mean r and s_c
 
 with n = sum n_c. An objective that does not vary gets scale 1.
 
-`python rewards.py --backbone DIR --pairs FILE... --out DIR` trains a reward model (app/reward_training.py; --help).
+`python rewards.py --backbone DIR --pairs FILE... --out DIR` trains a reward model (`fit`; app/reward_training.py).
 Left out on purpose: asynchronous functions, and TRL's None for "does not apply": here a missing reward is an error.
 """
 
@@ -37,7 +37,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
 
 REPLY = "\n\nAssistant:"  # ends every plain prompt
 
@@ -112,6 +115,35 @@ class RewardModel:
 
     def __call__(self, /, prompts: list[str], completions: list[str], messages: list, **columns) -> list[float]:
         return self.scores(self.encode(prompts, completions, messages)).tolist()
+
+
+def fit(reward_model: RewardModel, rows: list[list[int]], settings: Any, bar: Callable = iter) -> None:
+    """Train in place on pairs: rows are the token ids of all chosen texts, then of all rejected ones, [2N].
+
+    Minimises -log sigmoid(r(chosen) - r(rejected)) [Bradley & Terry 1952; Ouyang et al. 2022] with AdamW, a linear
+    warm-up over a tenth of the steps, a linear decay, and no dropout. settings: lr, epochs, batch_size.
+    """
+    n, parameters = len(rows) // 2, list(reward_model.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.01)
+    steps = settings.epochs * math.ceil(n / settings.batch_size)
+    warmup = math.ceil(steps / 10)
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1)))
+    batches = [b.tolist() for _ in range(settings.epochs) for b in torch.randperm(n).split(settings.batch_size)]
+    for batch in bar(batches):
+        scores = reward_model.forward([rows[i] for i in batch] + [rows[n + i] for i in batch])  # [2B]
+        chosen, rejected = scores.chunk(2)
+        loss = -logsigmoid(chosen - rejected).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        schedule.step()
+
+
+def accuracy(reward_model: RewardModel, rows: list[list[int]]) -> float:
+    """Share of pairs whose chosen reply scores higher; ties count half. rows as in `fit`."""
+    chosen, rejected = reward_model.scores(rows).chunk(2)
+    return (((chosen - rejected).sign() + 1) / 2).mean().item()
 
 
 @dataclass(frozen=True)

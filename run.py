@@ -33,10 +33,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from app import checkpoint, metrics, options, peft_files, predictor, ranks, report, sweep
+import methods
+import metrics
+from app import checkpoint, options, peft_files, predictor, ranks, report, sweep
 from app.files import free_directory, to_json, write_lines, write_tensors, write_text
-from app.session import Evaluation, Session
-from app.tables import clustered
+from app.session import Session
+from metrics import Evaluation, clustered
 from settings import Config
 from worlds import toy
 
@@ -72,7 +74,10 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     if not ranks.first():
         return {}
     summary = report.summarise(session, after)
-    summary["best"] = report.best_round(session, session.scores_after | {config.rounds: after.scores})
+    held_out = session.scores_after | {config.rounds: after.scores}
+    best = metrics.best_round(held_out, session.before.scores, session.federation.calibration)
+    gains = best and {name: clustered(best[1][..., j]) for j, name in enumerate(session.names)}
+    summary["best"] = best and {"round": best[0], "gain": gains}
     if personal or session.federation.method.needs_primary:
         summary["by_client"] = report.by_client(session, after, personal)
     samples = report.samples(session, after)
@@ -147,9 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, commands = options.parse(sys.argv[1:] if arguments is None else arguments)
         resume = Path(commands.resume) if commands.resume else None
         ranks.join()
-        if ranks.size() > 1 and (commands.sweep or commands.compare or config.method == options.PREDICTOR):
+        if ranks.size() > 1 and (commands.sweep or commands.compare or config.method == methods.PREDICTOR):
             raise ValueError("torchrun: --sweep, --compare and pluralllm run in one process; start them with python")
-        if config.method == options.PREDICTOR:
+        if config.method == methods.PREDICTOR:
             predictor.train(config, resume)
         elif commands.sweep or commands.compare:
             sweep.sweep(config, commands.sweep, commands.compare, train)

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from app.files import write_bytes
-from app.options import METHODS
+from methods import METHODS
 
 COLOURS = [
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#661100", "#01665E", "#332288", "#EECC66",

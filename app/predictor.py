@@ -37,34 +37,12 @@ from app.tables import aligned
 from pluralllm import Predictor, PredictorFederation, Question, Survey
 from settings import Config
 from worlds import opinions, survey, tiny_llama
-from worlds.opinions import chosen
+from worlds.opinions import Encoder, chosen
 
 
-class Encoder:
-    """A language model, or a sentence encoder, that embeds options: the mean of its last hidden states [code]."""
-
-    def __init__(self, where: str, device: str = "cpu") -> None:
-        self.model, self.tokenizer = pretrained("AutoModel", where, device=device, new_head=True)
-        self.tokenizer.truncation_side = "left"  # the option stands at the end
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        self.max_length = min(positions, self.tokenizer.model_max_length)
-
-    @torch.no_grad()
-    def __call__(self, questions: Sequence[Question], batch_size: int = 64, progress: bool = False) -> Tensor:
-        """Embeddings [P, E] of "question option" for all options in order, float32; texts that are too long are cut."""
-        texts = [f"{question.text} {option}" for question in questions for option in question.options]
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # texts of like length share a batch
-        means = []
-        for start in tqdm(range(0, len(texts), batch_size), "embeddings, once", disable=not progress, leave=False):
-            batch = self.tokenizer(
-                [texts[i] for i in order[start : start + batch_size]], padding=True, truncation=True,
-                max_length=self.max_length, padding_side="right", return_tensors="pt", return_token_type_ids=False,
-            ).to(self.model.device)  # fmt: skip
-            hidden, mask = self.model(**batch).last_hidden_state, batch["attention_mask"][..., None]  # [B, T, E]
-            means.append((hidden.float() * mask).sum(1) / mask.sum(1).clamp_min(1))
-        return torch.cat(means)[torch.tensor(order).argsort()]
+def encoder_of(where: str, device: str = "cpu") -> Encoder:
+    """The encoder of a directory or a hub name."""
+    return Encoder(*pretrained("AutoModel", where, device=device, new_head=True))
 
 
 def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", progress: bool = True) -> Tensor:
@@ -73,7 +51,8 @@ def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", p
     about = {"encoder": name, "questions": [(question.text, question.options) for question in questions]}
 
     def fill(directory: Path) -> None:
-        write_tensors(directory / "x.safetensors", {"x": Encoder(encoder, device)(questions, progress=progress)})
+        bar = partial(tqdm, desc="embeddings, once", disable=not progress, leave=False)
+        write_tensors(directory / "x.safetensors", {"x": encoder_of(encoder, device)(questions, bar=bar)})
 
     return safetensors.torch.load_file(tiny_llama.cached(fill, __file__, about) / "x.safetensors", device)["x"]
 
@@ -98,7 +77,7 @@ class SavedPredictor:
 
     def __init__(self, directory: str, device: str = "cpu") -> None:
         about = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))
-        self.groups, self.encoder = about["groups"], Encoder(about["encoder"], device)
+        self.groups, self.encoder = about["groups"], encoder_of(about["encoder"], device)
         self.model = Predictor(about["width"]).to(device)
         self.model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
         slugs = {re.sub(r"\W+", "-", group.lower()).strip("-"): group for group in self.groups}  # united-states

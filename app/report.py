@@ -12,12 +12,11 @@ from textwrap import shorten
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from app import ranks
-from app.session import Evaluation, Session
-from app.tables import aligned, clustered, plus_minus
+from app.session import Session
+from app.tables import aligned, plus_minus
+from metrics import Evaluation, clustered
 
 
 def header(session: Session, out: Path) -> str:
@@ -71,21 +70,6 @@ def summarise(session: Session, after: Evaluation) -> dict[str, Any]:
         "kl": clustered(after.kl),
         "objectives": objectives,
     }
-
-
-def best_round(session: Session, held_out: dict[int, Tensor]) -> dict[str, Any] | None:
-    """The best of the evaluated rounds. A round is as good as its least gain, in base-policy standard deviations, on
-    one half of the held-out prompts; the gains returned are those on the other half.
-    """
-    calibration, n = session.federation.calibration, len(session.held_out)
-    varying = ~calibration.constant
-    if len(held_out) < 2 or n < 4 or not varying.any():
-        return None
-    chosen, rest = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tensor_split(2)
-    gains = {t: scores - session.before.scores for t, scores in held_out.items()}  # [n, S, M]
-    worst = {t: (gain[chosen].mean((0, 1)) / calibration.scale)[varying].min() for t, gain in gains.items()}
-    best = max(worst, key=worst.get)
-    return {"round": best, "gain": {name: clustered(gains[best][rest][..., j]) for j, name in enumerate(session.names)}}
 
 
 def by_client(session: Session, after: Evaluation, personal: Sequence[Evaluation]) -> list[dict[str, Any]]:

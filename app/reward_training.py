@@ -1,12 +1,11 @@
-"""How a reward model (rewards.RewardModel) learns from pairs of replies, of which people chose one.
+"""The command line that trains a reward model (`rewards.fit`) on pairs of replies, of which people chose one.
 
     python rewards.py --backbone DIR --pairs FILE... --test_pairs FILE... --out DIR --freeze_backbone
 
-minimises -log sigmoid(r(chosen) - r(rejected)) [Bradley & Terry 1952; Ouyang et al. 2022] with AdamW, a linear warm-up
-over a tenth of the steps, a linear decay, and no dropout. The result is an ordinary sequence-classification checkpoint.
-With --freeze_backbone only the head learns. A BERT's pooler belongs to the head, since in most checkpoints it was never
-trained to sum up a text. The head reads one state of each text, that of the first token or of the last. So the backbone
-runs once over all texts, and from then on it only looks these states up [ours].
+The result is an ordinary sequence-classification checkpoint. With --freeze_backbone only the head learns. A BERT's
+pooler belongs to the head, since in most checkpoints it was never trained to sum up a text. The head reads one state of
+each text, that of the first token or of the last. So the backbone runs once over all texts, and from then on it only
+looks these states up [ours].
 
 Left out on purpose: several labels, margins between replies, ensembles.
 """
@@ -15,11 +14,11 @@ import json
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
@@ -27,7 +26,7 @@ from app.files import rows_of
 from app.loading import pretrained
 from app.options import Parser
 from data import split_dialogue, to_messages
-from rewards import RewardModel
+from rewards import RewardModel, accuracy, fit
 from settings import Settings, setting
 
 
@@ -94,31 +93,6 @@ def freeze_backbone(reward_model: RewardModel, rows: list[list[int]]) -> list[li
     return [[number] for number in range(len(rows))]
 
 
-def fit(reward_model: RewardModel, rows: list[list[int]], settings: RewardTraining) -> None:
-    """Bradley-Terry training in place; rows are all chosen texts, then all rejected ones, [2N]."""
-    n, parameters = len(rows) // 2, list(reward_model.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.01)
-    steps = settings.epochs * math.ceil(n / settings.batch_size)
-    warmup = math.ceil(steps / 10)
-    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1)))
-    batches = [b.tolist() for _ in range(settings.epochs) for b in torch.randperm(n).split(settings.batch_size)]
-    for batch in tqdm(batches, "training"):
-        scores = reward_model.forward([rows[i] for i in batch] + [rows[n + i] for i in batch])  # [2B]
-        chosen, rejected = scores.chunk(2)
-        loss = -nn.functional.logsigmoid(chosen - rejected).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-        optimizer.step()
-        schedule.step()
-
-
-def accuracy(reward_model: RewardModel, rows: list[list[int]]) -> float:
-    """Share of pairs whose chosen reply scores higher; ties count half. rows as in `fit`."""
-    chosen, rejected = reward_model.scores(rows).chunk(2)
-    return (((chosen - rejected).sign() + 1) / 2).mean().item()
-
-
 def train(settings: RewardTraining) -> None:
     """Train, test and save a reward model. Raises ValueError for a row that cannot be used, before any training."""
     out = Path(settings.out)
@@ -136,7 +110,8 @@ def train(settings: RewardTraining) -> None:
     reward_model = RewardModel(model, tokenizer, max_length=settings.max_length)
     rows, test_rows = encode_pairs(reward_model, pairs), encode_pairs(reward_model, test)
     aside.mkdir(parents=True, exist_ok=True)  # before the training, since it may fail
-    fit(reward_model, freeze_backbone(reward_model, rows) if settings.freeze_backbone else rows, settings)
+    shown = partial(tqdm, desc="training")
+    fit(reward_model, freeze_backbone(reward_model, rows) if settings.freeze_backbone else rows, settings, shown)
     if settings.freeze_backbone:
         del model.base_model.forward
     share, error = accuracy(reward_model, test_rows), 0.5 / math.sqrt(len(test))  # the error is that of a coin

@@ -1,48 +1,33 @@
-"""A run's parts, loaded and checked: policy, objectives, prompts, federation; and their evaluation. [ours]
-
-`Session(config)` finds what is wrong before any long work. `evaluate` measures the policy as it stands on prompts that
-no client trains on.
-"""
+"""A run's parts, loaded and checked before any long work: policy, objectives, prompts, federation. [ours]"""
 
 import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import data
 import fedmoa
+import methods
+import metrics
 import rewards
-from app import checkpoint, options, peft_files, predictor, ranks
+from app import checkpoint, peft_files, predictor, ranks
 from app.files import rows_of
 from app.loading import fingerprint, load_model
 from app.objectives import check_prompts, load_objectives
-from clients import Purpose, stream
 from data import Prompt
 from firm import Federation
+from metrics import Evaluation
 from rollout import Policy, Rollout, context_of
 from settings import Config
 from worlds import reasoning, survey, toy
-
-EVAL_BATCH = 256  # rows
-
-
-@dataclass
-class Evaluation:
-    """What a policy answered to n held-out prompts, S times each."""
-
-    scores: Tensor  # [n, S, M] raw, float64
-    kl: Tensor  # [n, S] nats per response
-    texts: list[str]  # each prompt's first answer
 
 
 class Session:
@@ -60,7 +45,7 @@ class Session:
         self.device = "cuda" if gpu else "cpu"
         if gpu:
             ranks.take_gpu()
-        options.check(config)
+        methods.check(config)
         self.base_model, files = config.model, config.prompts
         bar = partial(tqdm, desc="pre-training, once", disable=not self.progress, leave=False)
         specs = config.objectives
@@ -71,7 +56,7 @@ class Session:
         elif config.model == "survey":
             model, _, _, prompts = survey.prepare(config.seed, progress=bar)
             specs = predictor.of_the_world(specs, config.seed, progress)
-        if config.model in options.EMBEDDED:
+        if config.model in methods.EMBEDDED:
             self.base_model, files = str(model), files or [str(prompts)]
         self.objectives = load_objectives(specs, self.device, config.dtype)
         self.names = [objective.name for objective in self.objectives]
@@ -85,9 +70,9 @@ class Session:
         by_chance = config.split in ("iid", "dirichlet")
         self.client_names = [] if by_chance else [str(share[0].owner(config.split)) for share in self.prompts_of]
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.prompts_of]
-        held = objectives_of(config.client_objectives, self.names, self.tasks)
+        held = data.objectives_of(config.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config, config.seed)
-        method, numbers = options.method_of(config), [sorted(set(self.tasks)).index(task) for task in self.tasks]
+        method, numbers = methods.method_of(config), [sorted(set(self.tasks)).index(task) for task in self.tasks]
         self.federation = Federation(
             self.policy, self.prompts_of, self.names, self.score, method, config, held, numbers, ranks.Exchange()
         )
@@ -98,31 +83,16 @@ class Session:
         return rewards.score(self.objectives, prompts, texts, ids, holdings)
 
     def evaluate(self, label: str, chosen: Sequence[int] | None = None) -> Evaluation:
-        """Answer each held-out prompt (or those chosen) `eval_samples` times, always from the same random numbers."""
-        S, L = self.config.eval_samples, self.config.max_new_tokens
+        """Answer the held-out prompts, or those chosen. Raises ValueError for a policy that is not finite."""
         chosen = range(len(self.held_out)) if chosen is None else chosen
-        asked = [self.held_out[i] for i in chosen for _ in range(S)]
-        u = np.concatenate([stream(self.config.seed, Purpose.EVALUATION, i).random((S, L)) for i in chosen])  # [n·S, L]
-        exchange, parts = ranks.Exchange(), {}
-        starts = exchange.mine(range(0, len(asked), EVAL_BATCH))
-        for start in tqdm(starts, label, disable=not self.progress, leave=False):
-            prompts = asked[start : start + EVAL_BATCH]
-            rollout = self.policy.sample([p.token_ids for p in prompts], u[start : start + EVAL_BATCH])
-            rows = self.config.micro_batch_size or self.config.batch_size  # what training has room for
-            logp, hidden = self.policy.logprobs_in_pieces(rollout, rows)
-            with self.policy.adapter.disabled():
-                _, hidden_ref = self.policy.logprobs_in_pieces(rollout, rows)
-            kl = self.policy.expected_kl(hidden, hidden_ref, rollout.mask)
-            gap = float(((rollout.sampled_logp - logp).abs() * rollout.mask).max())
-            parts[start] = self.score(prompts, rollout), kl, gap, self.policy.texts(rollout)[0]
-        scores, kl, gaps, texts = zip(*exchange.merged(parts).values(), strict=True)
-        kl, gap, texts = torch.cat(kl).cpu(), max(gaps), [text for part in texts for text in part]
-        if not kl.isfinite().all():
+        bar = partial(tqdm, desc=label, disable=not self.progress, leave=False)
+        evaluation = metrics.evaluate(self.federation, {i: self.held_out[i] for i in chosen}, bar)
+        if not evaluation.kl.isfinite().all():
             raise ValueError(f"lr: the {label}'s KL to the base model is not finite; lower lr or server_lr")
-        if gap > 0.1 and self.config.dtype == "float32":  # 16 bits round about as much
-            print(f"warning: log-probs at sampling and in training differ by up to {gap:.2g} nats a token (logp_gap)")
-        shape = (len(chosen), S)
-        return Evaluation(torch.cat(scores).view(*shape, -1), kl.view(shape), texts[::S])
+        if evaluation.gap > 0.1 and self.config.dtype == "float32":  # 16 bits round about as much
+            gap = f"differ by up to {evaluation.gap:.2g} nats a token (logp_gap)"
+            print(f"warning: log-probs at sampling and in training {gap}")
+        return evaluation
 
     def begin(self) -> None:
         """Measure the base model and calibrate the rewards on it; then put the adapter that training starts at."""
@@ -188,26 +158,3 @@ class Session:
         self.scores_after = {int(n.partition(".")[2]): x for n, x in tensors.items() if n.startswith("held_out.")}
         self.before = Evaluation(tensors["before.scores"], tensors["before.kl"], values["texts"])
         self.lines, self.started = values["lines"], self.started - values["seconds"]
-
-
-def objectives_of(specs: Sequence[str], names: Sequence[str], tasks: Sequence[str]) -> list[list[int]]:
-    """The numbers of every client's objectives, by --client_objectives; tasks: each client's.
-
-    A client goes by its number, else by its task, else it holds all. Raises ValueError for an unclear spec.
-    """
-    numbers, lists = [str(client) for client in range(len(tasks))], {}
-    for spec in specs:
-        who, _, listed = spec.rpartition("=")
-        chosen = listed.split(",")
-        unclear = who in lists or (who in tasks) == (who in numbers)
-        if unclear or not set(chosen) <= set(names) or len(set(chosen)) < len(chosen):
-            raise ValueError(
-                f"client_objectives: {spec!r}; write WHO=NAME,NAME once for a client (0 to {len(tasks) - 1}) "
-                f"or a task ({', '.join(sorted(set(tasks)))}), with objectives from {', '.join(names)}"
-            )
-        lists[who] = [names.index(name) for name in chosen]
-    everything = list(range(len(names)))
-    held = [lists.get(client, lists.get(task, everything)) for client, task in zip(numbers, tasks, strict=True)]
-    if idle := set(everything).difference(*held):
-        raise ValueError(f"client_objectives: no client holds {names[min(idle)]}; leave it out of the objectives")
-    return held

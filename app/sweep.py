@@ -26,6 +26,8 @@ import numpy as np
 import torch
 
 import baselines
+import methods
+import metrics
 import mgda
 from app import options, peft_files, report
 from app.files import free_directory, read_json, read_lines, to_json, write_text
@@ -36,32 +38,6 @@ from settings import Config
 from worlds import toy
 
 SPECIALIST = "morlhf"  # how soups train their specialists: on the one reward of a one-hot preference
-
-
-def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
-    """Area that `points` [n, 2] dominate above `reference` [2], both objectives maximised (Zitzler and Thiele 1999).
-
-    A point that is not above the reference in both objectives contributes nothing.
-    """
-    area = height = 0.0
-    for x, y in sorted((np.reshape(points, (-1, 2)) - reference).tolist(), reverse=True):  # from right to left
-        if x > 0.0 and y > height:
-            area += x * (y - height)  # the strip that no point further right has covered
-            height = y
-    return area
-
-
-def normalised_hypervolume(points: np.ndarray, base: np.ndarray, front: np.ndarray) -> float:
-    """(HV − HV_base) / (HV_front − HV_base): 0 is the base model alone, 1 the whole exact front.
-
-    points [n, 2], base [2], front [K, 2] a polyline from left to right, counted with all points between its vertices.
-    The reference point is the componentwise minimum of the base model and the front's nadir `front.min(0)`.
-    """
-    reference = np.minimum(base, np.min(front, axis=0))
-    x, y = (np.asarray(front) - reference).T
-    whole = x[0] * y[0] + float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())  # left of the front, and under it
-    start = float(np.prod(base - reference))
-    return (hypervolume(points, reference) - start) / (whole - start)
 
 
 def label(p: Sequence[float]) -> str:
@@ -91,12 +67,12 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
         raise ValueError(f"sweep: {' '.join(sweep)} names a preference twice; name each once")
     for text in compare or [config.method]:
         variant = options.variant(config, text) if compare else config
-        method = options.method_of(variant)
-        follows = method.several_runs or "preference" in options.settings_of(method)
+        method = methods.method_of(variant)
+        follows = method.several_runs or "preference" in methods.settings_of(method)
         if text in runs or not variant.rounds:
             raise ValueError(f"compare: {text!r} is named twice, or trains no round")
         runs[text] = [replace(variant, preference=p) for p in (preferences if follows else [centre])]
-        options.check(replace(variant, method=SPECIALIST) if method.several_runs else variant)
+        methods.check(replace(variant, method=SPECIALIST) if method.several_runs else variant)
     if sweep and all(len(configs) == 1 for configs in runs.values()) and len(preferences) > 1:
         raise ValueError(f"sweep: {', '.join(runs)} takes no preference, so there is nothing to sweep")
     return runs
@@ -119,7 +95,7 @@ def sweep(config: Config, preferences: list[str] | None, compare: list[str] | No
     for text, configs in runs.items():
         home = out / text.replace(" ", ",")
         runs[text] = [replace(one, out=str(home / label(one.preference))) for one in configs]
-        if options.METHODS[configs[0].method].several_runs:
+        if methods.METHODS[configs[0].method].several_runs:
             soups(runs[text], names, home, train)
         else:
             for one in runs[text]:
@@ -187,7 +163,7 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     mean = lambda row, stage: [row["objectives"][name][stage]["mean"] for name in names]  # noqa: E731
     means = {} if front is None else {text: [mean(row, "after") for row in group] for text, group in several.items()}
     base = np.array(mean(first, "before"))
-    volumes = {text: normalised_hypervolume(points, base, front) for text, points in means.items()}
+    volumes = {text: metrics.normalised_hypervolume(points, base, front) for text, points in means.items()}
     results = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
     write_text(out / "sweep.json", to_json(results, indent=2) + "\n")
     print(comparison(rows, names, config))

@@ -1,20 +1,6 @@
-"""Text tables, and means with their errors: the leaf that every report rests on. [ours]"""
+"""Text tables: the leaf that every report rests on. [ours]"""
 
-import math
 from collections.abc import Sequence
-
-from torch import Tensor
-
-
-def clustered(values: Tensor) -> dict[str, float]:
-    """Mean and its standard error clustered by prompt. values [n, S], S responses to each of n prompts.
-
-    The S responses to one prompt are averaged first, since they are not independent evidence about other prompts.
-    """
-    by_prompt = values.double().mean(1)
-    n = len(by_prompt)
-    error = float(by_prompt.std()) / math.sqrt(n) if n > 1 else math.nan
-    return {"mean": float(by_prompt.mean()), "standard_error": error}
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

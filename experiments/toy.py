@@ -1,7 +1,7 @@
 """The experiments of the toy world: FIRM and the baselines, β, the update, preferences, bytes. [ours]
 
 A gain is normalised by what the ideal point of the held-out prompts' exact Pareto front would gain, gain_j / (ideal_j −
-base_j); the worst is that of the objective that gained least. Sweeps: `sweep.normalised_hypervolume`.
+base_j); the worst is that of the objective that gained least. Sweeps: `metrics.normalised_hypervolume`.
 """
 
 import math
@@ -15,14 +15,16 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+import metrics
 import mgda
 import run
 from app import plots, sweep
 from app.files import read_json, read_lines
-from app.options import PRESETS, method_of
+from app.options import PRESETS
 from experiments import diagnostics
 from experiments.lab import COMMON, Experiment, seeds, settings_of
 from experiments.tables import Groups, Row, markdown
+from methods import method_of
 from settings import Config
 from worlds import toy
 
@@ -123,7 +125,7 @@ def volumes(groups: Groups) -> Groups:
             n, risky = (int(points[0][name]) for name in ("held_out", "risky"))  # all that matters of the prompts
             front = toy.pareto_front([toy.RISKY[0]] * risky + [next(iter(toy.TOPICS))] * (n - risky))
             mean, base = (np.array([[row[kind + name] for name in NAMES] for row in points]) for kind in ("", "base_"))
-            result[label].append({"seed": seed, "hypervolume": sweep.normalised_hypervolume(mean, base[0], front)})
+            result[label].append({"seed": seed, "hypervolume": metrics.normalised_hypervolume(mean, base[0], front)})
     return result
 
 

@@ -10,9 +10,11 @@ from test_ppo import krylov_fit
 
 import fedmoa
 import firm
+import methods
+import metrics
 import mgda
 import ppo
-from app import metrics, options
+from app import options
 from clients import Context, Purpose, stream
 from fedavg import FEDAVG, Server
 from firm import FIRM, Trainings
@@ -231,7 +233,7 @@ def config_of(line):
      ("--method linear --weights hypergradient", ppo.CRITIC, fedmoa.HYPERGRADIENT, FEDAVG)],
 )  # fmt: skip
 def test_parts_are_swapped_by_flags_and_run(line, estimator, weights, aggregation):
-    method = options.method_of(config_of(line))
+    method = methods.method_of(config_of(line))
     assert (method.estimator, method.weights, method.aggregation) == (estimator, weights, aggregation)
     built = federation(method=method)
     built.round(), built.round()
@@ -244,7 +246,7 @@ CHANGED = {"beta": 3.0, "preference": [0.2, 0.8], "gae_lambda": 0.3, "hyper_rate
 @pytest.mark.parametrize("name", ["firm", "mgda", "morlhf", "fsmgda", "fedmoa", "minimum", "adaptive"])
 def test_a_method_reads_exactly_the_settings_that_its_parts_name(name):
     def trained(**settings):
-        built = federation(method=options.METHODS[name], clients=2, batch_size=4, epochs=1, **settings)
+        built = federation(method=methods.METHODS[name], clients=2, batch_size=4, epochs=1, **settings)
         plain, wrong = built.score, torch.tensor([[0.0, 1.0], [1.0, 1.0]]).double().repeat_interleave(4, 0)
         built.score = lambda *arguments: plain(*arguments) * wrong  # client 0 never serves the primary
         built.round(), built.round()
@@ -252,8 +254,8 @@ def test_a_method_reads_exactly_the_settings_that_its_parts_name(name):
 
     default = trained()
     read = {setting for setting, value in CHANGED.items() if not torch.equal(trained(**{setting: value}), default)}
-    assert read == options.settings_of(options.METHODS[name])
-    assert CHANGED.keys() == set().union(*map(options.settings_of, options.METHODS.values()))
+    assert read == methods.settings_of(methods.METHODS[name])
+    assert CHANGED.keys() == set().union(*map(methods.settings_of, methods.METHODS.values()))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import torch
 from conftest import make_policy
 
 import ppo
-from app.options import method_of
 from data import Prompt
 from experiments import diagnostics
 from firm import Federation
+from methods import method_of
 from settings import Config
 
 

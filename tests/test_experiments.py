@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("scipy", reason="the experiments need SciPy, see requirements-dev.txt")
 
 from app import plots  # noqa: E402
-from app.options import METHODS  # noqa: E402
 from experiments import extensions, lab  # noqa: E402
 from experiments.__main__ import EXPERIMENTS  # noqa: E402
+from methods import METHODS  # noqa: E402
 
 RESULTS = Path(lab.__file__).parents[1] / "results"
 

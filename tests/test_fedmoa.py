@@ -13,8 +13,8 @@ from test_firm import assert_same_state, federation, thetas
 
 import fedmoa
 import ppo
-from app.session import objectives_of
 from clients import Purpose
+from data import objectives_of
 from fedavg import FEDAVG, Upload
 from fedmoa import FEDMOA
 from firm import FIXED, LINEAR

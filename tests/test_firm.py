@@ -13,13 +13,13 @@ from conftest import make_policy
 
 import fedavg
 import firm
-from app import metrics
+import metrics
 from app.checkpoint import federation_state, restore_federation
-from app.options import METHODS
 from baselines import ADAPTIVE, FEDCMOO, FSMGDA, MORLHF
 from fedavg import Server
 from fedmoa import FEDMOA
 from firm import FIRM, LINEAR, MGDA, Federation
+from methods import METHODS
 from rewards import Calibration
 from settings import Config
 

@@ -12,7 +12,7 @@ from test_diagnostics import federation
 
 pytest.importorskip("scipy", reason="the experiments need SciPy, see requirements-dev.txt")
 
-from app import metrics  # noqa: E402
+import metrics  # noqa: E402
 from experiments import diagnostics, lab, toy  # noqa: E402
 from settings import Config  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""What a round leaves in the log, on cases small enough to do by hand."""
+"""What a round leaves in the log, and the best round, on cases small enough to do by hand."""
 
 import math
 
@@ -8,7 +8,8 @@ import test_run
 import torch
 from test_faults import federation
 
-from app import metrics
+import metrics
+from rewards import Calibration
 
 world = test_run.world  # the fixture
 HELD = [[0], [0, 1], [1]]  # the objectives of three clients
@@ -113,3 +114,29 @@ def test_clients_with_one_factor_in_common_lose_nothing_by_averaging(shared):
         theta[shared::2] = thetas[0][shared::2]
     residual, norm = metrics.averaging_residual(thetas, weights, 1.7)
     assert residual == pytest.approx(0.0, abs=1e-12) and norm > 1
+
+
+@pytest.mark.parametrize(
+    ("constant", "n", "scale", "best"),
+    [
+        ((False, False), 8, 1.0, 2),  # the least gains are 0.02 and 0.04, of b
+        ((False, False), 8, 0.1, 1),  # 0.1 and 0.05, of a
+        ((True, False), 8, 0.1, 2),
+        ((True, True), 8, 1.0, None),
+        ((False, False), 3, 1.0, None),  # too few prompts for two halves
+    ],
+)
+def test_the_best_round_is_the_one_of_the_greatest_least_gain_in_base_deviations(constant, n, scale, best):
+    before, gains = torch.full((n, 1, 2), 5.0), {1: torch.tensor([0.10, 0.02]), 2: torch.tensor([0.05, 0.04])}
+    calibration = Calibration(torch.tensor([0.0, 0.1]), torch.tensor([1.0, scale]), torch.tensor(constant))
+    answer = metrics.best_round({t: before + gain for t, gain in gains.items()}, before, calibration)
+    assert (answer and answer[0]) == best
+
+
+def test_the_best_round_is_chosen_on_one_half_and_reported_on_the_other():
+    before, calibration = torch.zeros(8, 1, 2), Calibration(torch.zeros(2), torch.ones(2), torch.tensor([False] * 2))
+    half, rest = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tensor_split(2)
+    luck = torch.zeros(8, 1, 2)
+    luck[half], luck[rest] = 1.0, -3.0
+    best, gains = metrics.best_round({1: before + luck, 2: before}, before, calibration)
+    assert best == 1 and (gains == -3.0).all()

@@ -7,9 +7,10 @@ from dataclasses import fields
 import pytest
 from test_run import refused
 
+import methods
 import run
-from app import options
-from app.options import METHODS, PARTS, PRESETS, parse
+from app.options import PRESETS, parse
+from methods import METHODS, PARTS
 from settings import Config
 
 
@@ -26,11 +27,11 @@ def test_a_flag_overrides_its_preset_and_a_model_of_the_user_s_has_the_paper_s_s
 def test_every_preset_is_a_valid_configuration():
     needs = {"paper": "--model d --prompts x --objectives rule:length", "gsm8k": "--prompts x"}
     for config in (parsed(f"--preset {preset} {needs.get(preset, '')}") for preset in PRESETS):
-        assert config.method == options.PREDICTOR or options.check(config) is None
+        assert config.method == methods.PREDICTOR or methods.check(config) is None
 
 
 def test_the_parts_of_a_method_can_be_replaced_by_name():
-    method = options.method_of(parsed("--method linear --advantages grpo --weights min-norm --aggregation accuracy"))
+    method = methods.method_of(parsed("--method linear --advantages grpo --weights min-norm --aggregation accuracy"))
     assert (method.name, method.estimator.name, method.weights.name) == ("linear", "grpo", "min-norm")
     assert method.aggregation.name == "accuracy" and method.needs_primary and not METHODS["linear"].needs_primary
 

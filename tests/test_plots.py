@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from app import plots
-from app.options import METHODS
 from app.plots import Panel, style
+from methods import METHODS
 
 
 def looks(label, position):

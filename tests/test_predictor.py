@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, d
 
 
 def test_an_embedding_is_the_mean_of_the_last_hidden_states_in_any_batch():
-    encoder = predictor.Encoder(str(survey.prepare().model))
+    encoder = predictor.encoder_of(str(survey.prepare().model))
     questions = [Question(ASKED, ("family", "faith")), Question("family " * 500, ("faith",))]
     embeddings = encoder(questions, batch_size=2)
     for text, x in zip((f"{ASKED} family", f"{ASKED} faith", "family " * 500 + " faith"), embeddings, strict=True):
@@ -77,7 +77,7 @@ def test_embeddings_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
     encoder, questions = str(survey.prepare().encoder), [Question(ASKED, ("family", "faith"))]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x = predictor.embedded(questions, encoder)
-    monkeypatch.setattr(predictor, "Encoder", None)
+    monkeypatch.setattr(predictor, "encoder_of", None)
     assert torch.equal(predictor.embedded(questions, encoder), x)
     with pytest.raises(TypeError):  # other texts are not in it
         predictor.embedded([Question(ASKED, ("family", "peace"))], encoder)

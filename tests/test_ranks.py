@@ -10,8 +10,9 @@ import test_run
 import torch
 from test_run import adapter_of, command, metrics_of, summary_of
 
+import metrics
 import run
-from app import ranks, session
+from app import ranks
 
 world = test_run.world  # the fixture
 ROOT = Path(run.__file__).parent
@@ -26,11 +27,11 @@ MANY = """
 import json, os, socket, sys
 from pathlib import Path
 from matplotlib.figure import Figure
-import app.plots, app.session, run
+import app.plots, metrics, run
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # once, not in every process
 
 Figure.savefig = lambda figure, file, **_: file.write(b"")
-app.session.EVAL_BATCH = 4
+metrics.EVAL_BATCH = 4
 for size, jobs in json.load(sys.stdin).items():
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -54,7 +55,7 @@ def runs(world):
         for size in "123"
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "EVAL_BATCH", 4)  # so that evaluation is shared out too
+        patch.setattr(metrics, "EVAL_BATCH", 4)  # so that evaluation is shared out too
         assert not any([run.main(arguments) for arguments in jobs.pop("1")])
     done = subprocess.run(
         [sys.executable, "-c", MANY], cwd=ROOT, input=json.dumps(jobs), capture_output=True, text=True, timeout=300

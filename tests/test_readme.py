@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import methods
 import run
 from app import options, sweep
 
@@ -40,12 +41,12 @@ def test_every_command_is_one_that_run_py_takes(words, tmp_path, monkeypatch):
     config, commands = options.parse(words)  # ends the program on bad usage
     if commands.sweep or commands.compare:
         assert sweep.plan(config, commands.sweep, commands.compare)
-    elif config.method != options.PREDICTOR:
-        options.check(config)
+    elif config.method != methods.PREDICTOR:
+        methods.check(config)
 
 
 def test_the_readme_names_every_method():
-    assert set(re.findall(r"`([a-z]+)`", README.read_text("utf-8"))) >= options.METHODS.keys()
+    assert set(re.findall(r"`([a-z]+)`", README.read_text("utf-8"))) >= methods.METHODS.keys()
 
 
 def test_the_readmes_lines_for_peft_answer_a_prompt(tmp_path, monkeypatch, capsys):

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, Pre
 
 import rewards
 from app.objectives import check_prompts, load_objectives
-from app.reward_training import RewardTraining, accuracy, encode_pairs, fit, freeze_backbone, main
+from app.reward_training import RewardTraining, encode_pairs, freeze_backbone, main
 from data import to_messages
-from rewards import RewardModel
+from rewards import RewardModel, accuracy, fit
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "Human:", "Assistant:", *(f"w{i}" for i in range(40))]
 KINDS = ["llama", "chat llama", "gpt2", "bert"]

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,9 +13,9 @@ from matplotlib.figure import Figure
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import run
-from app import report
-from app.options import METHODS
-from app.session import Evaluation, Session, objectives_of
+from app.session import Session
+from data import objectives_of
+from methods import METHODS
 from rollout import Policy
 
 OBJECTIVES = """
@@ -246,42 +245,6 @@ def test_training_may_start_from_an_adapter_which_the_checkpoint_then_holds(worl
     assert metrics_of(tmp_path / "run")[0]["kl"] != 0.0 == metrics_of(observed)[0]["kl"]  # of the first responses
     shutil.rmtree(tmp_path / "start")
     assert run.main(["--resume", str(tmp_path / "run"), "--rounds", "2"]) == 0
-
-
-def of_two(constant, n=8, scale=1.0) -> SimpleNamespace:
-    """A session of two clients and the objectives a and b."""
-    calibration = SimpleNamespace(
-        mean=torch.tensor([0.0, 0.1]), scale=torch.tensor([1.0, scale]), constant=torch.tensor(constant)
-    )
-    clients = [SimpleNamespace(index=c, objectives=[0, 1]) for c in range(2)]
-    federation = SimpleNamespace(clients=clients, calibration=calibration)
-    before = Evaluation(torch.full((n, 1, 2), 5.0), torch.zeros(n, 1), [])
-    return SimpleNamespace(names=["a", "b"], federation=federation, held_out=[None] * n, before=before)
-
-
-@pytest.mark.parametrize(
-    ("constant", "n", "scale", "best"),
-    [
-        ((False, False), 8, 1.0, 2),  # the least gains are 0.02 and 0.04, of b
-        ((False, False), 8, 0.1, 1),  # 0.1 and 0.05, of a
-        ((True, False), 8, 0.1, 2),
-        ((True, True), 8, 1.0, None),
-        ((False, False), 3, 1.0, None),  # too few prompts for two halves
-    ],
-)
-def test_the_best_round_is_the_one_of_the_greatest_least_gain_in_base_deviations(constant, n, scale, best):
-    session, gains = of_two(constant, n, scale), {1: torch.tensor([0.10, 0.02]), 2: torch.tensor([0.05, 0.04])}
-    answer = report.best_round(session, {t: session.before.scores + g for t, g in gains.items()})
-    assert (answer and answer["round"]) == best
-
-
-def test_the_best_round_is_chosen_on_one_half_and_reported_on_the_other():
-    session = of_two((False, False))
-    half, rest = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tensor_split(2)
-    luck = torch.zeros(8, 1, 2)
-    luck[half], luck[rest] = 1.0, -3.0
-    answer = report.best_round(session, {1: session.before.scores + luck, 2: session.before.scores})
-    assert answer["round"] == 1 and answer["gain"]["a"]["mean"] == -3.0
 
 
 def test_the_reasoning_world_s_clients_have_a_table_of_their_own(tmp_path, capsys):

@@ -9,10 +9,11 @@ import test_run
 from safetensors.torch import load_file, save_file
 from test_run import adapter_of, command, contents, metrics_of, refused, summary_of
 
+import metrics
 import run
 from app import options, sweep
-from app.options import METHODS
 from firm import Federation
+from methods import METHODS
 from worlds import toy
 
 world = test_run.world  # the fixture
@@ -173,7 +174,7 @@ def test_on_the_toy_world_the_hypervolume_is_the_share_of_the_exact_front(tmp_pa
     front = toy.pareto_front([line["prompt"] for line in lines])
     rows = [row["objectives"].values() for row in results(tmp_path)["linear"]]
     means = [[objective["after"]["mean"] for objective in objectives] for objectives in rows]
-    volume = sweep.normalised_hypervolume(means, base, front)
+    volume = metrics.normalised_hypervolume(means, base, front)
     assert json.loads((tmp_path / "sweep.json").read_text())["hypervolume"] == {"linear": pytest.approx(volume)}
 
 
@@ -182,13 +183,13 @@ def test_hypervolume_is_the_number_of_dominated_unit_squares(seed):
     rng = np.random.default_rng(seed)
     points, (left, low) = rng.integers(-3, 4, (8, 2)), rng.integers(-3, 2, 2)
     squares = [(x, y) for x in range(left, 4) for y in range(low, 4) if any(p[0] > x and p[1] > y for p in points)]
-    assert sweep.hypervolume(points, np.array([left, low])) == len(squares)
+    assert metrics.hypervolume(points, np.array([left, low])) == len(squares)
 
 
 def test_normalised_hypervolume_is_zero_at_the_base_and_one_on_the_whole_front():
     front, base = np.array([[0.4, 1.0], [1.0, 0.4]]), np.array([0.2, 0.5])
-    assert sweep.normalised_hypervolume(base[None], base, front) == 0.0
-    assert sweep.normalised_hypervolume(np.linspace(*front, 10_001), base, front) == pytest.approx(1.0, abs=1e-3)
+    assert metrics.normalised_hypervolume(base[None], base, front) == 0.0
+    assert metrics.normalised_hypervolume(np.linspace(*front, 10_001), base, front) == pytest.approx(1.0, abs=1e-3)
     # The reference is (0.2, 0.4). Above it the front has 0.2 × 0.6 on its left and half of 0.6 × 0.6 under it.
-    assert sweep.normalised_hypervolume([[0.6, 0.7]], base, front) == pytest.approx(0.4 * 0.3 / 0.30)
-    assert sweep.normalised_hypervolume([[0.25, 0.45]], np.array([0.5, 0.5]), front) < 0.0
+    assert metrics.normalised_hypervolume([[0.6, 0.7]], base, front) == pytest.approx(0.4 * 0.3 / 0.30)
+    assert metrics.normalised_hypervolume([[0.25, 0.45]], np.array([0.5, 0.5]), front) < 0.0

@@ -12,10 +12,11 @@ CSV file lists and mappings are Python's text of them. A country without shares,
 import ast
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pluralllm import Answers, Question
 
@@ -77,6 +78,33 @@ def of_groups(
     asked = sorted({q for group in groups for q in answers[group]})
     place = {q: i for i, q in enumerate(asked)}
     return [questions[q] for q in asked], {g: {place[q]: y for q, y in answers[g].items()} for g in groups}
+
+
+class Encoder:
+    """A language model, or a sentence encoder, that embeds options: the mean of its last hidden states [code]."""
+
+    def __init__(self, model, tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.tokenizer.truncation_side = "left"  # the option stands at the end
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        self.max_length = min(positions, self.tokenizer.model_max_length)
+
+    @torch.no_grad()
+    def __call__(self, questions: Sequence[Question], batch_size: int = 64, bar: Callable = iter) -> Tensor:
+        """Embeddings [P, E] of "question option" for all options in order, float32; texts that are too long are cut."""
+        texts = [f"{question.text} {option}" for question in questions for option in question.options]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # texts of like length share a batch
+        means = []
+        for start in bar(range(0, len(texts), batch_size)):
+            batch = self.tokenizer(
+                [texts[i] for i in order[start : start + batch_size]], padding=True, truncation=True,
+                max_length=self.max_length, padding_side="right", return_tensors="pt", return_token_type_ids=False,
+            ).to(self.model.device)  # fmt: skip
+            hidden, mask = self.model(**batch).last_hidden_state, batch["attention_mask"][..., None]  # [B, T, E]
+            means.append((hidden.float() * mask).sum(1) / mask.sum(1).clamp_min(1))
+        return torch.cat(means)[torch.tensor(order).argsort()]
 
 
 def chosen(response: str, options: Sequence[str]) -> int | None:

@@ -1,10 +1,10 @@
-"""What a round leaves in metrics.jsonl: one flat line of figures, made from its record (`clients.Round`). [ours]
+"""What is measured: the policy on held-out prompts, and a round's line in metrics.jsonl. [ours]
 
-`KIND/NAME` is a figure of one objective, `KIND/clientN` of one client, `KIND/NAME/clientN` of both. A loss on several
-objectives goes by their names joined with +. With --eval_every some lines have `held_out/NAME`, `held_out_error/NAME`
-and `held_out_kl`, of the adapter after the round.
+A line is flat. `KIND/NAME` is a figure of one objective, `KIND/clientN` of one client, `KIND/NAME/clientN` of both. A
+loss on several objectives goes by their names joined with +. With --eval_every some lines have `held_out/NAME`,
+`held_out_error/NAME` and `held_out_kl`, of the adapter after the round.
 
-These figures are only logged. Of them a real server could compute only `kl`, the adapter figures and the byte counts.
+A round's figures are only logged. Of them a real server could compute only `kl`, the adapter figures and the bytes.
 
 Means over clients are plain, except in the averaging residual, which weighs clients as the server does. All figures
 are of the clients whose uploads arrived; `rejected` says why others were left out. `zero_spread/NAME` is the share of
@@ -12,16 +12,112 @@ groups whose responses all have the same reward, and so no advantage. `first_ord
 loss that gains least (`clients.Step`).
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clients import Client, Round
+from clients import Client, Purpose, Round, stream
+from data import Prompt
 from fedavg import n_bytes
+from firm import Federation
 from lora import Adapter
+from rewards import Calibration
+
+EVAL_BATCH = 256  # rows
+
+
+@dataclass
+class Evaluation:
+    """What a policy answered to n held-out prompts, S times each."""
+
+    scores: Tensor  # [n, S, M] raw, float64
+    kl: Tensor  # [n, S] nats per response
+    texts: list[str]  # each prompt's first answer
+    gap: float = 0.0  # the largest difference of a token's log-prob at sampling and in training, in nats
+
+
+def evaluate(federation: Federation, prompts: dict[int, Prompt], bar: Callable = iter) -> Evaluation:
+    """Answer prompts, by number, `eval_samples` times each with the adapter as it stands.
+
+    The draws depend on a prompt's number only, so two adapters answer from the same random numbers. bar: wraps the loop
+    to show progress.
+    """
+    config, policy, exchange, parts = federation.config, federation.policy, federation.exchange, {}
+    S, L = config.eval_samples, config.max_new_tokens
+    asked = [prompt for prompt in prompts.values() for _ in range(S)]
+    u = np.concatenate([stream(config.seed, Purpose.EVALUATION, i).random((S, L)) for i in prompts])  # [n·S, L]
+    for start in bar(exchange.mine(range(0, len(asked), EVAL_BATCH))):
+        rows = asked[start : start + EVAL_BATCH]
+        rollout = policy.sample([prompt.token_ids for prompt in rows], u[start : start + EVAL_BATCH])
+        micro = config.micro_batch_size or config.batch_size  # what training has room for
+        logp, hidden = policy.logprobs_in_pieces(rollout, micro)
+        with policy.adapter.disabled():
+            _, hidden_ref = policy.logprobs_in_pieces(rollout, micro)
+        kl = policy.expected_kl(hidden, hidden_ref, rollout.mask)
+        gap = float(((rollout.sampled_logp - logp).abs() * rollout.mask).max())
+        parts[start] = federation.score(rows, rollout), kl, gap, policy.texts(rollout)[0]
+    scores, kl, gaps, texts = zip(*exchange.merged(parts).values(), strict=True)
+    n = len(prompts)
+    scores, kl, texts = torch.cat(scores).view(n, S, -1), torch.cat(kl).cpu().view(n, S), sum(texts, [])
+    return Evaluation(scores, kl, texts[::S], max(gaps))
+
+
+def clustered(values: Tensor) -> dict[str, float]:
+    """Mean and its standard error clustered by prompt. values [n, S], S responses to each of n prompts.
+
+    The S responses to one prompt are averaged first, since they are not independent evidence about other prompts.
+    """
+    by_prompt = values.double().mean(1)
+    n = len(by_prompt)
+    error = float(by_prompt.std()) / math.sqrt(n) if n > 1 else math.nan
+    return {"mean": float(by_prompt.mean()), "standard_error": error}
+
+
+def best_round(held_out: dict[int, Tensor], before: Tensor, calibration: Calibration) -> tuple[int, Tensor] | None:
+    """The best of the evaluated rounds, by their scores [n, S, M], and its gains [n / 2, S, M] over the base model's.
+
+    A round is as good as its least gain, in base-policy standard deviations, on one half of the held-out prompts; the
+    gains returned are those on the other half. None if there is nothing to choose from.
+    """
+    varying = ~calibration.constant
+    if len(held_out) < 2 or len(before) < 4 or not varying.any():
+        return None
+    chosen, rest = torch.randperm(len(before), generator=torch.Generator().manual_seed(0)).tensor_split(2)
+    gains = {t: scores - before for t, scores in held_out.items()}  # [n, S, M]
+    worst = {t: (gain[chosen].mean((0, 1)) / calibration.scale)[varying].min() for t, gain in gains.items()}
+    best = max(worst, key=worst.get)
+    return best, gains[best][rest]
+
+
+def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
+    """Area that `points` [n, 2] dominate above `reference` [2], both objectives maximised (Zitzler and Thiele 1999).
+
+    A point that is not above the reference in both objectives contributes nothing.
+    """
+    area = height = 0.0
+    for x, y in sorted((np.reshape(points, (-1, 2)) - reference).tolist(), reverse=True):  # from right to left
+        if x > 0.0 and y > height:
+            area += x * (y - height)  # the strip that no point further right has covered
+            height = y
+    return area
+
+
+def normalised_hypervolume(points: np.ndarray, base: np.ndarray, front: np.ndarray) -> float:
+    """(HV − HV_base) / (HV_front − HV_base): 0 is the base model alone, 1 the whole exact front.
+
+    points [n, 2], base [2], front [K, 2] a polyline from left to right, counted with all points between its vertices.
+    The reference point is the componentwise minimum of the base model and the front's nadir `front.min(0)`.
+    """
+    reference = np.minimum(base, np.min(front, axis=0))
+    x, y = (np.asarray(front) - reference).T
+    whole = x[0] * y[0] + float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())  # left of the front, and under it
+    start = float(np.prod(base - reference))
+    return (hypervolume(points, reference) - start) / (whole - start)
 
 
 def disagreement(lambdas: Tensor) -> float:
