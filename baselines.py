@@ -1,6 +1,6 @@
 """The methods FIRM is compared with: what changes in `firm.Method`, and nothing else.
 
-To add one: `replace` a method with its own parts, and append it to `METHODS` in `app/options.py`. What a server
+To add one: `replace` a method with its own parts, and append it to `METHODS` (methods.py). What a server
 remembers goes into its `state`, and a checkpoint keeps it.
 
     method    a client uploads per round     who picks λ, and from what                              takes p

@@ -21,7 +21,7 @@ PARTS = {  # what a flag of that name puts into a method: the field of `Method`,
     "weights": ("weights", {part.name: part for part in (firm.MIN_NORM, firm.FIXED, fedmoa.HYPERGRADIENT)}),
     "aggregation": ("aggregation", {part.name: part for part in (FEDAVG, fedmoa.ACCURACY)}),
 }
-EMBEDDED = ("toy", "reasoning", "survey")  # values of --model that are worlds
+EMBEDDED = {"toy": "tiny", "reasoning": "fedmoa-tiny", "survey": "plural-firm-tiny"}  # worlds, and their presets
 PREDICTOR = "pluralllm"  # the one value of --method that trains no policy
 
 

@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ranks.size() > 1 and (commands.sweep or commands.compare or config.method == methods.PREDICTOR):
             raise ValueError("torchrun: --sweep, --compare and pluralllm run in one process; start them with python")
         if config.method == methods.PREDICTOR:
-            predictor.train(config, resume)
+            print(report.predictor_table(predictor.train(config, resume)))
         elif commands.sweep or commands.compare:
             sweep.sweep(config, commands.sweep, commands.compare, train)
         else:

@@ -1,7 +1,7 @@
 """Every setting once: its default, its help, its limits, its source. The bottom of the house: it imports nothing of it.
 
 `Config` is flat, `config.lr`; its base classes group the fields by what reads them, and each can stand alone, so that a
-test of the loss writes `UpdateSettings(clip_range=0.1)`. Presets, methods and the command line: `app/options.py`.
+test of the loss writes `UpdateSettings(clip_range=0.1)`. Presets: presets.toml; flags: app/options.py.
 [paper] is FIRM's; [code] public code, mostly RiC's MORLHF; [ours] our choice where the sources are silent.
 """
 
@@ -58,7 +58,7 @@ class Settings:
 class RunSettings(Settings):
     """the run (run.py)"""
 
-    preset: str = setting("tiny", "settings to start from; paper, the defaults of all fields, goes with --model")
+    preset: str = setting("tiny", "settings to start from (presets.toml); if not given a world's own, or paper")
     seed: int = setting(0, "equal seeds give equal runs, bit for bit on a CPU", low=0, high=2**63 - 1)
     out: str | None = setting(None, "run directory; the next free one in runs/ if not given")
     device: str = setting("auto", "where to run; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))

@@ -46,11 +46,6 @@ def pretrained(
     return model.to(device), tokenizer
 
 
-def load_model(name: str, dtype: str = "float32", device: str | torch.device = "cpu"):
-    """The policy's model and tokenizer. Raises ValueError as `pretrained` does."""
-    return pretrained("AutoModelForCausalLM", name, dtype, device)
-
-
 def fingerprint(*names: str | Path) -> str:
     """A hash of whole files, of the files in a directory, or of a checkpoint that the hub has given before."""
     digest = hashlib.sha256()

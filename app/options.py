@@ -1,11 +1,12 @@
-"""The presets, and the command line that fills `settings.Config`. [ours]
+"""The command line that fills `settings.Config`. [ours]
 
-Every setting is a flag. A preset overrides defaults, and a flag overrides the preset. A flag that the chosen method
-does not read is refused, since it would look as if it had an effect.
+Every setting is a flag. A preset (presets.toml) overrides defaults, and a flag overrides the preset. A flag that the
+chosen method does not read is refused, since it would look as if it had an effect.
 """
 
 import argparse
 import json
+import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -23,62 +24,7 @@ COMMON = {  # in a comparison: what base model and held-out prompts depend on, a
     "preset", "seed", "out", "eval_samples", "model", "dtype", "max_new_tokens", "temperature", "prompts", "objectives",
     "held_out", "max_prompt_tokens", "split", "method", "preference", "resume", "sweep", "compare",
 }  # fmt: skip
-TINY = {"max_new_tokens": 12, "lora_rank": 8, "lr": 3e-3, "kl_coef": 0.01, "kl_target": 0.0, "threads": 1}
-PRESETS = {
-    "tiny": TINY | {"objectives": ["py:worlds/toy.py:helpful", "py:worlds/toy.py:harmless"]},  # the toy world
-    "fedmoa-tiny": TINY | {  # the reasoning world: a laptop CPU, about a minute
-        "model": "reasoning",
-        "method": "fedmoa",
-        "objectives": [f"py:worlds/reasoning.py:{name}" for name in ("accuracy", "format", "length")],
-        "client_objectives": ["code=accuracy,format"],
-        "split": "client",
-        "batch_size": 64,
-        "personal_rounds": 4,
-        "lr": 5e-3,
-    },
-    "pluralllm-tiny": {  # the preference predictor on the survey world: a laptop CPU, two to three minutes
-        "model": "survey",
-        "method": PREDICTOR,
-        "rounds": 100,
-        "lr": 1e-3,
-        "eval_every": 5,
-        "max_grad_norm": 1.0,  # without it the loss jumps up on some seeds, and never comes back
-        "questions": [5, 20],
-    },
-    "plural-firm-tiny": TINY | {  # FIRM on what four groups of the survey world prefer; trains their predictor first
-        "model": "survey",
-        "objectives": [f"group:survey:{centre}-1" for centre in ("north", "south", "east", "west")],
-        "split": "iid",
-        "batch_size": 64,
-        "max_new_tokens": 3,
-    },
-    "tinyllama": {  # the paper's setup; what the paper leaves open is RiC's choice [code] or ours
-        "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        "prompts": ["Anthropic/hh-rlhf/harmless-base/train.jsonl.gz", "Anthropic/hh-rlhf/helpful-base/train.jsonl.gz"],
-        "objectives": [
-            "helpful=hf:Ray2333/gpt2-large-helpful-reward_model",
-            "harmless=hf:Ray2333/gpt2-large-harmless-reward_model",
-        ],
-        "dtype": "bfloat16",
-        "max_grad_norm": 0.5,
-        "micro_batch_size": 4,
-    },
-    "gsm8k": {  # FedMOA on GSM8K, on one GPU; --prompts names its files, --model another model
-        "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        "method": "fedmoa",
-        "objectives": [f"py:worlds/gsm8k.py:{name}" for name in ("accuracy", "format", "length")],
-        "split": "iid",
-        "batch_size": 32,
-        "max_new_tokens": 256,
-        "max_prompt_tokens": 320,
-        "dtype": "bfloat16",
-        "max_grad_norm": 0.5,
-        "micro_batch_size": 4,
-        "eval_samples": 4,
-    },
-    "pluralllm": {"method": PREDICTOR, "rounds": 100, "lr": 3e-4, "eval_every": 5},  # on GlobalOpinionQA: --opinions
-    "paper": {},  # the fields' defaults: the paper's settings if it states them, else RiC's or ours
-}  # fmt: skip
+PRESETS = tomllib.loads((Path(__file__).parents[1] / "presets.toml").read_text("utf-8"))
 
 
 def refuse_idle(config: Config, given: set[str]) -> None:
@@ -109,7 +55,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
         raise ValueError("compare: it names the methods itself; leave --method out")
     if commands.sweep and "preference" in given:
         raise ValueError("sweep: it names the preferences itself; leave --preference out")
-    preset = given.get("preset", "tiny" if given.get("model", "toy") in EMBEDDED else "paper")
+    preset = given.get("preset", EMBEDDED.get(given.get("model", "toy"), "paper"))
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} is none of {', '.join(PRESETS)}")
     config = Config(**PRESETS[preset] | given | {"preset": preset})

@@ -15,7 +15,6 @@ The contexts leave their groups: a reward made from the predictor brings them to
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,11 +32,10 @@ from app import checkpoint
 from app.files import free_directory, rows_of, to_json, write_tensors, write_text
 from app.loading import fingerprint, pretrained
 from app.options import PRESETS
-from app.tables import aligned
 from pluralllm import Predictor, PredictorFederation, Question, Survey
 from settings import Config
 from worlds import opinions, survey, tiny_llama
-from worlds.opinions import Encoder, chosen
+from worlds.opinions import Encoder, GroupPredictor
 
 
 def encoder_of(where: str, device: str = "cpu") -> Encoder:
@@ -72,58 +70,19 @@ def save(directory: Path, model: Predictor, encoder: str, data: Survey, seed: in
     write_text(directory / "predictor.json", json.dumps(about, indent=1) + "\n")
 
 
-class SavedPredictor:
-    """A predictor that a run saved in a directory, with its encoder and its groups' contexts, to be asked."""
-
-    def __init__(self, directory: str, device: str = "cpu") -> None:
-        about = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))
-        self.groups, self.encoder = about["groups"], encoder_of(about["encoder"], device)
-        self.model = Predictor(about["width"]).to(device)
-        self.model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
-        slugs = {re.sub(r"\W+", "-", group.lower()).strip("-"): group for group in self.groups}  # united-states
-        self.names = slugs | {group: group for group in self.groups}
-        self.contexts: dict[str, tuple[Tensor, Tensor]] = {}  # group -> x [C, E], y [C], once it was asked
-        self.answers: dict[tuple, list[float]] = {}  # since a run asks the same question again
-
-    def group(self, name: str) -> str:
-        """A group by its name or its slug. Raises ValueError for one that it does not know."""
-        if name not in self.names:
-            raise ValueError(f"group: the predictor does not know {name!r}; it knows {', '.join(self.groups)}")
-        return self.names[name]
-
-    def ask(self, group: str, question: str, options: Sequence[str]) -> list[float]:
-        """The predicted share of a group's people for each option."""
-        group = self.group(group)
-        if group not in self.contexts:
-            rows = self.groups[group]
-            x = self.encoder([Question(row["question"], row["options"]) for row in rows])
-            self.contexts[group] = x, x.new_tensor([share for row in rows for share in row["distribution"]])
-        key = (group, question, *options)
-        if key not in self.answers:
-            target = self.encoder([Question(question, options)])
-            which = torch.zeros(len(options), dtype=torch.long, device=target.device)
-            self.answers[key] = self.model.shares(*self.contexts[group], target, which).tolist()
-        return self.answers[key]
-
-
-load = lru_cache(maxsize=4)(SavedPredictor)  # cached, since the objectives of several groups share one
+@lru_cache(maxsize=4)  # since the objectives of several groups share one
+def load(directory: str, device: str = "cpu") -> GroupPredictor:
+    """What `save` wrote."""
+    about = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))
+    model = Predictor(about["width"]).to(device)
+    model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
+    return GroupPredictor(model, encoder_of(about["encoder"], device), about["groups"])
 
 
 def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> tuple[Callable, str, bool]:
     """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none."""
     directory, _, group = rest.rpartition(":")
-    saved = load(directory, device)
-    group = saved.group(group)
-
-    def reward(completions: list[str], question=None, options=None, **columns: Any) -> list[float]:
-        rewards = []
-        for completion, q, o in zip(completions, question or [None], options or [None], strict=False):
-            if not isinstance(q, str) or not isinstance(o, (list, tuple)):
-                raise ValueError(f"objectives: group:{rest} needs a question and its options beside every prompt")
-            position = chosen(completion, o)
-            rewards.append(0.0 if position is None else saved.ask(group, q, o)[position])
-        return rewards
-
+    reward = load(directory, device).reward(group)
     encoder = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))["encoder"]
     return reward, fingerprint(f"{directory}/predictor.json", f"{directory}/predictor.safetensors", encoder), False
 
@@ -202,8 +161,6 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
 
     plots.predictor(lines, start, summary["groups"], list(sides), out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
-    if progress:
-        print(*table(summary), f"{out}: predictor/, metrics.jsonl, summary.json, pictures", sep="\n")
     torch.set_num_threads(threads)
     return summary
 
@@ -212,11 +169,9 @@ def do_round(sides: dict[str, PredictorFederation]) -> dict[str, float]:
     """A round of either side, and its line in metrics.jsonl; bytes are those of a client of the federated side."""
     line: dict[str, float] = {}
     for side, federation in sides.items():
-        started = time.perf_counter()
-        figures = federation.round()
+        started, figures = time.perf_counter(), federation.round()
+        line |= {f"loss/{side}": figures.pop("loss"), f"seconds/{side}": time.perf_counter() - started}
         line = figures | line  # of equal names the first side's stay
-        line |= {f"loss/{side}": figures["loss"], f"seconds/{side}": time.perf_counter() - started}
-    del line["loss"]
     return line
 
 
@@ -245,7 +200,6 @@ def summarise(
     for i, figures in enumerate(by_group.values()):
         figures |= {name: float(each[i].nanmean()) for name, each in scores.items()}
         figures |= {f"{name}, overlap": float(scores[name][i, both[i]].mean()) for name in ("federated", "mean answer")}
-        figures["overlap"] = int(both[i].sum())
     return {
         "method": "pluralllm", "seed": seed, "rounds": len(lines), "questions": len(data.questions),
         "training_seconds": {side: sum(line[f"seconds/{side}"] for line in lines) for side in sides},
@@ -255,18 +209,3 @@ def summarise(
         "sides": {side: {"start": start[side]} | figures_of(scores[side][len(train) :]) for side in sides},
         "groups": by_group,
     }  # fmt: skip
-
-
-def table(summary: dict[str, Any]) -> list[str]:
-    """The closing table: every group's alignment, then the figures of the unseen ones."""
-    columns = [*summary["sides"], "mean answer", "uniform", "federated, overlap", "mean answer, overlap"]
-    rows = [["", "questions", *columns]]
-    for group, figures in summary["groups"].items():
-        cells = [f"{figures[name]:.3f}" for name in columns]
-        rows.append([group + " *" * figures["unseen"], str(figures["questions"]), *cells])
-    lines = ["alignment, 1 - Jensen-Shannon distance to a group's answers; * took no part in training", *aligned(rows)]
-    for side, figures in summary["sides"].items():
-        values = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        lines.append(f"{side}, unseen groups: {values}")
-    worth = "given 15 of their own answers {own:.3f}, given another group's {other:.3f}"
-    return [*lines, f"federated, unseen groups: {worth.format(**summary['context'])}"]

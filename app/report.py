@@ -1,4 +1,4 @@
-"""What a run prints, and the figures of summary.json. [ours]
+"""What runs print, and the figures of summary.json. [ours]
 
 Figures are on held-out prompts, in raw units. Every prompt is answered S times before and after training, from the same
 uniforms; gains are paired by prompt, and every standard error is clustered by prompt.
@@ -15,8 +15,21 @@ import numpy as np
 
 from app import ranks
 from app.session import Session
-from app.tables import aligned, plus_minus
 from metrics import Evaluation, clustered
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of one text table, the first column left, the others right, two spaces apart at least."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+
+
+def plus_minus(figure: dict[str, float], sign: str = "+", digits: int = 3) -> str:
+    """A figure and its standard error."""
+    return f"{figure['mean']:{sign}.{digits}f} ± {figure['standard_error']:.{digits}f}"
 
 
 def header(session: Session, out: Path) -> str:
@@ -146,3 +159,18 @@ def show_samples(samples: Sequence[dict[str, Any]], n: int = 4) -> str:
             scores = ", ".join(f"{name} {score:.2f}" for name, score in sample[stage]["scores"].items())
             lines.append(f"  {stage:6}  {' '.join(sample[stage]['response'].split())}   [{scores}]")
     return "\n".join(lines) + "\n"
+
+
+def predictor_table(summary: dict[str, Any]) -> str:
+    """The closing table of a predictor: every group's alignment, then the figures of the unseen ones."""
+    columns = [*summary["sides"], "mean answer", "uniform", "federated, overlap", "mean answer, overlap"]
+    rows = [["", "questions", *columns]]
+    for group, figures in summary["groups"].items():
+        cells = [f"{figures[name]:.3f}" for name in columns]
+        rows.append([group + " *" * figures["unseen"], str(figures["questions"]), *cells])
+    lines = ["alignment, 1 - Jensen-Shannon distance to a group's answers; * took no part in training", *aligned(rows)]
+    for side, figures in summary["sides"].items():
+        values = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        lines.append(f"{side}, unseen groups: {values}")
+    worth = "given 15 of their own answers {own:.3f}, given another group's {other:.3f}"
+    return "\n".join([*lines, f"federated, unseen groups: {worth.format(**summary['context'])}"])

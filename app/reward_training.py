@@ -2,10 +2,7 @@
 
     python rewards.py --backbone DIR --pairs FILE... --test_pairs FILE... --out DIR --freeze_backbone
 
-The result is an ordinary sequence-classification checkpoint. With --freeze_backbone only the head learns. A BERT's
-pooler belongs to the head, since in most checkpoints it was never trained to sum up a text. The head reads one state of
-each text, that of the first token or of the last. So the backbone runs once over all texts, and from then on it only
-looks these states up [ours].
+The result is an ordinary sequence-classification checkpoint. With --freeze_backbone only the head learns.
 
 Left out on purpose: several labels, margins between replies, ensembles.
 """
@@ -18,9 +15,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
+from transformers import PreTrainedModel
 
 from app.files import rows_of
 from app.loading import pretrained
@@ -38,7 +34,7 @@ class RewardTraining(Settings):
     pairs: list[str] = setting(MISSING, "training pairs: files with rows of HH-RLHF (chosen, rejected)")
     out: str = setting(MISSING, "new directory for the trained reward model")
     test_pairs: list[str] = setting([], "pairs to test on; if not given, a tenth of the pairs is held out")
-    freeze_backbone: bool = setting(False, "train the head only: minutes, not hours")
+    freeze_backbone: bool = setting(False, "train the head only: a third of the time a pass")
     max_pairs: int | None = setting(None, "train on this many pairs, drawn at random; all if not given", low=1)
     epochs: int | None = setting(None, "passes over the pairs (1; 3 for a head only)", low=1)
     batch_size: int = setting(16, "pairs a step (16)", low=1)
@@ -66,31 +62,10 @@ def encode_pairs(reward_model: RewardModel, pairs: list[tuple[str, dict]]) -> li
     return texts["chosen"] + texts["rejected"]
 
 
-def freeze_backbone(reward_model: RewardModel, rows: list[list[int]]) -> list[list[int]]:
-    """From now on the backbone only looks up its states of these texts; returns what stands for them, [[0], [1], ...].
-
-    The gradient tells which token's state the head reads. `del reward_model.model.base_model.forward` undoes it.
-    """
-    backbone, hidden = reward_model.model.base_model, None
-    pooler, forward = getattr(backbone, "pooler", None), backbone.forward
-    states = torch.empty(len(rows), backbone.config.hidden_size, device=backbone.device)
-
-    def output(hidden: Tensor) -> Output:
-        return Output(last_hidden_state=hidden, pooler_output=pooler(hidden) if pooler else None)
-
-    def run(*inputs, **named) -> Output:
-        nonlocal hidden
-        with torch.no_grad():
-            hidden = forward(*inputs, **named)[0]  # [B, T, H]
-        return output(hidden.requires_grad_())
-
-    backbone.forward = run
-    for batch in tqdm(list(reward_model.batches(rows)), "backbone"):
-        scores = reward_model.forward([rows[i] for i in batch])
-        read = torch.autograd.grad(scores.sum(), hidden)[0].any(2)  # [B, T], True at one token of each text
-        states[batch] = hidden.detach()[read]
-    backbone.forward = lambda input_ids, *_, **__: output(states[input_ids])  # [B, 1, H]
-    return [[number] for number in range(len(rows))]
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """From now on only the head learns. A BERT's pooler belongs to it: most checkpoints never trained it on texts."""
+    for name, parameter in model.base_model.named_parameters():
+        parameter.requires_grad_("pooler" in name)
 
 
 def train(settings: RewardTraining) -> None:
@@ -108,12 +83,12 @@ def train(settings: RewardTraining) -> None:
     classifier = "AutoModelForSequenceClassification"
     model, tokenizer = pretrained(classifier, settings.backbone, device=settings.device, new_head=True)
     reward_model = RewardModel(model, tokenizer, max_length=settings.max_length)
+    if settings.freeze_backbone:
+        freeze_backbone(model)
     rows, test_rows = encode_pairs(reward_model, pairs), encode_pairs(reward_model, test)
     aside.mkdir(parents=True, exist_ok=True)  # before the training, since it may fail
     shown = partial(tqdm, desc="training")
-    fit(reward_model, freeze_backbone(reward_model, rows) if settings.freeze_backbone else rows, settings, shown)
-    if settings.freeze_backbone:
-        del model.base_model.forward
+    fit(reward_model, rows, settings, shown)
     share, error = accuracy(reward_model, test_rows), 0.5 / math.sqrt(len(test))  # the error is that of a coin
     record = asdict(settings) | {"trained_on": len(pairs), "tested_on": len(test), "accuracy": share, "error": error}
     model.save_pretrained(aside)

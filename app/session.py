@@ -20,7 +20,7 @@ import metrics
 import rewards
 from app import checkpoint, peft_files, predictor, ranks
 from app.files import rows_of
-from app.loading import fingerprint, load_model
+from app.loading import fingerprint, pretrained
 from app.objectives import check_prompts, load_objectives
 from data import Prompt
 from firm import Federation
@@ -48,19 +48,18 @@ class Session:
         methods.check(config)
         self.base_model, files = config.model, config.prompts
         bar = partial(tqdm, desc="pre-training, once", disable=not self.progress, leave=False)
-        specs = config.objectives
-        if config.model == "toy":
-            model, prompts = toy.prepare(progress=bar)
-        elif config.model == "reasoning":
-            model, prompts = reasoning.prepare(config.severity, config.seed, progress=bar)
-        elif config.model == "survey":
-            model, _, _, prompts = survey.prepare(config.seed, progress=bar)
-            specs = predictor.of_the_world(specs, config.seed, progress)
-        if config.model in methods.EMBEDDED:
+        world = {
+            "toy": lambda: toy.prepare(progress=bar),
+            "reasoning": lambda: reasoning.prepare(config.severity, config.seed, progress=bar),
+            "survey": lambda: survey.prepare(config.seed, progress=bar),
+        }.get(config.model)
+        if world:
+            model, *_, prompts = world()
             self.base_model, files = str(model), files or [str(prompts)]
+        specs = predictor.of_the_world(config.objectives, config.seed, progress)
         self.objectives = load_objectives(specs, self.device, config.dtype)
         self.names = [objective.name for objective in self.objectives]
-        model, tokenizer = load_model(self.base_model, config.dtype, self.device)
+        model, tokenizer = pretrained("AutoModelForCausalLM", self.base_model, config.dtype, self.device)
         context = context_of(model.config)
         room = None if context is None else context - config.max_new_tokens
         rows = chain.from_iterable(map(rows_of, files))
@@ -133,7 +132,6 @@ class Session:
     @cached_property
     def inputs(self) -> dict[str, str]:
         """Hashes of what the settings name: prompts with their columns, the base model, the objectives."""
-
         hashes = {f"objective {objective.name}": objective.fingerprint for objective in self.objectives}
         hashes["the base model"] = fingerprint(self.base_model)
         for whose, prompts in (("the clients'", sum(self.prompts_of, [])), ("the held-out", self.held_out)):

@@ -32,8 +32,8 @@ import mgda
 from app import options, peft_files, report
 from app.files import free_directory, read_json, read_lines, to_json, write_text
 from app.objectives import parse_spec
+from app.report import aligned, plus_minus
 from app.session import Session
-from app.tables import aligned, plus_minus
 from settings import Config
 from worlds import toy
 

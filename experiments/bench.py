@@ -27,7 +27,7 @@ from torch import nn
 import ppo
 import run
 from app.files import read_lines, write_text
-from app.loading import load_model
+from app.loading import pretrained
 from app.options import PRESETS
 from app.session import Session
 from experiments.lab import commit
@@ -78,7 +78,7 @@ class Bench:
 
     def model(self) -> hf.PreTrainedModel:
         """The policy's model as a peer has it."""
-        return load_model(self.settings["model"], self.settings["dtype"], self.device)[0]
+        return pretrained("AutoModelForCausalLM", self.settings["model"], self.settings["dtype"], self.device)[0]
 
     def session(self, **changes) -> Session:
         """Ours: policy and clients, with two rules that cost nothing. Responses do not end before L."""

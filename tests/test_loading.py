@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 from conftest import make_model, make_tokenizer
 
-from app.loading import fingerprint, load_model, pretrained
+from app.loading import fingerprint, pretrained
 
 REWARD, MISSING = "AutoModelForSequenceClassification", "transformer.h.1.ln_1.weight"
 
@@ -13,7 +13,9 @@ def test_dropout_is_zero_and_only_a_new_head_may_be_missing_and_no_adapter_be_th
     for part in (make_model("gpt2"), make_tokenizer()):
         part.save_pretrained(tmp_path)
     name, file, before = str(tmp_path), tmp_path / "model.safetensors", fingerprint(tmp_path)
-    assert {m.p for m in load_model(name)[0].modules() if hasattr(m, "p")} == {0.0}  # 0.1 in the config
+    assert {m.p for m in pretrained("AutoModelForCausalLM", name)[0].modules() if hasattr(m, "p")} == {
+        0.0
+    }  # 0.1 in the config
     assert pretrained(REWARD, name, new_head=True)[0].config.num_labels == 1
     with pytest.raises(ValueError, match=f"{name} cannot be loaded: it lacks score.weight"):
         pretrained(REWARD, name)
@@ -29,4 +31,4 @@ def test_dropout_is_zero_and_only_a_new_head_may_be_missing_and_no_adapter_be_th
         pretrained(REWARD, name, new_head=True)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="adapter_config.json: merge"):
-        load_model(name)
+        pretrained("AutoModelForCausalLM", name)

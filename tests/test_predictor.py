@@ -91,14 +91,14 @@ def test_a_loaded_predictor_answers_from_the_groups_context(finished):
     y = torch.tensor([share for row in rows for share in row["distribution"]])
     with torch.no_grad():
         expected = saved.model(x, y, saved.encoder([Question(ASKED, tuple(OPTIONS))]))[0].softmax(0)
-    assert saved.ask("north-1", ASKED, OPTIONS) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert saved.ask("north 1", ASKED, tuple(OPTIONS)) == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="group: the predictor does not know 'nord'"):
-        saved.group("nord")
+        saved.reward("nord")
 
 
 def test_the_reward_is_the_predicted_share_of_the_chosen_option(finished):
     reward, _, _ = predictor.group_objective(f"{finished / 'predictor'}:south-1", "cpu", "float32")
-    shares = predictor.load(str(finished / "predictor")).ask("south 1", ASKED, OPTIONS)
+    shares = predictor.load(str(finished / "predictor")).ask("south 1", ASKED, tuple(OPTIONS))
     given = reward(completions=["faith .", "(C)", "nothing"], question=[ASKED] * 3, options=[OPTIONS] * 3, prompts=[])
     assert given == [shares[1], shares[2], 0.0]
     for columns in ({}, {"question": [None], "options": [OPTIONS]}, {"question": [ASKED], "options": [None]}):

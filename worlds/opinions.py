@@ -13,12 +13,13 @@ import ast
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pluralllm import Answers, Question
+from pluralllm import Answers, Predictor, Question
 
 TRAIN_GROUPS = ("Nigeria", "Egypt", "India (Current national sample)", "Germany", "United States", "Canada",
                 "Argentina", "Australia")  # fmt: skip
@@ -127,3 +128,45 @@ def chosen(response: str, options: Sequence[str]) -> int | None:
     if position >= len(options) or (letter[1] in texts and letter[1] != texts[position]):  # the text of another option
         return None
     return position if plain(letter[2]) in ("", texts[position]) else None
+
+
+class GroupPredictor:
+    """A trained predictor, asked what the groups prefer whose contexts it holds (rows of one group, as above)."""
+
+    def __init__(self, model: Predictor, encoder: Encoder, groups: dict[str, list[dict]]) -> None:
+        self.model, self.encoder, self.groups = model, encoder, groups
+        slugs = {re.sub(r"\W+", "-", group.lower()).strip("-"): group for group in groups}  # united-states
+        self.names = slugs | {group: group for group in groups}
+
+    @cache  # noqa: B019 - a run asks the same questions again, as long as it lives
+    def context(self, group: str) -> tuple[Tensor, Tensor]:
+        """A group's context, x [C, E] and y [C]."""
+        x = self.encoder([Question(row["question"], row["options"]) for row in self.groups[group]])
+        return x, x.new_tensor([share for row in self.groups[group] for share in row["distribution"]])
+
+    @cache  # noqa: B019
+    def ask(self, group: str, question: str, options: tuple[str, ...]) -> list[float]:
+        """The predicted share of a group's people for each option."""
+        target = self.encoder([Question(question, options)])
+        which = torch.zeros(len(options), dtype=torch.long, device=target.device)
+        return self.model.shares(*self.context(group), target, which).tolist()
+
+    def reward(self, name: str) -> Callable[..., list[float]]:
+        """The reward of a group, by its name or its slug: the share of the option that a response chose, 0 for none.
+
+        Raises ValueError for a group that the predictor does not know.
+        """
+        if name not in self.names:
+            raise ValueError(f"group: the predictor does not know {name!r}; it knows {', '.join(self.groups)}")
+        group = self.names[name]
+
+        def reward(completions: list[str], question=None, options=None, **columns: Any) -> list[float]:
+            rewards = []
+            for completion, q, o in zip(completions, question or [None], options or [None], strict=False):
+                if not isinstance(q, str) or not isinstance(o, (list, tuple)):
+                    raise ValueError(f"objectives: group {name} needs a question and its options beside every prompt")
+                position = chosen(completion, o)
+                rewards.append(0.0 if position is None else self.ask(group, q, tuple(o))[position])
+            return rewards
+
+        return reward
