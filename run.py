@@ -48,8 +48,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     say = print if progress and not title else lambda *_: None
     method = "" if config.preset.startswith(config.method) else config.method
     name = "-".join(filter(None, (method, config.advantages, config.weights, config.aggregation, config.preset)))
-    out = ranks.from_first(str(free_directory(resume or config.out, name, bool(resume))) if ranks.first() else "")
-    out = Path(out)
+    out = str(free_directory(resume or config.out, name, bool(resume))) if ranks.first() else ""
+    out = Path(ranks.exchanged(out)[0])  # the first process's
     session = ranks.after_first(lambda: Session(config, progress))
     say(report.header(session, out))
     if (out / checkpoint.FILE).is_file():
@@ -93,43 +93,49 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
 
 def do_rounds(session: Session, out: Path, title: str) -> Evaluation | None:
     """Run and log the rounds that are left. Returns the last round's evaluation if --eval_every asked for one."""
-    config, federation, adapter, after = session.config, session.federation, session.policy.adapter, None
+    config, after = session.config, None
     shown = {"desc": title or "round", "disable": not session.progress, "dynamic_ncols": True}
     done = len(session.lines)
     with tqdm(range(done, config.rounds), initial=done, total=config.rounds, **shown) as bar:
         for t in bar:
-            started = time.perf_counter()
-            record = federation.round()
-            due = config.eval_every and (t + 1) % config.eval_every == 0
-            after = session.evaluate(f"after round {t + 1}") if due else None
-            line = metrics.line(record, federation.clients, session.names, adapter)
-            line["seconds"] = time.perf_counter() - started
-            if after:
-                session.scores_after[t + 1] = after.scores
-                line["held_out_kl"] = float(after.kl.mean())
-                for j, name in enumerate(session.names):
-                    score = clustered(after.scores[..., j])
-                    line |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
-            if config.diagnostics:
-                from experiments import diagnostics
-
-                figures, grams = diagnostics.observe(session.policy, record, config)
-                line |= figures
-            session.lines.append(line)
-            if not ranks.first():
-                continue
-            if after:
-                peft_files.save(adapter, out / "adapters" / f"round{t + 1:04d}", session.base_model)
-            if config.diagnostics:
-                (out / "grams").mkdir(exist_ok=True)
-                write_tensors(out / "grams" / f"{t:04d}.safetensors", grams)
-            session.save(out)
-            for client, fault in record.faults.items():
-                tqdm.write(f"warning: round {t}: client {client} is left out: {fault}", file=sys.stderr)
+            after, line = do_round(session, out, t)
             rewards = [f"{name} {line[f'reward/{name}']:.3f}" for name in session.names]
             weights = "/".join(f"{line[f'lambda/{name}']:.2f}" for name in session.names)
             bar.set_postfix_str("  ".join([*rewards, f"KL {line['kl']:.2f}", f"λ {weights}"]))
     return after
+
+
+def do_round(session: Session, out: Path, t: int) -> tuple[Evaluation | None, dict[str, Any]]:
+    """Run, log and save round t. Returns the evaluation of its adapter, if one is due, and its line."""
+    config, federation, adapter = session.config, session.federation, session.policy.adapter
+    started = time.perf_counter()
+    record = federation.round()
+    due = config.eval_every and (t + 1) % config.eval_every == 0
+    after = session.evaluate(f"after round {t + 1}") if due else None
+    line = metrics.line(record, federation.clients, session.names, adapter)
+    line["seconds"] = time.perf_counter() - started
+    if after:
+        session.scores_after[t + 1] = after.scores
+        line["held_out_kl"] = float(after.kl.mean())
+        for j, name in enumerate(session.names):
+            score = clustered(after.scores[..., j])
+            line |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
+    if config.diagnostics:
+        from experiments import diagnostics
+
+        figures, grams = diagnostics.observe(session.policy, record, config)
+        line |= figures
+    session.lines.append(line)
+    if ranks.first():
+        if after:
+            peft_files.save(adapter, out / "adapters" / f"round{t + 1:04d}", session.base_model)
+        if config.diagnostics:
+            (out / "grams").mkdir(exist_ok=True)
+            write_tensors(out / "grams" / f"{t:04d}.safetensors", grams)
+        session.save(out)
+        for client, fault in record.faults.items():
+            tqdm.write(f"warning: round {t}: client {client} is left out: {fault}", file=sys.stderr)
+    return after, line
 
 
 def write_results(session: Session, summary: dict[str, Any], samples: list, out: Path) -> None:

@@ -61,21 +61,20 @@ def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[st
     return tensors, {"rounds_done": federation.rounds_done, "kl_coef": federation.kl_coef}
 
 
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
 def restore_federation(federation: Federation, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Take back what `federation_state` gave. Tensors of θ's length go to the policy's device, the rest to the CPU."""
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-    device, d = federation.policy.device, federation.theta.shape[-1]
+    device, d, kept = federation.policy.device, federation.theta.shape[-1], under(tensors, "server.")
     federation.theta = tensors["theta"].to(device)
     federation.rounds_done, federation.kl_coef = values["rounds_done"], values["kl_coef"]
-    federation.server.state = {n: x.to(device) if x.shape[-1:] == (d,) else x for n, x in under("server.").items()}
-    federation.calibration = Calibration(**under("calibration."))
+    federation.server.state = {name: x.to(device) if x.shape[-1:] == (d,) else x for name, x in kept.items()}
+    federation.calibration = Calibration(**under(tensors, "calibration."))
     for client in federation.clients:
-        state = under(f"client{client.index}.")
-        client.state = [{} for _ in {name.partition(".")[0] for name in state}]
-        for name, x in state.items():
-            i, _, key = name.partition(".")
-            client.state[int(i)][key] = x
+        client.state = []
+        while state := under(tensors, f"client{client.index}.{len(client.state)}."):
+            client.state.append(state)
     federation.policy.adapter.assign(federation.theta)

@@ -140,8 +140,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
         tensors, values = checkpoint.read(out, identity)
         lines = values["lines"]
         for side, federation in sides.items():
-            names = [name for name in tensors if name.startswith(f"{side}/")]
-            federation.restore({name.removeprefix(f"{side}/"): tensors[name] for name in names})
+            federation.restore(checkpoint.under(tensors, f"{side}/"))
     write_text(out / "config.json", json.dumps(vars(config), indent=2) + "\n")
     if progress:
         print(f"{len(data.questions)} questions; {len(groups)} groups train, {len(unseen)} are held out; run {out}")
@@ -169,7 +168,8 @@ def do_round(sides: dict[str, PredictorFederation]) -> dict[str, float]:
     """A round of either side, and its line in metrics.jsonl; bytes are those of a client of the federated side."""
     line: dict[str, float] = {}
     for side, federation in sides.items():
-        started, figures = time.perf_counter(), federation.round()
+        started = time.perf_counter()
+        figures = federation.round()
         line |= {f"loss/{side}": figures.pop("loss"), f"seconds/{side}": time.perf_counter() - started}
         line = figures | line  # of equal names the first side's stay
     return line

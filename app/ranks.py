@@ -70,9 +70,7 @@ class Exchange:
 
     def merged(self, results: dict[int, T]) -> dict[int, T]:
         """The results of all processes, by ascending numbers, on this one's device."""
-        if size() == 1:
-            return results
-        return dict(sorted((number, result) for part in _exchange(results) for number, result in part.items()))
+        return dict(sorted((number, result) for part in exchanged(results) for number, result in part.items()))
 
 
 def after_first(work: Callable[[], T]) -> T:
@@ -82,13 +80,10 @@ def after_first(work: Callable[[], T]) -> T:
     return result if first() else work()
 
 
-def from_first(value: T) -> T:
-    """The first process's value, everywhere."""
-    return _exchange(value)[0] if size() > 1 else value
-
-
-def _exchange(value: Any) -> list[Any]:
+def exchanged(value: Any) -> list[Any]:
     """The values of all processes, by rank. They travel as tensors and plain values; reading them executes no code."""
+    if size() == 1:
+        return [value]
     buffer, parts = io.BytesIO(), [b""] * size()
     torch.save(value, buffer)
     dist.all_gather_object(parts, buffer.getvalue())
