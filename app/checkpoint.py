@@ -5,6 +5,7 @@ client), so there is no generator's state to save. Tensors: θ_t, the calibratio
 rounds, the held-out scores. Values: rounds done, κ, the log's lines, the settings and a hash of what they name.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,25 @@ def write(out: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None
     """Write a run's metrics.jsonl, which is values["lines"], and its checkpoint, from tensors on any device."""
     write_lines(out / "metrics.jsonl", values["lines"])
     (out / FILE).parent.mkdir(exist_ok=True)
-    write_tensors(out / FILE, tensors, {"values": json.dumps(values)})
+    metadata = {"values": json.dumps(values)}
+    write_tensors(out / FILE, tensors, metadata | {"sha256": digest(tensors, metadata["values"])})
+
+
+def digest(tensors: dict[str, Tensor], values: str) -> str:
+    """A hash of what a checkpoint holds, since safetensors has none."""
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    return hashlib.sha256(values.encode() + safetensors.torch.save(tensors)).hexdigest()
 
 
 def read(out: Path, now: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write` wrote. Raises ValueError if the file is damaged, or its values["identity"] is another than `now`."""
     try:
         with safetensors.safe_open(out / FILE, "pt") as file:
-            values = json.loads(file.metadata()["values"])
-        tensors, before = safetensors.torch.load_file(out / FILE), values["identity"]
+            metadata = file.metadata()
+        tensors, values = safetensors.torch.load_file(out / FILE), json.loads(metadata["values"])
+        before = values["identity"]
+        if digest(tensors, metadata["values"]) != metadata["sha256"]:
+            raise ValueError("its content has another hash than when it was written")
     except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"resume: {out / FILE} is damaged ({error}); start the run again") from error
     for name in before.keys() | now.keys():

@@ -27,17 +27,22 @@ COMMON = {  # in a comparison: what base model and held-out prompts depend on, a
 PRESETS = tomllib.loads((Path(__file__).parents[1] / "presets.toml").read_text("utf-8"))
 
 
-def refuse_idle(config: Config, given: set[str]) -> None:
-    """Raise ValueError for a flag that was given and that this method does not read."""
+def idle(config: Config, given: set[str]) -> set[str]:
+    """Those of the given settings that a run does not read."""
     if config.method == PREDICTOR:
-        idle = given - PREDICTOR_READS
-    else:
-        some = set().union(*map(settings_of, METHODS.values()))
-        idle = given & ({f.name for f in fields(PredictorSettings)} | (some - settings_of(method_of(config))))
-    if config.split != "dirichlet":
-        idle |= given & {"dirichlet_alpha"}
-    if idle:
-        raise ValueError(f"{min(idle)}: {config.method} does not read it with these settings; leave --{min(idle)} out")
+        return given - PREDICTOR_READS
+    some = set().union(*map(settings_of, METHODS.values())) - settings_of(method_of(config))
+    some |= {f.name for f in fields(PredictorSettings)} | (
+        {"dirichlet_alpha"} if config.split != "dirichlet" else set()
+    )
+    return given & some
+
+
+def refuse_idle(runs: Sequence[Config], given: set[str]) -> None:
+    """Raise ValueError for a flag that was given and that none of these runs reads."""
+    if unread := set.intersection(*(idle(config, given) for config in runs)):
+        name, who = min(unread), " or ".join(dict.fromkeys(config.method for config in runs))
+        raise ValueError(f"{name}: {who} does not read it with these settings; leave --{name} out")
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
@@ -61,8 +66,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     config = Config(**PRESETS[preset] | given | {"preset": preset})
     if config.method == PREDICTOR and (commands.sweep or commands.compare):
         raise ValueError(f"method: {PREDICTOR} trains no policy; leave --sweep and --compare out")
-    if not commands.compare:
-        refuse_idle(config, set(given))
+    runs = [variant(config, text) for text in commands.compare] if commands.compare else [config]
+    refuse_idle(runs, set(given))
     return config, commands
 
 
@@ -74,7 +79,7 @@ def variant(config: Config, text: str) -> Config:
     if common := given.keys() & COMMON:
         raise ValueError(f"compare: {text!r} sets {min(common)}, which all runs share; give it as --{min(common)}")
     changed = replace(config, method=name, **given)
-    refuse_idle(changed, set(given))
+    refuse_idle([changed], set(given))
     return changed
 
 

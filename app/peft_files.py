@@ -42,8 +42,11 @@ def save(adapter: Adapter, directory: str | Path, base_model: str) -> None:
     write_text(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def load(adapter: Adapter, directory: str | Path) -> None:
-    """Read an adapter in PEFT's format, ours or PEFT's own, into this one. Raises ValueError if it does not fit."""
+def load(adapter: Adapter, directory: str | Path) -> str:
+    """Read an adapter in PEFT's format, ours or PEFT's own, into this one. Returns the name of its base model.
+
+    Raises ValueError if it does not fit.
+    """
     weights = Path(directory) / "adapter_model.safetensors"
     if not weights.is_file():
         remedy = "save it with PEFT as safetensors (a .bin file is a pickle, which is not read)"
@@ -66,3 +69,4 @@ def load(adapter: Adapter, directory: str | Path) -> None:
     if embeddings:
         raise ValueError(f"adapter: {directory} holds an embedding ({embeddings[0]}); only linear layers are adapted")
     adapter.load_tensors(tensors)
+    return config.get("base_model_name_or_path", "")

@@ -73,7 +73,7 @@ def summarise(session: Session, after: Evaluation) -> dict[str, Any]:
         "rounds": config.rounds,
         "preference": config.preference,
         "mean_lambda": [float(np.nanmean([m[f"lambda/{name}"] for m in lines])) for name in session.names if lines],
-        "inputs": session.inputs,
+        "inputs": session.inputs | {"the starting adapter": session.start},
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
         "upload_bytes_per_client": uploaded / config.clients,
         "upload_bytes_total": uploaded,

@@ -37,6 +37,7 @@ class Session:
         self.config, self.progress = config, progress and ranks.first()
         self.started = time.perf_counter()
         self.before: Evaluation | None = None  # the base model's, from `begin` or `restore`
+        self.start = ""  # a hash of the adapter that training starts at, if --adapter names one
         self.lines: list[dict] = []  # of metrics.jsonl
         self.scores_after: dict[int, Tensor] = {}  # [n, S, M] of the adapter after some rounds
         if config.threads:
@@ -97,7 +98,12 @@ class Session:
         """Measure the base model and calibrate the rewards on it; then put the adapter that training starts at."""
         fresh = self.federation.theta
         if self.config.adapter:  # first: it may be refused
-            peft_files.load(self.policy.adapter, self.config.adapter)
+            base, self.start = (
+                peft_files.load(self.policy.adapter, self.config.adapter),
+                fingerprint(self.config.adapter),
+            )
+            if base != self.base_model and self.progress:
+                print(f"warning: {self.config.adapter} was trained on {base}; it means nothing on other weights")
             self.federation.theta = self.policy.adapter.vector()
             self.policy.adapter.assign(fresh)
         self.before = self.evaluate("base model")
@@ -144,7 +150,8 @@ class Session:
         tensors, values = checkpoint.federation_state(self.federation)
         tensors |= {"before.scores": self.before.scores, "before.kl": self.before.kl}
         tensors |= {f"held_out.{t}": scores for t, scores in self.scores_after.items()}
-        values |= {"texts": self.before.texts, "lines": self.lines, "seconds": time.perf_counter() - self.started}
+        values |= {"texts": self.before.texts, "lines": self.lines, "start": self.start}
+        values |= {"seconds": time.perf_counter() - self.started}
         checkpoint.write(out, tensors, values | {"identity": checkpoint.identity(self.config, self.inputs)})
 
     def restore(self, out: Path) -> None:
@@ -155,4 +162,4 @@ class Session:
         checkpoint.restore_federation(self.federation, tensors, values)
         self.scores_after = {int(n.partition(".")[2]): x for n, x in tensors.items() if n.startswith("held_out.")}
         self.before = Evaluation(tensors["before.scores"], tensors["before.kl"], values["texts"])
-        self.lines, self.started = values["lines"], self.started - values["seconds"]
+        self.lines, self.start, self.started = values["lines"], values["start"], self.started - values["seconds"]

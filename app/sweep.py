@@ -93,7 +93,7 @@ def sweep(config: Config, preferences: list[str] | None, compare: list[str] | No
     print(f"{out}: if it is stopped, the same command with --out {out} goes on")
     names = [parse_spec(spec)[0] for spec in config.objectives]
     for text, configs in runs.items():
-        home = out / text.replace(" ", ",")
+        home = out / text.replace(" ", ",").replace("/", "-")
         runs[text] = [replace(one, out=str(home / label(one.preference))) for one in configs]
         if methods.METHODS[configs[0].method].several_runs:
             soups(runs[text], names, home, train)
@@ -154,8 +154,10 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     rows = {text: list(map(summary_of, configs)) for text, configs in runs.items()}
     first, *others = [row for group in rows.values() for row in group]
     changed = {name for row in others for name in row["inputs"] if row["inputs"][name] != first["inputs"][name]}
-    others_clients = any(one.clients != config.clients for configs in runs.values() for one in configs)
-    if changed - ({"the clients' prompts"} if others_clients else set()):
+    for name, what in (("clients", "the clients' prompts"), ("adapter", "the starting adapter")):
+        if any(getattr(one, name) != getattr(config, name) for configs in runs.values() for one in configs):
+            changed.discard(what)  # as asked
+    if changed:
         raise ValueError(f"out: prompts, weights or code changed between the runs in {out}; name another directory")
     several, front = {text: group for text, group in rows.items() if len(group) > 1}, None
     if options.front_is_known(config):

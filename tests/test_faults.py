@@ -122,11 +122,17 @@ def edit(old, new):
     return lambda file: file.write_text(file.read_text().replace(old, new))
 
 
+def flip_the_last_bit(file):
+    *rest, last = file.read_bytes()
+    file.write_bytes(bytes([*rest, last ^ 1]))
+
+
 CHANGES = {  # what happened to a file of the run or of its inputs, and what the refusal says
     "a setting": ("run/config.json", edit('"temperature": 1.0', '"temperature": 0.5'), "temperature changed"),
     "the prompts": ("prompts.jsonl", edit("w3 ", "w4 w5 "), "prompts changed"),
     "the rewards' code": ("objectives.py", edit("/ 8", "/ 9"), "objective (even|short) changed"),
     "the base model": ("model/config.json", edit("\n}", "\n\n}"), "the base model changed"),
+    "a bit of a checkpoint": ("run/checkpoint/state.safetensors", flip_the_last_bit, "is damaged"),
     "half a checkpoint": ("run/checkpoint/state.safetensors", lambda file: os.truncate(file, 9999), "is damaged"),
 }
 

@@ -71,6 +71,7 @@ REFUSED = {  # flags, and what the one line names
     "--objectives " + " ".join(f"x{i}=rule:length" for i in range(9)): "objectives: 9 are too many",
     "--resume x --beta 1": "resume.*--rounds",
     "--resume nowhere": "resume: nowhere holds no settings",
+    "--compare mgda linear --beta 1": "beta: mgda or linear does not read it",
     "--compare firm --method linear": "compare.*--method",
     "--sweep 0.5 --preference 1 1": "sweep.*--preference",
     "--sweep 0.5 --preset pluralllm-tiny": "method: pluralllm.*--sweep",

@@ -149,7 +149,7 @@ def test_a_sweep_of_other_settings_is_refused_by_name(swept, world, capsys):
     assert contents(swept) == before
 
 
-@pytest.mark.parametrize("what", ["the clients' prompts", "the held-out prompts", "the base model"])
+@pytest.mark.parametrize("what", ["the clients' prompts", "the base model", "the starting adapter"])
 def test_runs_of_other_prompts_or_weights_are_not_compared(swept, world, tmp_path, what):
     shutil.copytree(swept, tmp_path / "copy")
     point = tmp_path / "copy" / "firm" / "p0.40-0.60"
