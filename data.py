@@ -198,7 +198,8 @@ def prompts_from(
     prompts = [prompt for ids, prompt in by_ids.items() if len(ids) <= limit]
     if not prompts:
         shortest = f"the shortest has {min(map(len, by_ids), default=0)} tokens, and {limit} fit"
-        raise ValueError(f"prompts: 0 of {n_rows} rows can be used; {shortest}; raise max_prompt_tokens or pass others")
+        remedy = "raise max_prompt_tokens" if limit == max_tokens else "lower max_new_tokens"
+        raise ValueError(f"prompts: 0 of {n_rows} rows can be used; {shortest}; {remedy} or pass others")
     dropped = {"duplicates": n_rows - len(by_ids), "too_long": len(by_ids) - len(prompts)}
     return prompts, {"rows": n_rows, **dropped, "kept": len(prompts)}
 
@@ -210,7 +211,7 @@ def share_out(prompts: list[Prompt], n_clients: int, settings: DataSettings, see
     """
     n = settings.held_out
     if len(prompts) < n + n_clients:
-        raise ValueError(f"held_out: {n} and {n_clients} clients need more than {len(prompts)} prompts; lower it")
+        raise ValueError(f"held_out: {n} and {n_clients} clients need more than {len(prompts)} different prompts")
     if settings.split not in ("iid", "dirichlet"):
         return split_by(settings.split, prompts, n_clients, n, seed)
     train, held_out = hold_out(prompts, [prompt.subset for prompt in prompts], n, seed)

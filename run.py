@@ -50,9 +50,11 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     name = "-".join(filter(None, (method, config.advantages, config.weights, config.aggregation, config.preset)))
     out = str(free_directory(resume or config.out, name, bool(resume))) if ranks.first() else ""
     out = Path(ranks.exchanged(out)[0])  # the first process's
+    if resume and ranks.first():
+        print(f"resume: {out} has its objectives from {' '.join(config.objectives)}")  # first, since py: runs a file
     session = ranks.after_first(lambda: Session(config, progress))
     say(report.header(session, out))
-    if (out / checkpoint.FILE).is_file():
+    if checkpoint.there(out):
         session.restore(out)
         if ranks.first():
             (out / "summary.json").unlink(missing_ok=True)  # a run that has one is complete
@@ -166,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sweep.sweep(config, commands.sweep, commands.compare, train)
         else:
             train(config, resume)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -40,6 +40,14 @@ def digest(tensors: dict[str, Tensor], values: str) -> str:
     return hashlib.sha256(values.encode() + safetensors.torch.save(tensors)).hexdigest()
 
 
+def there(out: Path) -> bool:
+    """Whether a run has one to go on from. Raises ValueError if somebody took it away."""
+    log = out / "metrics.jsonl"
+    if not (out / FILE).is_file() and log.is_file() and log.stat().st_size:
+        raise ValueError(f"resume: {out / FILE} is gone, so nothing can go on; start a new run with --out")
+    return (out / FILE).is_file()
+
+
 def read(out: Path, now: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write` wrote. Raises ValueError if the file is damaged, or its values["identity"] is another than `now`."""
     try:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -65,9 +65,17 @@ def to_json(values: Any, **settings: Any) -> str:
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None), **settings)
 
 
-def read_json(text: str) -> dict[str, Any]:
-    """The inverse of `to_json`, for one object: NaN for null."""
-    return json.loads(text, object_hook=lambda line: {k: math.nan if v is None else v for k, v in line.items()})
+def nan_for_null(line: dict[str, Any]) -> dict[str, Any]:
+    """Figures as they were before `to_json`."""
+    return {name: math.nan if value is None else value for name, value in line.items()}
+
+
+def read_json(path: Path, hook: Callable | None = None) -> dict[str, Any]:
+    """The object in a file; hook: `nan_for_null` for figures. Raises ValueError, naming the file, if it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"), object_hook=hook)
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged ({error}); put it back, or make it anew") from error
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -77,7 +85,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file."""
-    return [read_json(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line, object_hook=nan_for_null) for line in path.read_text("utf-8").splitlines()]
 
 
 def free_directory(out: str | Path | None, name: str = "", resume: bool = False) -> Path:
@@ -87,6 +95,8 @@ def free_directory(out: str | Path | None, name: str = "", resume: bool = False)
         k += 1
         directory = Path(out or f"runs/{name}" + f"-{k}" * (k > 1))
         directory.mkdir(parents=True, exist_ok=True)
+        if links := [path for path in directory.rglob("*") if path.is_symlink()]:
+            raise ValueError(f"out: {links[0]} is a link, and might lead out of the run; name another directory")
         if resume or {entry.name for entry in directory.iterdir()} <= {".lock"}:
             lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, so the lock ends with the process
             with suppress(OSError):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import chat_template_utils, find_adapter_config_file, logging
 
+# A chat template that prints the date would make other prompts tomorrow, and no run could go on.
+chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2025, 1, 1))
 logging.set_verbosity_error()  # the user sees our lines, not the loading bars of libraries
 logging.disable_progress_bar()
 
@@ -27,7 +31,9 @@ def pretrained(
         print(f"{name} is not a directory here; looking for it on the hub", file=sys.stderr)
     try:
         if find_adapter_config_file(name):  # with PEFT installed, the weights would silently be others than without
-            raise ValueError("there is an adapter_config.json: merge that adapter into the weights, or pass --adapter")
+            raise ValueError(
+                "there is an adapter_config.json: merge it into the weights; a policy's goes with --adapter"
+            )
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         config.num_labels = 1 if new_head else config.num_labels

@@ -5,23 +5,26 @@
     py:FILE.py:FUNCTION     a user's function; FILE as seen from the current folder, else from the project's
     group:PREDICTOR:GROUP   the share of a group that would choose as the response did (app/predictor.py)
 
-**A user's file** may import its neighbours: modules, and packages with an __init__.py. Two folders may each have a
-helper.py, and a neighbour may be called data.py as the project's is, but Python knows a module by its name alone. So
-while code of a folder runs, and only then, the folder comes first on sys.path and its modules stand in sys.modules.
+**A user's file** may import its neighbours, modules and packages. Two folders may each have a helper.py, and a
+neighbour may be called data.py as the project's is, but Python knows a module by its name alone. So while code of a
+folder runs, and only then, the folder comes first on sys.path and its modules stand in sys.modules.
 """
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
 from app.loading import fingerprint, pretrained
 from app.predictor import group_objective
-from rewards import RULES, Objective, RewardModel
+from rewards import RULES, Objective, RewardModel, score
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES: dict[Path, dict[str, ModuleType]] = {}  # a user's folder -> the modules imported from it
@@ -52,14 +55,20 @@ def load_objectives(specs: Sequence[str], device: str = "cpu", dtype: str = "flo
 
 
 def check_prompts(objectives: Sequence[Objective], prompts: Sequence[Any]) -> None:
-    """Raise ValueError for a prompt that a reward model's chat template refuses; a run would meet it rounds later."""
-    for model in (objective.function for objective in objectives if isinstance(objective.function, RewardModel)):
-        for prompt in prompts:
-            try:
-                model.encode([prompt.text], ["yes"], [prompt.messages])
-            except Exception as error:  # templates raise what they like
-                asked = prompt.text[:60]
-                raise ValueError(f"prompts: a reward model cannot read {asked!r} ({error}); drop the row") from error
+    """Raise ValueError for a prompt that an objective cannot score: a run would meet it rounds later.
+
+    A reward model only reads it. A user's function, which may take long, is not tried.
+    """
+    tried = [each for each in objectives if "py:" not in each.spec or "py:worlds/" in each.spec]
+    for objective, prompt in product(tried, prompts):
+        try:
+            if isinstance(objective.function, RewardModel):
+                objective.function.encode([prompt.text] * 2, ["yes", ""], [prompt.messages] * 2)
+            else:
+                score([objective], [prompt], ["yes"], [[0]])
+        except Exception as error:  # templates raise what they like
+            asked = prompt.text[:60]
+            raise ValueError(f"prompts: {objective.name} cannot score {asked!r} ({error}); drop the row") from error
 
 
 def rule(rest: str, device: str, dtype: str) -> Loaded:
@@ -86,28 +95,33 @@ def users_function(rest: str, device: str, dtype: str) -> Loaded:
     folder = ROOT if path.parent in (ROOT, ROOT / "worlds") else path.parent
     module = ".".join(path.relative_to(folder).with_suffix("").parts)  # worlds.toy, or the name of a user's file
     function = run_in(folder, rest, lambda: getattr(importlib.import_module(module), name))
-    code = fingerprint(path, *sorted(ROOT.glob("worlds/*.py")), *neighbours(folder))
+    beside = neighbours(folder) or sorted(path.parent.glob("*.py"))
+    code = fingerprint(path, *sorted(ROOT.glob("worlds/*.py")), *beside)
     return lambda **given: run_in(folder, rest, lambda: list(function(**given))), code, False
 
 
 @cache
 def neighbours(folder: Path) -> list[Path]:
     """The files of a user's modules and packages, as they stand in a folder; none for the project's folder."""
-    packages = [file.parent for file in folder.glob("*/__init__.py")]
+    packages = {file.parent for file in folder.glob("*/*.py")}
     files = [*folder.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]
     return [] if folder == ROOT else sorted(file for file in files if file.stem != "__main__")
 
 
 def run_in(folder: Path, rest: str, work: Callable[[], Any]) -> Any:
-    """work(), which finds the modules of a user's folder. Raises RuntimeError from what the user's code raises."""
-    others = taken_out(folder)
+    """work(), which finds the modules of a user's folder. Raises ValueError from what the user's code raises."""
+    others, here = taken_out(folder), os.getcwd()
     sys.modules.update(MODULES.get(folder, {}))
     sys.path.insert(0, str(folder))
     try:
         return work()
     except (Exception, SystemExit) as error:
-        raise RuntimeError(f"objective py:{rest} failed: {type(error).__name__}: {error}") from error
+        frames = extract_tb(error.__traceback__)
+        *_, last = [frame for frame in frames if Path(frame.filename).is_relative_to(folder)] or frames
+        where = f"{last.filename}:{last.lineno}"
+        raise ValueError(f"objective py:{rest} failed at {where}: {type(error).__name__}: {error}") from error
     finally:
+        os.chdir(here)  # which the run's relative paths need
         sys.path.remove(str(folder))
         MODULES[folder] = taken_out(folder)
         sys.modules.update(others)

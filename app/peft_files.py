@@ -9,7 +9,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from app.files import write_tensors, write_text
+from app.files import read_json, write_tensors, write_text
 from lora import Adapter
 
 # Settings that change the function, if they are on. Others that are about a start or a variant end with "_config".
@@ -51,7 +51,7 @@ def load(adapter: Adapter, directory: str | Path) -> str:
     if not weights.is_file():
         remedy = "save it with PEFT as safetensors (a .bin file is a pickle, which is not read)"
         raise ValueError(f"adapter: {directory} holds no {weights.name}; {remedy}")
-    config = json.loads(weights.with_name("adapter_config.json").read_text("utf-8"))
+    config = read_json(weights.with_name("adapter_config.json"))
     unsupported = [key for key, values in SUPPORTED.items() if config.get(key, values[0]) not in values]
     unsupported += [key for key in config if config[key] and (key in UNSUPPORTED or key.endswith("_config"))]
     if unsupported:

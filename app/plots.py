@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import matplotlib
@@ -134,19 +133,15 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     ], out / "weights.png")  # fmt: skip
 
 
-def predictor(metrics: list[dict], start: dict, groups: dict[str, dict], sides: list[str], out: Path) -> None:
-    """A predictor's curves.png and groups.png; start: each side's alignment before training; groups: summary.json's."""
-    starts = [{"round": -1, **{f"alignment/{side}": start[side] for side in sides}}]
-    lines = {side: curve(starts + metrics, f"alignment/{side}") for side in sides}
-    losses = {side: curve(metrics, f"loss/{side}") for side in sides}
+def predictor(metrics: list[dict], start: dict[str, float], out: Path) -> None:
+    """A predictor's curves.png; start: each side's alignment before training."""
+    starts = [{"round": -1, **{f"alignment/{side}": value for side, value in start.items()}}]
+    lines = {side: curve(starts + metrics, f"alignment/{side}") for side in start}
+    losses = {side: curve(metrics, f"loss/{side}") for side in start}
     panels([
         Panel("round", "alignment, unseen groups", "How well unseen groups are known", lines),
         Panel("round", "loss", "Training loss, mean over clients and steps", losses),
     ], out / "curves.png")  # fmt: skip
-    names = [shorten(name, 20, placeholder="…") + " *" * figures["unseen"] for name, figures in groups.items()]
-    sources, places = (*sides, "mean answer", "uniform"), range(len(names))
-    shown = {source: (places, [figures[source] for figures in groups.values()], None) for source in sources}
-    panels([Panel("", "alignment", "Every group; * took no part in training", shown, ticks=names)], out / "groups.png")
 
 
 def trade_off(rows: dict[str, list[dict]], front: np.ndarray | None, names: Sequence[str], path: Path) -> None:

@@ -4,7 +4,7 @@
     python run.py --preset pluralllm --opinions FILE --encoder DIR_OR_HUB      on GlobalOpinionQA
 
 A run trains it federated and, beside that, with all groups in one place. Both sides take equally many steps; a central
-step goes over all groups. The run directory holds what `run.py`'s does, curves.png, groups.png, and predictor/:
+step goes over all groups. The run directory holds what `run.py`'s does, curves.png, and predictor/:
 
     predictor.safetensors     the federated side's weights
     predictor.json            its width, its encoder, and every group's context: questions, and the group's answers
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import pluralllm
 from app import checkpoint
-from app.files import free_directory, rows_of, to_json, write_tensors, write_text
+from app.files import free_directory, read_json, rows_of, to_json, write_tensors, write_text
 from app.loading import fingerprint, pretrained
 from app.options import PRESETS
 from pluralllm import Predictor, PredictorFederation, Question, Survey
@@ -73,7 +73,7 @@ def save(directory: Path, model: Predictor, encoder: str, data: Survey, seed: in
 @lru_cache(maxsize=4)  # since the objectives of several groups share one
 def load(directory: str, device: str = "cpu") -> GroupPredictor:
     """What `save` wrote."""
-    about = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))
+    about = read_json(Path(directory, "predictor.json"))
     model = Predictor(about["width"]).to(device)
     model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
     return GroupPredictor(model, encoder_of(about["encoder"], device), about["groups"])
@@ -83,7 +83,7 @@ def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> t
     """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none."""
     directory, _, group = rest.rpartition(":")
     reward = load(directory, device).reward(group)
-    encoder = json.loads((Path(directory) / "predictor.json").read_text("utf-8"))["encoder"]
+    encoder = read_json(Path(directory, "predictor.json"))["encoder"]
     return reward, fingerprint(f"{directory}/predictor.json", f"{directory}/predictor.safetensors", encoder), False
 
 
@@ -114,6 +114,8 @@ def survey_of(config: Config, device: str, progress: bool) -> tuple[Survey, list
         file, encoder = str(files.opinions), config.encoder or str(files.encoder)
     else:
         raise ValueError("opinions: name the survey answers and what embeds them, --opinions FILE --encoder DIR_OR_HUB")
+    if len(config.questions) != 2 or not 1 <= config.questions[0] <= config.questions[1]:
+        raise ValueError(f"questions: {config.questions} must be two numbers, the least and the most; write 9 90")
     groups, unseen = config.train_groups or list(world.TRAIN_GROUPS), config.unseen_groups or list(world.UNSEEN_GROUPS)
     needed = max(2 * config.questions[0], pluralllm.CONTEXT_QUESTIONS + 1)
     questions, answers = opinions.of_groups(*opinions.read(rows_of(file)), groups + unseen, needed)
@@ -136,9 +138,9 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     inputs = {"the answers": answers.hexdigest(), "rounds, over which the rate decays,": config.rounds}
     identity = checkpoint.identity(config, inputs)
     lines = []
-    if (out / checkpoint.FILE).is_file():
+    if checkpoint.there(out):
         tensors, values = checkpoint.read(out, identity)
-        lines = values["lines"]
+        lines, started = values["lines"], started - values["seconds"]
         for side, federation in sides.items():
             federation.restore(checkpoint.under(tensors, f"{side}/"))
     write_text(out / "config.json", json.dumps(vars(config), indent=2) + "\n")
@@ -151,14 +153,15 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
                 for side, scores in scores_of(sides, unseen).items():
                     lines[-1] |= {f"{name}/{side}": value for name, value in figures_of(scores).items()}
                 tensors = {f"{side}/{name}": x for side, f in sides.items() for name, x in f.state().items()}
-                checkpoint.write(out, tensors, {"identity": identity, "lines": lines})
+                values = {"identity": identity, "lines": lines, "seconds": time.perf_counter() - started}
+                checkpoint.write(out, tensors, values)
             bar.update()
     summary = {"encoder": encoder} | summarise(sides, groups, unseen, start, lines)
     summary["seconds"] = time.perf_counter() - started
     save(out / "predictor", sides["federated"].model, encoder, data, config.seed)
     from app import plots  # here: matplotlib takes its time to import
 
-    plots.predictor(lines, start, summary["groups"], list(sides), out)
+    plots.predictor(lines, start, out)
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
     torch.set_num_threads(threads)
     return summary

@@ -36,6 +36,7 @@ def header(session: Session, out: Path) -> str:
     """What is about to run, in a few lines."""
     config, counts = session.config, session.counts
     sizes = sorted(map(len, session.prompts_of))
+    own = bool(session.client_names) and session.held_out[0].owner(config.split) is not None
     parts = [part for part in (config.method, config.advantages, config.weights, config.aggregation) if part]
     return "\n".join([
         f"{' '.join(parts)} on {config.model}, {session.device}, {config.dtype}, seed {config.seed}"
@@ -43,6 +44,7 @@ def header(session: Session, out: Path) -> str:
         f"  objectives  {', '.join(session.names)}; preference {config.preference or 'uniform'}",
         f"  prompts     {counts['kept']:,} kept of {counts['rows']:,} rows ({counts['duplicates']} duplicates, "
         f"{counts['too_long']} too long), {len(session.held_out)} of them held out",
+        *["  clients' own prompts are held out, and stand in samples.jsonl"] * own,
         f"  clients     {len(sizes)} of {sizes[0]} to {sizes[-1]} prompts ({config.split}) "
         + shorten(", ".join(session.client_names), 90),
         f"  rounds      {config.rounds} of {config.batch_size} responses, {session.federation.group_size} to a prompt",

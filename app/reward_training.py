@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from app.files import rows_of
 from app.loading import pretrained
@@ -62,12 +61,6 @@ def encode_pairs(reward_model: RewardModel, pairs: list[tuple[str, dict]]) -> li
     return texts["chosen"] + texts["rejected"]
 
 
-def freeze_backbone(model: PreTrainedModel) -> None:
-    """From now on only the head learns. A BERT's pooler belongs to it: most checkpoints never trained it on texts."""
-    for name, parameter in model.base_model.named_parameters():
-        parameter.requires_grad_("pooler" in name)
-
-
 def train(settings: RewardTraining) -> None:
     """Train, test and save a reward model. Raises ValueError for a row that cannot be used, before any training."""
     out = Path(settings.out)
@@ -78,17 +71,18 @@ def train(settings: RewardTraining) -> None:
     test = [pair for file in settings.test_pairs for pair in rows_of(file)]
     torch.manual_seed(settings.seed)
     pairs = [pairs[i] for i in torch.randperm(len(pairs)).tolist()]
-    held_out = 0 if test else max(len(pairs) // 10, 1)
+    held_out = 0 if settings.test_pairs else max(len(pairs) // 10, 1)
     pairs, test = pairs[held_out:][: settings.max_pairs], test or pairs[:held_out]
+    if not pairs or not test:
+        raise ValueError(f"pairs: {len(pairs)} to train on and {len(test)} to test on; each needs at least one")
     classifier = "AutoModelForSequenceClassification"
     model, tokenizer = pretrained(classifier, settings.backbone, device=settings.device, new_head=True)
     reward_model = RewardModel(model, tokenizer, max_length=settings.max_length)
-    if settings.freeze_backbone:
-        freeze_backbone(model)
+    for name, parameter in model.base_model.named_parameters():  # a BERT's pooler, rarely trained on texts, is head
+        parameter.requires_grad_(not settings.freeze_backbone or "pooler" in name)
     rows, test_rows = encode_pairs(reward_model, pairs), encode_pairs(reward_model, test)
     aside.mkdir(parents=True, exist_ok=True)  # before the training, since it may fail
-    shown = partial(tqdm, desc="training")
-    fit(reward_model, rows, settings, shown)
+    fit(reward_model, rows, settings, partial(tqdm, desc="training"))
     share, error = accuracy(reward_model, test_rows), 0.5 / math.sqrt(len(test))  # the error is that of a coin
     record = asdict(settings) | {"trained_on": len(pairs), "tested_on": len(test), "accuracy": share, "error": error}
     model.save_pretrained(aside)
@@ -104,5 +98,5 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_settings(RewardTraining, {})
     try:
         train(RewardTraining(**vars(parser.parse_args(arguments))))
-    except (ValueError, TypeError) as error:  # the latter for a setting without a default that was not given
+    except (ValueError, OSError, RuntimeError, TypeError) as error:  # the last for a setting that was not given
         parser.error(str(error))

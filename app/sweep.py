@@ -29,8 +29,8 @@ import baselines
 import methods
 import metrics
 import mgda
-from app import options, peft_files, report
-from app.files import free_directory, read_json, read_lines, to_json, write_text
+from app import options, report
+from app.files import free_directory, nan_for_null, read_json, read_lines, to_json, write_text
 from app.objectives import parse_spec
 from app.report import aligned, plus_minus
 from app.session import Session
@@ -85,11 +85,14 @@ def sweep(config: Config, preferences: list[str] | None, compare: list[str] | No
     begun = config.out and Path(config.out, "sweep.json").is_file()
     out = free_directory(config.out, "compare" if compare else "sweep", bool(begun))
     if begun:
-        before = json.loads((out / "sweep.json").read_text("utf-8"))["settings"]
+        before = read_json(out / "sweep.json")["settings"]
         if changed := [name for name in shared if shared[name] != before.get(name)]:
             raise ValueError(f"out: {out} holds a sweep with another {changed[0]}; name another directory")
     else:
         write_text(out / "sweep.json", json.dumps({"settings": shared}, indent=2) + "\n")
+    for first, *_ in runs.values():  # what is wrong with any of them is found before the first is trained
+        several = methods.METHODS[first.method].several_runs
+        Session(replace(first, method=SPECIALIST) if several else first, progress=False)
     print(f"{out}: if it is stopped, the same command with --out {out} goes on")
     names = [parse_spec(spec)[0] for spec in config.objectives]
     for text, configs in runs.items():
@@ -108,7 +111,7 @@ def finish(config: Config, train: Callable[..., dict[str, Any]]) -> None:
     out = Path(config.out)
     title = f"{out.parent.name} {out.name}"
     if (out / "summary.json").exists():
-        done = read_json((out / "summary.json").read_text("utf-8"))["rounds"]
+        done = read_json(out / "summary.json")["rounds"]
         if done != config.rounds:
             raise ValueError(f"out: {out} went on to {done} rounds, of {config.rounds} here; move it away")
         print(f"{title}: finished before")
@@ -131,11 +134,11 @@ def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Ca
     if not missing:
         return
     session, lines, thetas = Session(specialists[-1]), [], []
-    session.restore(Path(specialists[-1].out))
     for specialist in specialists:
-        lines += read_lines(Path(specialist.out) / "metrics.jsonl")
-        peft_files.load(session.policy.adapter, Path(specialist.out) / "adapter")
-        thetas.append(session.policy.adapter.vector())
+        session.config = specialist
+        session.restore(Path(specialist.out))
+        lines += session.lines
+        thetas.append(session.federation.theta)
     session.lines = lines
     for one in missing:
         session.started, here = time.perf_counter(), home / label(one.preference)
@@ -147,10 +150,10 @@ def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Ca
 
 
 def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str], out: Path) -> None:
-    """The table, the pictures, and sweep.json. Raises ValueError if prompts, weights or code changed between runs."""
+    """The table, pareto.png, and sweep.json. Raises ValueError if prompts, weights or code changed between runs."""
     from app import plots  # here: matplotlib takes its time to import
 
-    summary_of = lambda one: read_json(Path(one.out, "summary.json").read_text("utf-8"))  # noqa: E731
+    summary_of = lambda one: read_json(Path(one.out, "summary.json"), nan_for_null)  # noqa: E731
     rows = {text: list(map(summary_of, configs)) for text, configs in runs.items()}
     first, *others = [row for group in rows.values() for row in group]
     changed = {name for row in others for name in row["inputs"] if row["inputs"][name] != first["inputs"][name]}
@@ -166,21 +169,13 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
     means = {} if front is None else {text: [mean(row, "after") for row in group] for text, group in several.items()}
     base = np.array(mean(first, "before"))
     volumes = {text: metrics.normalised_hypervolume(points, base, front) for text, points in means.items()}
-    results = json.loads((out / "sweep.json").read_text("utf-8")) | {"results": rows, "hypervolume": volumes}
+    results = {"settings": read_json(out / "sweep.json")["settings"]} | {"results": rows, "hypervolume": volumes}
     write_text(out / "sweep.json", to_json(results, indent=2) + "\n")
     print(comparison(rows, names, config))
     if volumes:
         print("hypervolume (1 is the exact front): " + ", ".join(f"{text} {v:.3f}" for text, v in volumes.items()))
     plots.trade_off(rows, front, names, out / "pareto.png")
-    lines = {
-        text: ([row["preference"][0] for row in group], [row["mean_lambda"][0] for row in group], None)
-        for text, group in several.items()
-        if group[0]["mean_lambda"]
-    }
-    if lines:
-        axes = (f"requested p of {names[0]}", f"mean λ of {names[0]} over the run", "Is the preference followed?")
-        plots.panels([plots.Panel(*axes, lines, diagonal=True)], out / "weights.png")
-    print(f"\n{out}: pictures, sweep.json, and every run in METHOD/")
+    print(f"\n{out}: pareto.png, sweep.json, and every run in METHOD/")
 
 
 def comparison(rows: dict[str, list[dict[str, Any]]], names: Sequence[str], config: Config) -> str:

@@ -19,7 +19,7 @@ import metrics
 import mgda
 import run
 from app import plots, sweep
-from app.files import read_json, read_lines
+from app.files import nan_for_null, read_json, read_lines
 from app.options import PRESETS
 from experiments import diagnostics
 from experiments.lab import COMMON, Experiment, seeds, settings_of
@@ -54,7 +54,7 @@ def soups(job: dict, directory: Path) -> list[Row]:
     ones = [Config(**settings | {"preference": [p, round(1.0 - p, 12)]}) for p in job["preferences"]]
     sweep.soups(ones, NAMES, directory, lambda config, resume, title: run.train(config, resume, progress=False))
     mixtures = [directory / sweep.label(one.preference) / "summary.json" for one in ones]
-    summaries = [read_json(file.read_text("utf-8")) for file in mixtures]
+    summaries = [read_json(file, nan_for_null) for file in mixtures]
     specialist = directory / f"specialist-{NAMES[0]}"  # it has the same held-out prompts
     return [outcome(one, summary, specialist) for one, summary in zip(ones, summaries, strict=True)]
 

@@ -133,6 +133,8 @@ CHANGES = {  # what happened to a file of the run or of its inputs, and what the
     "the rewards' code": ("objectives.py", edit("/ 8", "/ 9"), "objective (even|short) changed"),
     "the base model": ("model/config.json", edit("\n}", "\n\n}"), "the base model changed"),
     "a bit of a checkpoint": ("run/checkpoint/state.safetensors", flip_the_last_bit, "is damaged"),
+    "no checkpoint": ("run/checkpoint/state.safetensors", os.remove, "is gone"),
+    "a link": ("run/notes", lambda file: file.symlink_to(file.parent / "config.json"), "notes is a link"),
     "half a checkpoint": ("run/checkpoint/state.safetensors", lambda file: os.truncate(file, 9999), "is damaged"),
 }
 

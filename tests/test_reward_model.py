@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,8 +15,8 @@ from transformers import AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, Pre
 
 import rewards
 from app.objectives import check_prompts, load_objectives
-from app.reward_training import RewardTraining, encode_pairs, freeze_backbone, main
-from data import to_messages
+from app.reward_training import RewardTraining, encode_pairs, main
+from data import Prompt, to_messages
 from rewards import RewardModel, accuracy, fit
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "Human:", "Assistant:", *(f"w{i}" for i in range(40))]
@@ -131,20 +130,12 @@ def test_several_labels_and_prompts_that_a_chat_template_refuses_are_found_befor
     with pytest.raises(ValueError, match="has 2 labels"):
         load_objectives([f"hf:{save(tmp_path / 'two', 'gpt2', labels=2)}"])
     objectives = load_objectives([f"hf:{save(tmp_path / 'rm', 'llama', REFUSES_W2)}", "rule:length"])
-    prompts = [SimpleNamespace(text=human(w), messages=to_messages(human(w))) for w in ("w1", "w2")]
+    prompts = [Prompt(human(w), to_messages(human(w)), (), "", {"answer": None}) for w in ("w1", "w2")]
     check_prompts(objectives, prompts[:1])
-    with pytest.raises(ValueError, match="prompts: .* cannot read '.*Human: w2.*no w2"):
+    with pytest.raises(ValueError, match="prompts: rm cannot score '.*Human: w2.*no w2"):
         check_prompts(objectives, prompts)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_a_frozen_backbone_the_head_alone_learns_and_a_pooler_with_it(kind):
-    reward_model = RewardModel(make_model(kind), make_tokenizer(kind))
-    before = {name: p.detach().clone() for name, p in reward_model.model.named_parameters()}
-    freeze_backbone(reward_model.model)
-    fit(reward_model, encode_pairs(reward_model, make_pairs(8)), RewardTraining("", [], "", epochs=1, lr=1e-2))
-    changed = {name for name, p in reward_model.model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed and all(re.match(r"score|classifier|bert\.pooler", name) for name in changed)
+    with pytest.raises(ValueError, match="prompts: accuracy cannot score '.*Human: w1"):
+        check_prompts(load_objectives(["py:worlds/gsm8k.py:accuracy"]), prompts)
 
 
 def test_one_step_goes_against_the_gradient_of_minus_log_sigmoid():
@@ -157,6 +148,13 @@ def test_one_step_goes_against_the_gradient_of_minus_log_sigmoid():
     clear = gradient.abs() > 1e-3 * gradient.abs().max()
     assert clear.sum() > 8  # Adam's first step is minus the gradient's sign
     assert torch.equal((weight.detach() - start)[0].sign()[clear], -gradient.sign()[clear])
+
+
+def test_a_test_file_without_pairs_is_refused(tmp_path, capsys):
+    pairs, none = write_pairs(tmp_path / "a", make_pairs(20)), write_pairs(tmp_path / "b", [])
+    with pytest.raises(SystemExit):
+        main(["--backbone", "x", "--pairs", pairs, "--test_pairs", none, "--out", str(tmp_path / "rm")])
+    assert "pairs: 20 to train on and 0 to test on" in capsys.readouterr().err
 
 
 def test_accuracy_counts_ties_half():
@@ -187,6 +185,11 @@ def test_the_command_learns_what_people_chose_and_saves_what_transformers_reads_
     assert f"{record['accuracy']:.3f} ± 0.035 on 200 pairs" in capsys.readouterr().out
     assert record["accuracy"] > (0.8 if frozen else 0.95) and record["trained_on"] == 64
     assert len({(out / "model.safetensors").read_bytes() for out in outs}) == 1
+    before, after = (
+        Classifier.from_pretrained(where).base_model.state_dict() for where in (tmp_path / "base", outs[0])
+    )
+    kept = [torch.equal(before[name], after[name]) for name in before if "pooler" not in name]
+    assert all(kept) if frozen else not any(kept)
     (objective,) = load_objectives([f"hf:{outs[0]}"])
     for prompt, reply in [(human("w5 w6"), "w7 w1"), (human("w8"), "w9 w9 w2"), (human("w1"), "w3 </s>")]:
         (score,) = objective.function(prompts=[prompt], completions=[reply], messages=[to_messages(prompt)])

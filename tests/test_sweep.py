@@ -13,7 +13,6 @@ import metrics
 import run
 from app import options, sweep
 from firm import Federation
-from methods import METHODS
 from worlds import toy
 
 world = test_run.world  # the fixture
@@ -42,12 +41,11 @@ def plan(compare, *flags) -> dict[str, list]:
 
 
 def test_methods_that_take_no_preference_run_once_at_the_centre():
-    preferences = {
-        text: [run.preference for run in runs] for text, runs in plan(METHODS, "--sweep", "0.9", "0.1").items()
-    }
-    swept = {text for text, ps in preferences.items() if ps == [[0.1, 0.9], [0.9, 0.1]]}
-    assert swept == {"firm", "linear", "morlhf", "soups", "fedmoa"}
-    assert all(ps == [[0.5, 0.5]] for text, ps in preferences.items() if text not in swept)
+    swept, once = ["firm", "linear", "morlhf", "soups", "fedmoa"], ["mgda", "fsmgda", "fedcmoo", "minimum"]
+    runs = plan(swept + once, "--sweep", "0.9", "0.1")
+    preferences = {text: [run.preference for run in configs] for text, configs in runs.items()}
+    assert all(preferences[text] == [[0.1, 0.9], [0.9, 0.1]] for text in swept)
+    assert all(preferences[text] == [[0.5, 0.5]] for text in once)
 
 
 def test_a_comparison_without_sweep_is_at_the_preference_and_a_method_may_bring_flags():
@@ -84,7 +82,7 @@ def test_a_bad_sweep_is_refused_in_one_line_and_leaves_nothing(case, world, caps
 
 def test_the_directory_holds_a_run_per_point_and_the_pictures(swept):
     assert {str(p.relative_to(swept)) for p in [*swept.glob("*.*"), *swept.glob("*/*")]} - {".lock"} == {
-        "sweep.json", "pareto.png", "weights.png", "firm/p0.00-1.00", "firm/p0.40-0.60", "mgda/p0.50-0.50",
+        "sweep.json", "pareto.png", "firm/p0.00-1.00", "firm/p0.40-0.60", "mgda/p0.50-0.50",
         "soups/specialist-even", "soups/specialist-short", "soups/p0.00-1.00", "soups/p0.40-0.60",
     }  # fmt: skip
 

@@ -37,24 +37,32 @@ def read(rows: Iterable[tuple[str, dict[str, Any]]]) -> tuple[list[Question], An
     numbers: dict[Question, int] = {}
     answers: Answers = {}
     for where, row in rows:
-        question = Question(row["question"], tuple(map(str, parsed(row["options"]))))
-        if len(set(question.options)) < max(2, len(question.options)):
-            raise ValueError(f"{where}: options: {question.options} must be two or more, all different; drop the row")
-        if "selections" in row:
-            asked = {group: shares for group, shares in parsed(row["selections"]).items() if any(shares)}
-        else:
-            asked = {row.get("group") or row["country"]: parsed(row["distribution"])}
-        for group, shares in asked.items():
-            number = numbers.setdefault(question, len(numbers))
-            if number in answers.setdefault(group, {}):
-                raise ValueError(f"{where}: {group} answers this question a second time; keep one answer")
-            y = torch.tensor([float(share) for share in shares], dtype=torch.float64)
-            if (
-                len(y) != len(question.options) or (y < 0).any() or not abs(y.sum() - 1) <= TOLERANCE
-            ):  # NaN is not either
-                raise ValueError(f"{where}: {group}: {shares} must be a share >= 0 per option, of sum 1; drop the row")
-            answers[group][number] = (y / y.sum()).float()
+        try:
+            read_row(row, numbers, answers)
+        except Exception as error:  # a row may hold anything
+            raise ValueError(f"{where}: cannot be read ({error}); mend or drop the row") from error
     return list(numbers), answers
+
+
+def read_row(row: dict[str, Any], numbers: dict[Question, int], answers: Answers) -> None:
+    """Enter a row's question and answers. Raises ValueError, or what reading raises, if it is none."""
+    question = Question(row["question"], tuple(map(str, parsed(row["options"]))))
+    if not isinstance(question.text, str):
+        raise ValueError(f"question: {question.text!r} is not a text")
+    if len(set(question.options)) < max(2, len(question.options)):
+        raise ValueError(f"options: {question.options} must be two or more, all different")
+    if "selections" in row:
+        asked = {group: shares for group, shares in parsed(row["selections"]).items() if any(shares)}
+    else:
+        asked = {row.get("group") or row["country"]: parsed(row["distribution"])}
+    for group, shares in asked.items():
+        number = numbers.setdefault(question, len(numbers))
+        if number in answers.setdefault(group, {}):
+            raise ValueError(f"{group} answers this question a second time")
+        y = torch.tensor([float(share) for share in shares], dtype=torch.float64)
+        if len(y) != len(question.options) or (y < 0).any() or not abs(y.sum() - 1) <= TOLERANCE:  # NaN is not either
+            raise ValueError(f"{group}: {shares} must be a share >= 0 per option, of sum 1")
+        answers[group][number] = (y / y.sum()).float()
 
 
 def parsed(value: Any) -> Any:
