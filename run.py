@@ -50,8 +50,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     name = "-".join(filter(None, (method, config.advantages, config.weights, config.aggregation, config.preset)))
     out = str(free_directory(resume or config.out, name, bool(resume))) if ranks.first() else ""
     out = Path(ranks.exchanged(out)[0])  # the first process's
-    if resume and ranks.first():
-        print(f"resume: {out} has its objectives from {' '.join(config.objectives)}")  # first, since py: runs a file
+    if resume:
+        say(f"resume: {out} has its objectives from {' '.join(config.objectives)}")  # first, since py: runs a file
     session = ranks.after_first(lambda: Session(config, progress))
     say(report.header(session, out))
     if checkpoint.there(out):

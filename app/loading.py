@@ -1,12 +1,11 @@
 """Checkpoints of transformers, loaded whole or refused in one line; and a hash of the files a run depends on. [ours]"""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
@@ -21,7 +20,7 @@ logging.disable_progress_bar()
 
 def pretrained(
     kind: str, name: str, dtype: str = "float32", device: str | torch.device = "cpu", new_head: bool = False
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+) -> tuple[torch.nn.Module, Any]:
     """A model of transformers' class `kind` and its tokenizer, by directory or hub name, with dropout set to zero.
 
     new_head: for training a reward model, which has one label: all but the body may be fresh, and a BERT's pooler too.
@@ -31,9 +30,7 @@ def pretrained(
         print(f"{name} is not a directory here; looking for it on the hub", file=sys.stderr)
     try:
         if find_adapter_config_file(name):  # with PEFT installed, the weights would silently be others than without
-            raise ValueError(
-                "there is an adapter_config.json: merge it into the weights; a policy's goes with --adapter"
-            )
+            raise ValueError("it has an adapter_config.json: merge it; a policy's may go with --adapter")
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         config.num_labels = 1 if new_head else config.num_labels

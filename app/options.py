@@ -5,7 +5,6 @@ chosen method does not read is refused, since it would look as if it had an effe
 """
 
 import argparse
-import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import NoReturn, get_args, get_origin, get_type_hints
 
+from app.files import read_json
 from methods import EMBEDDED, METHODS, PARTS, PREDICTOR, method_of, settings_of
 from settings import GROUPS, Config, PredictorSettings
 
@@ -52,10 +52,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     if commands.resume:
         if given.keys() - {"rounds"} or commands.sweep or commands.compare:
             raise ValueError("resume: a run goes on with its own settings; only --rounds may stand beside --resume")
-        try:
-            return Config(**json.loads(Path(commands.resume, "config.json").read_text("utf-8")) | given), commands
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"resume: {commands.resume} holds no settings ({error}); name a run directory") from error
+        return Config(**read_json(Path(commands.resume, "config.json")) | given), commands
     if commands.compare and "method" in given:
         raise ValueError("compare: it names the methods itself; leave --method out")
     if commands.sweep and "preference" in given:

@@ -65,8 +65,5 @@ def load(adapter: Adapter, directory: str | Path) -> str:
             f"{adapter.scale:g}; set lora_rank and lora_alpha"
         )
     tensors = safetensors.torch.load_file(weights)
-    embeddings = [name for name in tensors if "embed" in name]
-    if embeddings:
-        raise ValueError(f"adapter: {directory} holds an embedding ({embeddings[0]}); only linear layers are adapted")
     adapter.load_tensors(tensors)
     return config.get("base_model_name_or_path", "")

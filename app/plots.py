@@ -54,15 +54,14 @@ def style(label: str, position: int) -> dict[str, Any]:
 class Panel:
     """One pair of axes: `lines` maps a label to (x values, y values, half-widths of y or None, perhaps those of x).
 
-    With `ticks` x values are positions of these names; `diagonal` adds the line y = x; `limits` are those of y. `dots`
-    leaves out the lines between the points; `notes` are texts at points, in a label's order.
+    `diagonal` adds the line y = x; `limits` are those of y; `dots` leaves out the lines between the points; `notes` are
+    texts at points, in a label's order.
     """
 
     x: str
     y: str
     title: str
     lines: dict[str, tuple]
-    ticks: Sequence[str] | None = None
     diagonal: bool = False
     limits: tuple[float | None, float | None] = (None, None)
     dots: bool = False
@@ -83,17 +82,13 @@ def panels(contents: Sequence[Panel], path: Path, size: float = 3.8) -> None:
             ax.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
         for label, (x, y, half, *wide) in panel.lines.items():
             drawn = style(label, labels.index(label))
-            if len(x) == 1 or panel.ticks or (panel.dots and label != FRONT):
+            if len(x) == 1 or (panel.dots and label != FRONT):
                 drawn |= {"linestyle": ""}
             bars = {"yerr": half, "xerr": wide[0] if wide else None, "capsize": 2, "elinewidth": 0.8}
             handles[label] = ax.errorbar(x, y, **bars, clip_on=False, **drawn)  # whole at the limits
             for text, *point in zip(panel.notes.get(label, ()), x, y, strict=False):
                 ax.annotate(text, point, xytext=(5, 5), textcoords="offset points", fontsize=7, color=drawn["color"])
-        if panel.ticks:
-            turned = {"rotation": 40, "ha": "right"} if sum(map(len, panel.ticks)) > 26 else {}
-            ax.set_xticks(range(len(panel.ticks)), panel.ticks, **turned)
-            ax.set_xlim(-0.4, len(panel.ticks) - 0.6)
-        elif panel.x.startswith("round"):
+        if panel.x.startswith("round"):
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(ylim=panel.limits, xlabel=panel.x, ylabel=panel.y)
         ax.set_title(panel.title, fontsize=10)

@@ -29,13 +29,14 @@ from tqdm import tqdm
 
 import pluralllm
 from app import checkpoint
-from app.files import free_directory, read_json, rows_of, to_json, write_tensors, write_text
+from app.files import free_directory, read_json, to_json, write_tensors, write_text
 from app.loading import fingerprint, pretrained
 from app.options import PRESETS
 from pluralllm import Predictor, PredictorFederation, Question, Survey
 from settings import Config
 from worlds import opinions, survey, tiny_llama
 from worlds.opinions import Encoder, GroupPredictor
+from worlds.rows import rows_of
 
 
 def encoder_of(where: str, device: str = "cpu") -> Encoder:
@@ -55,18 +56,12 @@ def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", p
     return safetensors.torch.load_file(tiny_llama.cached(fill, __file__, about) / "x.safetensors", device)["x"]
 
 
-def context_rows(data: Survey, group: str, seed: int) -> list[dict[str, Any]]:
-    """The first context of a group's evaluation, as it is written down and as it travels."""
-    answered = [(data.questions[q], data.answers[group][q]) for q in pluralllm.context_of(data, group, 0, seed)]
-    return [{"question": q.text, "options": q.options, "distribution": y.tolist()} for q, y in answered]
-
-
 def save(directory: Path, model: Predictor, encoder: str, data: Survey, seed: int) -> None:
     """Write a predictor and its groups' contexts."""
     directory.mkdir(exist_ok=True)
     write_tensors(directory / "predictor.safetensors", model.state_dict())
     about = {"width": model.width, "encoder": str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder}
-    about["groups"] = {group: context_rows(data, group, seed) for group in data.answers}
+    about["groups"] = {group: opinions.context_rows(data, group, seed) for group in data.answers}
     write_text(directory / "predictor.json", json.dumps(about, indent=1) + "\n")
 
 
@@ -207,7 +202,7 @@ def summarise(
         "method": "pluralllm", "seed": seed, "rounds": len(lines), "questions": len(data.questions),
         "training_seconds": {side: sum(line[f"seconds/{side}"] for line in lines) for side in sides},
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
-        "context_bytes": len(json.dumps(context_rows(data, groups[0], seed)).encode()),
+        "context_bytes": len(json.dumps(opinions.context_rows(data, groups[0], seed)).encode()),
         "context": pluralllm.worth_of_context(data, federated.model, unseen, seed),
         "sides": {side: {"start": start[side]} | figures_of(scores[side][len(train) :]) for side in sides},
         "groups": by_group,

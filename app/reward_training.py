@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from app.files import rows_of
 from app.loading import pretrained
 from app.options import Parser
 from data import split_dialogue, to_messages
 from rewards import RewardModel, accuracy, fit
 from settings import Settings, setting
+from worlds.rows import rows_of
 
 
 @dataclass

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ import methods
 import metrics
 import rewards
 from app import checkpoint, peft_files, predictor, ranks
-from app.files import rows_of
 from app.loading import fingerprint, pretrained
 from app.objectives import check_prompts, load_objectives
 from data import Prompt
@@ -28,6 +26,7 @@ from metrics import Evaluation
 from rollout import Policy, Rollout, context_of
 from settings import Config
 from worlds import reasoning, survey, toy
+from worlds.rows import rows_of
 
 
 class Session:
@@ -63,12 +62,12 @@ class Session:
         model, tokenizer = pretrained("AutoModelForCausalLM", self.base_model, config.dtype, self.device)
         context = context_of(model.config)
         room = None if context is None else context - config.max_new_tokens
-        rows = chain.from_iterable(map(rows_of, files))
+        rows = (row for file in files for row in rows_of(file))
         prompts, self.counts = data.prompts_from(rows, tokenizer, config.max_prompt_tokens, room)
         check_prompts(self.objectives, prompts)
         self.prompts_of, self.held_out = data.share_out(prompts, config.clients, config, config.seed)
-        by_chance = config.split in ("iid", "dirichlet")
-        self.client_names = [] if by_chance else [str(share[0].owner(config.split)) for share in self.prompts_of]
+        owners = [share[0].owner(config.split) for share in self.prompts_of]
+        self.client_names = [] if config.split in ("iid", "dirichlet") else list(map(str, owners))
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.prompts_of]
         held = data.objectives_of(config.client_objectives, self.names, self.tasks)
         self.policy = Policy(model, tokenizer, config, config.seed)
@@ -90,8 +89,7 @@ class Session:
         if not evaluation.kl.isfinite().all():
             raise ValueError(f"lr: the {label}'s KL to the base model is not finite; lower lr or server_lr")
         if evaluation.gap > 0.1 and self.config.dtype == "float32":  # 16 bits round about as much
-            gap = f"differ by up to {evaluation.gap:.2g} nats a token (logp_gap)"
-            print(f"warning: log-probs at sampling and in training {gap}")
+            print(f"warning: sampling and training differ by up to {evaluation.gap:.2g} nats a token (logp_gap)")
         return evaluation
 
     def begin(self) -> None:

@@ -9,8 +9,7 @@ A method that takes no preference (mgda, say) is run once, at uniform p. Rewarde
 once (`baselines.py`), and every p only mixes their adapters. METHOD/p0.30-0.70/ and soups/specialist-NAME/ are ordinary
 run directories. The same command with --out naming the directory goes on with it: finished runs stay.
 
-Hypervolume is the area that a method's points dominate above a reference point, so one number for a whole trade-off;
-more points dominate more, so only sweeps of equally many points compare. Left out on purpose: hypervolume without an
+Of hypervolumes (`metrics.py`) only those of equally many points compare. Left out on purpose: hypervolume without an
 exact front, the hull of mixtures of two policies, several seeds (one seed's ± is over prompts, not over training runs).
 """
 
@@ -63,24 +62,22 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
     M, runs = len(config.objectives), {}
     centre, asked = (mgda.preference_vector(p, M).tolist() for p in (None, config.preference))
     preferences = sorted(parse_preference(text, M) for text in sweep) if sweep else [asked]
-    if len(set(map(label, preferences))) < len(preferences):
-        raise ValueError(f"sweep: {' '.join(sweep)} names a preference twice; name each once")
     for text in compare or [config.method]:
         variant = options.variant(config, text) if compare else config
         method = methods.method_of(variant)
         follows = method.several_runs or "preference" in methods.settings_of(method)
-        if text in runs or not variant.rounds:
-            raise ValueError(f"compare: {text!r} is named twice, or trains no round")
         runs[text] = [replace(variant, preference=p) for p in (preferences if follows else [centre])]
         methods.check(replace(variant, method=SPECIALIST) if method.several_runs else variant)
-    if sweep and all(len(configs) == 1 for configs in runs.values()) and len(preferences) > 1:
-        raise ValueError(f"sweep: {', '.join(runs)} takes no preference, so there is nothing to sweep")
     return runs
 
 
 def sweep(config: Config, preferences: list[str] | None, compare: list[str] | None, train: Callable) -> None:
     """Train what is missing, measure it, and conclude. train: `run.train`. Raises ValueError on bad input."""
     runs = plan(config, preferences, compare)
+    for one in (one for configs in runs.values() for one in (configs[0], configs[-1])):  # before any training
+        several = methods.METHODS[one.method].several_runs
+        Session(replace(one, method=SPECIALIST) if several else one, progress=False)
+        gc.collect()  # a Session is a cycle of references: drop its models before others are loaded
     shared = {name: value for name, value in vars(config).items() if name not in ("out", "method", "preference")}
     begun = config.out and Path(config.out, "sweep.json").is_file()
     out = free_directory(config.out, "compare" if compare else "sweep", bool(begun))
@@ -88,11 +85,7 @@ def sweep(config: Config, preferences: list[str] | None, compare: list[str] | No
         before = read_json(out / "sweep.json")["settings"]
         if changed := [name for name in shared if shared[name] != before.get(name)]:
             raise ValueError(f"out: {out} holds a sweep with another {changed[0]}; name another directory")
-    else:
-        write_text(out / "sweep.json", json.dumps({"settings": shared}, indent=2) + "\n")
-    for first, *_ in runs.values():  # what is wrong with any of them is found before the first is trained
-        several = methods.METHODS[first.method].several_runs
-        Session(replace(first, method=SPECIALIST) if several else first, progress=False)
+    write_text(out / "sweep.json", json.dumps({"settings": shared}, indent=2) + "\n")
     print(f"{out}: if it is stopped, the same command with --out {out} goes on")
     names = [parse_spec(spec)[0] for spec in config.objectives]
     for text, configs in runs.items():
@@ -116,11 +109,8 @@ def finish(config: Config, train: Callable[..., dict[str, Any]]) -> None:
             raise ValueError(f"out: {out} went on to {done} rounds, of {config.rounds} here; move it away")
         print(f"{title}: finished before")
         return
-    gc.collect()  # a Session is a cycle of references: drop the last one's models before others are loaded
-    try:
-        train(config, out if (out / "config.json").exists() else None, title=title)
-    except ValueError as error:
-        raise ValueError(f"{title}: {error}") from error
+    gc.collect()
+    train(config, out if (out / "config.json").exists() else None, title=title)
 
 
 def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Callable[..., dict[str, Any]]) -> None:
@@ -131,8 +121,6 @@ def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Ca
         specialists.append(replace(configs[0], method=SPECIALIST, preference=p, out=out))
         finish(specialists[-1], train)
     missing = [one for one in configs if not (home / label(one.preference) / "summary.json").exists()]
-    if not missing:
-        return
     session, lines, thetas = Session(specialists[-1]), [], []
     for specialist in specialists:
         session.config = specialist

@@ -8,22 +8,23 @@ from subprocess import run
 import pytest
 
 from app import files
+from worlds import rows
 
 
 @pytest.mark.parametrize(("name", "line"), [("a.jsonl", 1), ("a.jsonl.gz", 1), ("a.csv", 2)])
 def test_rows_come_with_file_and_line_from_here_and_from_the_hub(tmp_path, monkeypatch, name, line):
     content = ("\ufeffa,b\n1,\n" if name == "a.csv" else '\ufeff{"a": "1", "b": ""}\n\n').encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    monkeypatch.setattr(files, "hf_hub_download", lambda repo, path, repo_type: str(tmp_path / path))
+    monkeypatch.setattr(rows, "hf_hub_download", lambda repo, path, repo_type: str(tmp_path / path))
     for where in (f"{tmp_path}/{name}", f"owner/data/{name}"):
-        assert list(files.rows_of(where)) == [(f"{where}:{line}", {"a": "1", "b": ""})]
+        assert list(rows.rows_of(where)) == [(f"{where}:{line}", {"a": "1", "b": ""})]
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", "{}\n{"), ("a.jsonl", "{}\n[1]"), ("a.csv", "a\nHello, you")])
 def test_a_line_that_is_not_a_row_is_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=rf"{name}:2: cannot be read"):
-        list(files.rows_of(f"{tmp_path}/{name}"))
+        list(rows.rows_of(f"{tmp_path}/{name}"))
 
 
 def test_a_file_is_never_written_through_a_link_and_lacking_figures_are_null_in_it(tmp_path):

@@ -70,7 +70,7 @@ REFUSED = {  # flags, and what the one line names
     "--model dir --prompts x": "objectives",
     "--objectives " + " ".join(f"x{i}=rule:length" for i in range(9)): "objectives: 9 are too many",
     "--resume x --beta 1": "resume.*--rounds",
-    "--resume nowhere": "resume: nowhere holds no settings",
+    "--resume nowhere": "nowhere/config.json",
     "--compare mgda linear --beta 1": "beta: mgda or linear does not read it",
     "--compare firm --method linear": "compare.*--method",
     "--sweep 0.5 --preference 1 1": "sweep.*--preference",

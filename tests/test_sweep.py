@@ -63,13 +63,13 @@ def test_preferences_are_shares_and_name_a_directory():
 REFUSED = {
     "a word": ({"sweep": ["much"]}, "sweep: 'much'"),
     "shares of three": ({"sweep": ["1:2:3"]}, "'1:2:3' is not a preference for 2 objectives"),
-    "a preference twice": ({"sweep": ["0.3", "3:7"]}, "sweep: 0.3 3:7 names a preference twice"),
     "an unknown method": ({"compare": ["firm", "magic"]}, "'magic' is none of firm"),
-    "a method twice": ({"compare": ["firm", "firm"]}, "compare: 'firm' is named twice"),
     "an idle flag": ({"compare": ["mgda beta=1"]}, "beta: mgda does not read it"),
+    "a method that cannot": (
+        {"compare": ["firm", "fsmgda"], "sweep": ["0.5"], "client_objectives": ["0=even"]},
+        "fsmgda compares clients",
+    ),
     "another question": ({"compare": ["firm", "firm temperature=0.5"]}, "sets temperature, which all runs share"),
-    "nothing to sweep": ({"compare": ["mgda", "fsmgda"]}, "mgda, fsmgda takes no preference"),
-    "no round": ({"rounds": 0}, "trains no round"),
 }
 
 

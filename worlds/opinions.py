@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pluralllm import Answers, Predictor, Question
+from pluralllm import Answers, Predictor, Question, Survey, context_of
 
 TRAIN_GROUPS = ("Nigeria", "Egypt", "India (Current national sample)", "Germany", "United States", "Canada",
                 "Argentina", "Australia")  # fmt: skip
@@ -136,6 +136,12 @@ def chosen(response: str, options: Sequence[str]) -> int | None:
     if position >= len(options) or (letter[1] in texts and letter[1] != texts[position]):  # the text of another option
         return None
     return position if plain(letter[2]) in ("", texts[position]) else None
+
+
+def context_rows(data: Survey, group: str, seed: int) -> list[dict[str, Any]]:
+    """The first context of a group's evaluation, as it is written down and as it travels."""
+    answered = [(data.questions[q], data.answers[group][q]) for q in context_of(data, group, 0, seed)]
+    return [{"question": q.text, "options": q.options, "distribution": y.tolist()} for q, y in answered]
 
 
 class GroupPredictor:
