@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 
 from app.files import read_json, write_tensors, write_text
@@ -47,23 +48,23 @@ def load(adapter: Adapter, directory: str | Path) -> str:
 
     Raises ValueError if it does not fit.
     """
-    weights = Path(directory) / "adapter_model.safetensors"
-    if not weights.is_file():
+    try:
+        tensors = safetensors.torch.load_file(Path(directory, "adapter_model.safetensors"))
+        config = read_json(Path(directory, "adapter_config.json"))
+        rank, alpha = config["r"], config["lora_alpha"]
+    except (OSError, LookupError, safetensors.SafetensorError) as error:
         remedy = "save it with PEFT as safetensors (a .bin file is a pickle, which is not read)"
-        raise ValueError(f"adapter: {directory} holds no {weights.name}; {remedy}")
-    config = read_json(weights.with_name("adapter_config.json"))
+        raise ValueError(f"adapter: {directory} cannot be read ({type(error).__name__}: {error}); {remedy}") from error
     unsupported = [key for key, values in SUPPORTED.items() if config.get(key, values[0]) not in values]
     unsupported += [key for key in config if config[key] and (key in UNSUPPORTED or key.endswith("_config"))]
     if unsupported:
         what = f"{unsupported[0]} = {str(config[unsupported[0]])[:60]}"
         raise ValueError(f"adapter: {directory} has {what}, which is not supported; train without it")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if rank != adapter.rank or not math.isclose(scale, adapter.scale):
         raise ValueError(
             f"adapter: {directory} has rank {rank} and scale {scale:g}, this model rank {adapter.rank} and scale "
             f"{adapter.scale:g}; set lora_rank and lora_alpha"
         )
-    tensors = safetensors.torch.load_file(weights)
     adapter.load_tensors(tensors)
     return config.get("base_model_name_or_path", "")
