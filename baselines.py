@@ -72,7 +72,7 @@ TEMPERATURE, RATE = 0.1, 0.3  # of adaptive's α, and how far a round moves the 
 
 ONE_LOSS = Weights("one loss", "", lambda context: torch.ones(1, dtype=torch.float64))
 SCALARISED = Trainings("one, on Σ p_j R_j", lambda p, message: [p[:, None]], settings=("preference",))
-UNIFORM = replace(SCALARISED, settings=())
+SCALARISED_WITHOUT_P = replace(SCALARISED, settings=())
 MORLHF = replace(LINEAR, name="morlhf", help="the one reward Σ p_j R_j", trainings=SCALARISED, weights=ONE_LOSS)
 SOUPS = replace(
     MORLHF, name="soups", help="a specialist per objective, mixed by p (with --sweep or --compare)", several_runs=True
@@ -242,9 +242,9 @@ class AdaptiveServer(Server):
         return super().step(theta, uploads)
 
 
-LEAST = replace(UNIFORM, combine=lambda scores, mix: scores.amin(1, keepdim=True), one_scale=True)
-GREATEST = replace(UNIFORM, combine=lambda scores, mix: scores.amax(1, keepdim=True), one_scale=True)
-BY_ALPHA = replace(UNIFORM, mixes=lambda p, message: [message["alpha"][:, None]])
+LEAST = replace(SCALARISED_WITHOUT_P, combine=lambda scores, mix: scores.amin(1, keepdim=True), one_scale=True)
+GREATEST = replace(SCALARISED_WITHOUT_P, combine=lambda scores, mix: scores.amax(1, keepdim=True), one_scale=True)
+BY_ALPHA = replace(SCALARISED_WITHOUT_P, mixes=lambda p, message: [message["alpha"][:, None]])
 MINIMUM = replace(MORLHF, name="minimum", help="the least of a response's rewards", trainings=LEAST)
 MAXIMUM = replace(MORLHF, name="maximum", help="the greatest of a response's rewards", trainings=GREATEST)
 ADAPTIVE = replace(

@@ -35,8 +35,9 @@ class Purpose(IntEnum):
 
 
 def stream(seed: int, *keys: int) -> np.random.Generator:
-    """An independent random stream per (seed, purpose, round, client), or (seed, purpose, prompt): a client's draws do
-    not depend on who else takes part, on the order of calls, or on a restart. [ours]
+    """An independent random stream per seed, purpose, and what it is for, a round and a client mostly. [ours]
+
+    So the draws of a client that holds the same prompts depend on nobody else, on no order of calls, on no restart.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=keys))
 
@@ -61,7 +62,7 @@ class Client:
 
 @dataclass
 class Context:
-    """What one optimizer step of a local training may look at. A method may write into `state` only."""
+    """What one optimizer step of a local training may look at. A method assigns in `state`, and changes no tensor."""
 
     config: Config
     round: int  # t, of config.rounds

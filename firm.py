@@ -15,11 +15,12 @@
         θ_{t+1} ← θ_t + η_s Σ_c w_c (θ_c − θ_t),  w_c ∝ prompts held by c
         κ, the KL coefficient, adapts to the clients' mean KL               [code: RiC]
 
-Symbols everywhere: N clients, of which C take part in a round; M objectives, of which a client holds m and a local
+Symbols here: N clients, of which C take part in a round; M objectives, of which a client holds m and a local
 training has k rewards; d adapter parameters; B responses of at most L tokens, S to a prompt; G = JJᵀ; p preference.
 λ weighs objectives, `shares` clients, `training_shares` the local trainings of a client.
 
-A method is a few swappable parts on this engine (`Method`); `baselines.py` and `fedmoa.py` have the others.
+A method is a few swappable parts on this engine (`Method`), in four stages: 1 rewards -> advantages, 2 gradients -> λ,
+3 update -> upload, 4 uploads -> θ. `baselines.py` and `fedmoa.py` have the others.
 
 Responses are sampled in one batch for the whole cohort, since its clients share θ_t. That changes what a client would
 get alone by rounding at most (`rollout.py`). All else is client by client.
@@ -68,7 +69,7 @@ class Weights:
 
     name: str
     help: str
-    function: Callable[[Context], Tensor]  # a client's λ [k] on the simplex, once per optimizer step
+    function: Callable[[Context], Tensor]  # a client's λ [k] on the simplex, float64 on the CPU, once a step
     settings: tuple[str, ...] = ()  # that only this part reads; "preference" among them if λ follows p
     needs_primary: bool = False  # whether every client must hold the primary objective
 
@@ -104,7 +105,7 @@ MIN_NORM = Weights("min-norm", "as firm", min_norm, settings=("beta", "preferenc
 UNREGULARISED = Weights("beta 0", "as mgda", lambda context: mgda.solve(mgda.normalise(context.gram)))
 FIXED = Weights("fixed", "as linear", lambda context: context.preference, settings=("preference",))
 FIRM = Method("firm", "regularised min-norm weights", TOGETHER, CRITIC, MIN_NORM)
-MGDA = replace(FIRM, name="mgda", help="firm with beta 0", weights=UNREGULARISED)
+MGDA = replace(FIRM, name="mgda", help="firm with beta 0 and uniform p", weights=UNREGULARISED)
 LINEAR = replace(FIRM, name="linear", help="fixed weights p", weights=FIXED)
 
 
@@ -140,7 +141,7 @@ def local_update(policy: Policy, context: Context, method: Method) -> tuple[dict
 def contexts(
     client: Client, batch: Batch, message: dict[str, Tensor], method: Method, config: Config, t: int
 ) -> list[Context]:
-    """A Context for each local training of a client in round t; `state` is a copy, which a training may write into."""
+    """A Context for each local training of a client in round t; `state` is a shallow copy, to assign in."""
     mixes = method.trainings.mixes(client.preference, message)  # [m, k] each
     trainings = []
     for mix, state in zip(mixes, client.state or [{} for _ in mixes], strict=True):
@@ -186,7 +187,7 @@ class Federation:
     """The server and its clients, simulated one after another. `round` is Algorithm 1's outer loop body.
 
     prompts_of, objectives_of, tasks_of: each client's prompts, numbers of objectives (all if not given), and task.
-    score(prompts, rollout, holdings) gives raw rewards [n, M], see `rewards.score`.
+    score(prompts, rollout, holdings) gives raw rewards [n, M], as `Session.score` does.
     State: theta [d], kl_coef, calibration, rounds_done, server.state, and `state` of every client.
     """
 
@@ -220,7 +221,7 @@ class Federation:
         with self.policy.adapter.disabled():
             responses = self.respond(clients, Purpose.CALIBRATION)
         for client, (_, raw) in zip(clients, responses, strict=True):
-            self.method.aggregation.numbers(client, raw, 1)  # raises for rewards of no use, before any training
+            self.method.aggregation.numbers(client, raw, 1)  # raises for rewards that the average cannot use
             sums[client.index] = rewards.calibration_sums(raw)
         self.calibration = rewards.combine_sums(list(self.exchange.merged(sums).values()))
 

@@ -35,7 +35,7 @@ def method_of(config: Config) -> Method:
             if name not in choices:
                 raise ValueError(f"{flag}: {name!r} is none of {', '.join(choices)}")
             if flag == "weights" and method.weights.name not in choices:
-                raise ValueError(f"weights: {method.name} has no lambda to pick; leave --weights out")
+                raise ValueError(f"weights: {method.name} has its own; start from --method linear")
             method = replace(method, **{field: choices[name]})
     return method
 

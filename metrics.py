@@ -4,7 +4,7 @@ A line is flat. `KIND/NAME` is a figure of one objective, `KIND/clientN` of one 
 loss on several objectives goes by their names joined with +. With --eval_every some lines have `held_out/NAME`,
 `held_out_error/NAME` and `held_out_kl`, of the adapter after the round.
 
-A round's figures are only logged. Of them a real server could compute only `kl`, the adapter figures and the bytes.
+A round's figures are only logged. Of them a real server knows κ, the KLs, shares, bytes, and figures of the adapters.
 
 Means over clients are plain, except in the averaging residual, which weighs clients as the server does. All figures
 are of the clients whose uploads arrived; `rejected` says why others were left out. `zero_spread/NAME` is the share of
@@ -159,7 +159,10 @@ def pair_cosines(G: Tensor) -> Tensor:
 
 
 def objective_weights(client: Client, record: Round, c: int, M: int) -> Tensor:
-    """What every objective weighed in client c's K steps, Σ_i training_shares_i mix_i λ_i: [K, M], NaN if not held."""
+    """What every objective weighed in client c's K steps, Σ_i training_shares_i mix_i λ_i: [K, M], NaN if not held.
+
+    `minimum` and `maximum` mix by no matrix; of them it is p.
+    """
     weights = sum(
         share * torch.stack([step.lam for step in update.steps]) @ update.mix.double().T
         for share, update in zip(record.training_shares, record.arrived[c].updates, strict=True)

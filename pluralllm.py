@@ -9,12 +9,12 @@ several, train it by FedAvg; then it is asked about other groups.
         each client c, from θ_t, repeats `local_steps` times:            [code: 6]
             of each of its groups g draw questions as context and others as targets
             L_c = Σ_g (n_g / n_c) mean over target points of −log N(y; softmax of m within its question, exp(s))
-            one step of Adam, whose moments stay with the client; its rate decays with t        [code]
+            one step of Adam, whose moments stay with the client; its rate decays every step    [code]
         θ_{t+1} = Σ_c (n_c / n) θ_c,  n_c the points that c holds (`fedavg.average`)
 
 The architecture is [code]'s, which is that of Group Preference Optimization (arXiv 2310.11523). Four linear layers
 embed a point. In six transformer layers without positions every point attends to the context points only: keys and
-values come from the context rows, so without a mask no target sees another. A head gives mean m and log-deviation s.
+values come from the context rows, so no target sees another. A head gives mean m and log-deviation s.
 
 Context and targets have 9 to 90 questions each, drawn for every step [code]. A draw depends on (seed, step, group):
 central training, which is one client that holds all groups, draws alike. Where we differ [ours]:

@@ -108,7 +108,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Ten
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Â [B, L, k], of mean 0 and deviation at most 1 per column over the real tokens, and σ [k], see above."""
+    """Â [B, L, k], of mean 0 and deviation at most 1 per column over the real tokens, and σ [k]; see `SCALE_FLOOR`."""
     scale = masked_std(advantages, mask)
     centred = (advantages - masked_mean(advantages, mask)) * mask[..., None]
     return centred / scale.clamp_min(SCALE_FLOOR), scale
@@ -119,7 +119,7 @@ class Advantages:
     """What an estimator makes of a batch: one column per reward. Without a critic there are no returns and values."""
 
     normalised: Tensor  # [B, L, k] Â
-    scale: Tensor  # [k] σ, what they and the KL in them were divided by (the floor aside)
+    scale: Tensor  # [k] σ, what they and the KL in them were divided by (the floor aside; 1 with GRPO)
     returns: Tensor | None = None  # [B, L, k] what the critic fits
     values: Tensor | None = None  # [B, L, k] what the critic said before the update
 

@@ -154,7 +154,7 @@ class Objective:
     spec: str
     function: Callable[..., list[float]]
     fingerprint: str = ""  # a hash of its code or weights: another fingerprint means other rewards
-    cohort: bool = False  # one call for all clients (a reward model scores each text by itself), else one for each
+    one_call: bool = False  # for all clients (a reward model scores each text by itself), else a call for each
 
 
 def score(
@@ -180,7 +180,7 @@ def score(
     raw = torch.full((len(prompts), len(objectives)), math.nan, dtype=torch.float64)
     for j, objective in enumerate(objectives):
         calls = [range(len(prompts))[rows] for rows, indices, _ in holdings if j in indices]
-        if objective.cohort and calls:
+        if objective.one_call and calls:
             calls = [[i for rows in calls for i in rows]]
         for rows in calls:
             columns = {name: [column[i] for i in rows] for name, column in given.items()}

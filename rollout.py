@@ -210,7 +210,7 @@ class TokenLogProbs(torch.autograd.Function):
         return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
-def context_of(config: PreTrainedConfig) -> int | None:
+def context_length(config: PreTrainedConfig) -> int | None:
     """How many tokens a model may read, None if its config names no limit.
 
     Dynamic and longrope positions depend, beyond the length first trained on, on the longest row of a batch: a row's

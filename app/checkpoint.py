@@ -15,15 +15,12 @@ import safetensors.torch
 from torch import Tensor
 
 from app.files import write_lines, write_tensors
+from app.options import FREE
 from firm import Federation
 from rewards import Calibration
 from settings import Config
 
 FILE = "checkpoint/state.safetensors"  # in the run directory
-FREE = {  # settings that may change within a run: how far it goes, where, what it shows, and what fits into the memory
-    "rounds", "out", "preset", "eval_every", "profile", "threads", "device", "diagnostics", "micro_batch_size",
-    "gradient_checkpointing",
-}  # fmt: skip
 
 
 def write(out: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -67,7 +64,7 @@ def read(out: Path, now: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
 
 def identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
     """What a run must keep to the end: its settings, and hashes of what they name."""
-    return {name: value for name, value in vars(config).items() if name not in FREE} | hashes
+    return {name: value for name, value in vars(config).items() if name not in FREE | {"out", "preset"}} | hashes
 
 
 def federation_state(federation: Federation) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,7 +28,7 @@ from rewards import RULES, Objective, RewardModel, score
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES: dict[Path, dict[str, ModuleType]] = {}  # a user's folder -> the modules imported from it
-Loaded = tuple[Callable[..., list[float]], str, bool]  # function, fingerprint, whether it scores the cohort at once
+Loaded = tuple[Callable[..., list[float]], str, bool]  # function, fingerprint, whether one call scores all clients
 
 
 def parse_spec(text: str) -> tuple[str, str, str]:

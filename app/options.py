@@ -16,6 +16,9 @@ from app.files import read_json
 from methods import EMBEDDED, METHODS, PARTS, PREDICTOR, method_of, settings_of
 from settings import GROUPS, Config, PredictorSettings
 
+FREE = {  # settings that may change within a run: how far it goes, what it shows, and what fits into the memory
+    "rounds", "eval_every", "profile", "threads", "device", "diagnostics", "micro_batch_size", "gradient_checkpointing",
+}  # fmt: skip
 PREDICTOR_READS = {f.name for f in fields(PredictorSettings)} | {
     "preset", "method", "model", "rounds", "clients_per_round", "lr", "max_grad_norm", "seed", "device",
     "eval_every", "out",
@@ -50,8 +53,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     given = vars(flag_parser().parse_args(arguments))
     commands = argparse.Namespace(**{name: given.pop(name, None) for name in ("resume", "sweep", "compare")})
     if commands.resume:
-        if given.keys() - {"rounds"} or commands.sweep or commands.compare:
-            raise ValueError("resume: a run goes on with its own settings; only --rounds may stand beside --resume")
+        if given.keys() - FREE or commands.sweep or commands.compare:
+            raise ValueError(f"resume: a run goes on with its own settings, but for {', '.join(sorted(FREE))}")
         return Config(**read_json(Path(commands.resume, "config.json")) | given), commands
     if commands.compare and "method" in given:
         raise ValueError("compare: it names the methods itself; leave --method out")
@@ -112,9 +115,9 @@ class Parser(argparse.ArgumentParser):
 
 def flag_parser() -> Parser:
     """The flags of `run.py`: the commands, then a flag for every setting, in groups."""
-    parser = Parser("run.py", "Train one adapter for several objectives, by many clients. Every setting is a flag.")
+    parser = Parser("run.py", "Train one adapter for several objectives. The defaults below are preset paper's.")
     commands = parser.add_argument_group("commands")
-    commands.add_argument("--resume", metavar="RUN", help="go on with a run directory; only --rounds beside it")
+    commands.add_argument("--resume", metavar="RUN", help="go on with a run directory, with more rounds, say")
     commands.add_argument("--sweep", nargs="+", metavar="P", help="a run per preference: 0.3 is (0.3, 0.7); or a:b:c")
     commands.add_argument(
         "--compare", nargs="+", metavar="METHOD", help="side by side: firm linear soups 'firm beta=1'"

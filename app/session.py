@@ -23,7 +23,7 @@ from app.objectives import check_prompts, load_objectives
 from data import Prompt
 from firm import Federation
 from metrics import Evaluation
-from rollout import Policy, Rollout, context_of
+from rollout import Policy, Rollout, context_length
 from settings import Config
 from worlds import reasoning, survey, toy
 from worlds.rows import rows_of
@@ -60,7 +60,7 @@ class Session:
         self.objectives = load_objectives(specs, self.device, config.dtype)
         self.names = [objective.name for objective in self.objectives]
         model, tokenizer = pretrained("AutoModelForCausalLM", self.base_model, config.dtype, self.device)
-        context = context_of(model.config)
+        context = context_length(model.config)
         room = None if context is None else context - config.max_new_tokens
         rows = (row for file in files for row in rows_of(file))
         prompts, self.counts = data.prompts_from(rows, tokenizer, config.max_prompt_tokens, room)

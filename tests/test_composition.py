@@ -267,7 +267,7 @@ def test_a_method_reads_exactly_the_settings_that_its_parts_name(name):
      ("--local_steps 2", "local_steps: firm does not read it"),
      ("--preset pluralllm-tiny --batch_size 4", "batch_size: pluralllm does not read it"),
      ("--split iid --dirichlet_alpha 2", "dirichlet_alpha: firm does not read it"),
-     ("--method fsmgda --weights fixed", "weights: fsmgda has no lambda to pick"),
+     ("--method fsmgda --weights fixed", "weights: fsmgda has its own"),
      ("--beta 1", None), ("--method linear --weights min-norm --beta 1", None), ("--dirichlet_alpha 2", None),
      ("--aggregation accuracy --accuracy_power 2", None), ("--preset pluralllm-tiny --local_steps 2", None)],
 )  # fmt: skip

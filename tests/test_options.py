@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from test_run import refused
@@ -40,6 +40,7 @@ def test_settings_survive_their_file(tmp_path):
     config = parsed("--beta 0.3 --preference 1 3 --lora_targets q_proj v_proj")
     (tmp_path / "config.json").write_text(json.dumps(vars(config)))
     assert parse(["--resume", str(tmp_path)])[0] == config
+    assert parse(["--resume", str(tmp_path), "--micro_batch_size", "2"])[0] == replace(config, micro_batch_size=2)
 
 
 REFUSED = {  # flags, and what the one line names
@@ -69,7 +70,7 @@ REFUSED = {  # flags, and what the one line names
     "--model dir --objectives rule:length": "prompts",
     "--model dir --prompts x": "objectives",
     "--objectives " + " ".join(f"x{i}=rule:length" for i in range(9)): "objectives: 9 are too many",
-    "--resume x --beta 1": "resume.*--rounds",
+    "--resume x --beta 1": "resume.*but for device",
     "--resume nowhere": "nowhere/config.json",
     "--compare mgda linear --beta 1": "beta: mgda or linear does not read it",
     "--compare firm --method linear": "compare.*--method",

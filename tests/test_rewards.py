@@ -156,7 +156,7 @@ def score_of_clients(*objectives, clients=CLIENTS):
     return score(objectives, make_prompts({"tags": ["x"]}, *[{}] * 4), list("abcde"), [[i] for i in range(5)], clients)
 
 
-def recording(cohort):
+def recording(one_call):
     """An objective whose rewards are the ids of the responses, and the responses of each call."""
     seen = []
 
@@ -165,12 +165,12 @@ def recording(cohort):
         seen.append("".join(completions))
         return [ids[0] for ids in completion_ids]
 
-    return Objective("mine", "py:x", function, cohort=cohort), seen
+    return Objective("mine", "py:x", function, one_call=one_call), seen
 
 
-@pytest.mark.parametrize(("cohort", "calls"), [(False, [["ab", "de"], ["ab", "c"]]), (True, [["abde"], ["abc"]])])
-def test_a_function_sees_one_client_at_a_time_and_a_reward_model_all_that_hold_it(cohort, calls):
-    (first, of_first), (second, of_second) = recording(cohort), recording(cohort)
+@pytest.mark.parametrize(("one_call", "calls"), [(False, [["ab", "de"], ["ab", "c"]]), (True, [["abde"], ["abc"]])])
+def test_a_function_sees_one_client_at_a_time_and_a_reward_model_all_that_hold_it(one_call, calls):
+    (first, of_first), (second, of_second) = recording(one_call), recording(one_call)
     raw, nan = score_of_clients(first, second), float("nan")
     assert [of_first, of_second] == calls
     np.testing.assert_equal(raw.numpy(), [[0, 0], [1, 1], [nan, 2], [3, nan], [4, nan]])

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 
-from rollout import Policy, Rollout, TokenLogProbs, context_of
+from rollout import Policy, Rollout, TokenLogProbs, context_length
 from settings import ModelSettings
 
 RNG = np.random.default_rng(0)
@@ -246,5 +246,5 @@ def test_a_model_whose_logprobs_depend_on_how_they_are_computed_is_refused_by_na
 def test_if_positions_depend_on_the_longest_row_the_context_is_the_length_first_trained_on(rope, limit):
     config = LlamaConfig(max_position_embeddings=64)
     config.rope_parameters = {"rope_type": rope, "original_max_position_embeddings": 16}
-    assert context_of(config) == limit
-    assert context_of(MambaConfig()) is None
+    assert context_length(config) == limit
+    assert context_length(MambaConfig()) is None
