@@ -241,7 +241,8 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, config: U
     inputs = {"log-probs": batch.logp_old, "rewards": batch.scores, "advantages": advantages}
     for what, x in (inputs | {"gradient": J}).items():
         if not x.isfinite().all():
-            raise NotFinite(f"not finite: its {what}; scale them down, lower lr or kl_coef, or use dtype float32")
+            remedy = "scale them down" if what == "rewards" else "lower lr or kl_coef, or use dtype float32"
+            raise NotFinite(f"not finite: its {what}; {remedy}")
     ratio = assemble(rollout, ratios).masked_fill(rollout.mask == 0, 1.0)  # [B, L]
     return Gradients(
         J,

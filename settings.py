@@ -58,7 +58,7 @@ class Settings:
 class RunSettings(Settings):
     """the run (run.py)"""
 
-    preset: str = setting("tiny", "settings to start from (presets.toml); if not given a world's own, or paper")
+    preset: str = setting("tiny", "settings to start from (presets.toml); if not given tiny, or paper with --model")
     seed: int = setting(0, "equal seeds give equal runs, bit for bit on a CPU", low=0, high=2**63 - 1)
     out: str | None = setting(None, "run directory; the next free one in runs/ if not given")
     device: str = setting("auto", "where to run; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))

@@ -1,8 +1,7 @@
 """What a checkpoint keeps of a run: tensors by dotted names and a few JSON values, in one file. [ours]
 
-The file is written whole, under a temporary name, and then renamed. Every random draw depends on (seed, purpose, round,
-client), so there is no generator's state to save. Tensors: θ_t, the calibration, what clients and server keep between
-rounds, the held-out scores. Values: rounds done, κ, the log's lines, the settings and a hash of what they name.
+Every random draw depends on (seed, purpose, round, client), so there is no generator's state to save. Tensors: θ_t, the
+calibration, what clients and server keep, held-out scores. Values: rounds, κ, the log's lines, settings and hashes.
 """
 
 import hashlib
@@ -24,11 +23,11 @@ FILE = "checkpoint/state.safetensors"  # in the run directory
 
 
 def write(out: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Write a run's metrics.jsonl, which is values["lines"], and its checkpoint, from tensors on any device."""
-    write_lines(out / "metrics.jsonl", values["lines"])
+    """Write a run's checkpoint, from tensors on any device, and then metrics.jsonl, which is values["lines"]."""
     (out / FILE).parent.mkdir(exist_ok=True)
     metadata = {"values": json.dumps(values)}
     write_tensors(out / FILE, tensors, metadata | {"sha256": digest(tensors, metadata["values"])})
+    write_lines(out / "metrics.jsonl", values["lines"])
 
 
 def digest(tensors: dict[str, Tensor], values: str) -> str:

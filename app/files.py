@@ -68,9 +68,9 @@ def free_directory(out: str | Path | None, name: str = "", resume: bool = False)
         k += 1
         directory = Path(out or f"runs/{name}" + f"-{k}" * (k > 1))
         directory.mkdir(parents=True, exist_ok=True)
-        if links := [path for path in directory.rglob("*") if path.is_symlink()]:
-            raise ValueError(f"out: {links[0]} is a link, and might lead out of the run; name another directory")
         if resume or {entry.name for entry in directory.iterdir()} <= {".lock"}:
+            if links := [path for path in directory.rglob("*") if path.is_symlink()]:
+                raise ValueError(f"out: {links[0]} is a link, and might lead out of the run; name another directory")
             lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, so the lock ends with the process
             with suppress(OSError):
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import product
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
@@ -54,21 +53,24 @@ def load_objectives(specs: Sequence[str], device: str = "cpu", dtype: str = "flo
     return [Objective(name, spec, *each) for name, spec, each in zip(names, specs, loaded, strict=True)]
 
 
-def check_prompts(objectives: Sequence[Objective], prompts: Sequence[Any]) -> None:
+def check_prompts(objective: Objective, prompts: Sequence[Any]) -> None:
     """Raise ValueError for a prompt that an objective cannot score: a run would meet it rounds later.
 
     A reward model only reads it. A user's function, which may take long, is not tried.
     """
-    tried = [each for each in objectives if "py:" not in each.spec or "py:worlds/" in each.spec]
-    for objective, prompt in product(tried, prompts):
-        try:
-            if isinstance(objective.function, RewardModel):
-                objective.function.encode([prompt.text] * 2, ["yes", ""], [prompt.messages] * 2)
-            else:
-                score([objective], [prompt], ["yes"], [[0]])
-        except Exception as error:  # templates raise what they like
-            asked = prompt.text[:60]
-            raise ValueError(f"prompts: {objective.name} cannot score {asked!r} ({error}); drop the row") from error
+    try:
+        if isinstance(objective.function, RewardModel):
+            for reply in ("yes", ""):
+                texts, messages = [prompt.text for prompt in prompts], [prompt.messages for prompt in prompts]
+                objective.function.encode(texts, [reply] * len(prompts), messages)
+        elif "py:" not in objective.spec or "py:worlds/" in objective.spec:
+            score([objective], prompts, ["yes"] * len(prompts), [[0]] * len(prompts))
+    except Exception as error:  # templates raise what they like
+        if len(prompts) == 1:
+            what = f"{objective.name} cannot score {prompts[0].text[:60]!r}"
+            raise ValueError(f"prompts: {what} ({error}); drop the row") from error
+        for half in (prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]):
+            check_prompts(objective, half)
 
 
 def rule(rest: str, device: str, dtype: str) -> Loaded:
@@ -103,9 +105,8 @@ def users_function(rest: str, device: str, dtype: str) -> Loaded:
 @cache
 def neighbours(folder: Path) -> list[Path]:
     """The files of a user's modules and packages, as they stand in a folder; none for the project's folder."""
-    packages = {file.parent for file in folder.glob("*/*.py")}
-    files = [*folder.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]
-    return [] if folder == ROOT else sorted(file for file in files if file.stem != "__main__")
+    files = [] if folder == ROOT else folder.rglob("*.py")
+    return sorted(file for file in files if file.stem != "__main__" and "site-packages" not in file.parts)
 
 
 def run_in(folder: Path, rest: str, work: Callable[[], Any]) -> Any:
@@ -116,10 +117,9 @@ def run_in(folder: Path, rest: str, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except (Exception, SystemExit) as error:
-        frames = extract_tb(error.__traceback__)
-        *_, last = [frame for frame in frames if Path(frame.filename).is_relative_to(folder)] or frames
-        where = f"{last.filename}:{last.lineno}"
-        raise ValueError(f"objective py:{rest} failed at {where}: {type(error).__name__}: {error}") from error
+        own = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename) in neighbours(folder)]
+        where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+        raise ValueError(f"objective py:{rest} failed{where}: {type(error).__name__}: {error}") from error
     finally:
         os.chdir(here)  # which the run's relative paths need
         sys.path.remove(str(folder))
@@ -130,6 +130,9 @@ def run_in(folder: Path, rest: str, work: Callable[[], Any]) -> Any:
 def taken_out(folder: Path) -> dict[str, ModuleType]:
     """Modules and packages of the names that a user's folder has, with their parts, taken out of sys.modules."""
     names = {file.relative_to(folder).parts[0].removesuffix(".py") for file in neighbours(folder)}
+    whole = {name for name in names if (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists()}
+    # a mere folder yields to a module of its name elsewhere, as numpy
+    names = {name for name in names if name in whole or not getattr(sys.modules.get(name), "__file__", None)}
     return {full: sys.modules.pop(full) for full in list(sys.modules) if full.partition(".")[0] in names}
 
 

@@ -60,7 +60,9 @@ def parse(arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
         raise ValueError("compare: it names the methods itself; leave --method out")
     if commands.sweep and "preference" in given:
         raise ValueError("sweep: it names the preferences itself; leave --preference out")
-    preset = given.get("preset", EMBEDDED.get(given.get("model", "toy"), "paper"))
+    if (world := given.get("model")) in EMBEDDED and world != "toy" and not {"preset", "objectives"} & given.keys():
+        raise ValueError(f"preset: --model {world} goes with a preset, such as {EMBEDDED[world]}, or with --objectives")
+    preset = given.get("preset", "tiny" if given.get("model", "toy") in EMBEDDED else "paper")
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} is none of {', '.join(PRESETS)}")
     config = Config(**PRESETS[preset] | given | {"preset": preset})

@@ -9,8 +9,7 @@ step goes over all groups. The run directory holds what `run.py`'s does, curves.
     predictor.safetensors     the federated side's weights
     predictor.json            its width, its encoder, and every group's context: questions, and the group's answers
 
-The contexts leave their groups: a reward made from the predictor brings them to every client that scores by it, once
-(`context_bytes` of summary.json is the size of one).
+The contexts leave their groups: a reward brings them to every client, once (summary.json's `context_bytes` each).
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 import pluralllm
 from app import checkpoint
-from app.files import free_directory, read_json, to_json, write_tensors, write_text
+from app.files import free_directory, read_json, to_json, write_lines, write_tensors, write_text
 from app.loading import fingerprint, pretrained
 from app.options import PRESETS
 from pluralllm import Predictor, PredictorFederation, Question, Survey
@@ -39,11 +38,6 @@ from worlds.opinions import Encoder, GroupPredictor
 from worlds.rows import rows_of
 
 
-def encoder_of(where: str, device: str = "cpu") -> Encoder:
-    """The encoder of a directory or a hub name."""
-    return Encoder(*pretrained("AutoModel", where, device=device, new_head=True))
-
-
 def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", progress: bool = True) -> Tensor:
     """The embeddings of the questions' options: from the cache, keyed by the encoder's files and the texts, or new."""
     name = fingerprint(encoder) if Path(encoder).is_dir() else encoder
@@ -51,7 +45,8 @@ def embedded(questions: Sequence[Question], encoder: str, device: str = "cpu", p
 
     def fill(directory: Path) -> None:
         bar = partial(tqdm, desc="embeddings, once", disable=not progress, leave=False)
-        write_tensors(directory / "x.safetensors", {"x": encoder_of(encoder, device)(questions, bar=bar)})
+        embed = Encoder(*pretrained("AutoModel", encoder, device=device, new_head=True))
+        write_tensors(directory / "x.safetensors", {"x": embed(questions, bar=bar)})
 
     return safetensors.torch.load_file(tiny_llama.cached(fill, __file__, about) / "x.safetensors", device)["x"]
 
@@ -71,7 +66,8 @@ def load(directory: str, device: str = "cpu") -> GroupPredictor:
     about = read_json(Path(directory, "predictor.json"))
     model = Predictor(about["width"]).to(device)
     model.load_state_dict(safetensors.torch.load_file(Path(directory) / "predictor.safetensors"))
-    return GroupPredictor(model, encoder_of(about["encoder"], device), about["groups"])
+    encoder = Encoder(*pretrained("AutoModel", about["encoder"], device=device, new_head=True))
+    return GroupPredictor(model, encoder, about["groups"])
 
 
 def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> tuple[Callable, str, bool]:
@@ -157,6 +153,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     from app import plots  # here: matplotlib takes its time to import
 
     plots.predictor(lines, start, out)
+    write_lines(out / "metrics.jsonl", lines)  # the last checkpoint may have come without it
     write_text(out / "summary.json", to_json(summary, indent=2) + "\n")  # last: a run that has one is complete
     torch.set_num_threads(threads)
     return summary

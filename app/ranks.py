@@ -4,8 +4,7 @@ Every process (a rank) holds the whole federation. It samples and trains for its
 exchanged, and from there on every process computes the same. So results do not depend on how many there are. What a
 client keeps travels with the rest, because any rank may train it next; the first rank writes all files and lines.
 
-If a process fails, torchrun stops the others. Everything travels through the CPU by gloo, as tensors and plain values.
-Left out on purpose: several machines.
+Everything travels through the CPU by gloo, as tensors and plain values. Left out on purpose: several machines.
 """
 
 import io

@@ -33,19 +33,14 @@ class RewardTraining(Settings):
     pairs: list[str] = setting(MISSING, "training pairs: files with rows of HH-RLHF (chosen, rejected)")
     out: str = setting(MISSING, "new directory for the trained reward model")
     test_pairs: list[str] = setting([], "pairs to test on; if not given, a tenth of the pairs is held out")
-    freeze_backbone: bool = setting(False, "train the head only: a third of the time a pass")
+    freeze_backbone: bool = setting(False, "train the head only: an epoch takes a third of the time")
     max_pairs: int | None = setting(None, "train on this many pairs, drawn at random; all if not given", low=1)
-    epochs: int | None = setting(None, "passes over the pairs (1; 3 for a head only)", low=1)
-    batch_size: int = setting(16, "pairs a step (16)", low=1)
-    lr: float | None = setting(None, "peak learning rate (2e-5; 2e-4 for a head only)", above=0)
-    max_length: int = setting(512, "tokens read of a text; the beginning is cut off (512)", low=8)
-    seed: int = setting(0, "of the new head and the order of the pairs (0)", low=0)
+    epochs: int = setting(1, "passes over the pairs", low=1)
+    batch_size: int = setting(16, "pairs a step", low=1)
+    lr: float = setting(2e-5, "peak learning rate; a head alone may take ten times as much", above=0)
+    max_length: int = setting(512, "tokens read of a text; the beginning is cut off", low=8)
+    seed: int = setting(0, "of the new head and the order of the pairs", low=0)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda; the default is a GPU, if any")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.epochs = self.epochs or (3 if self.freeze_backbone else 1)
-        self.lr = self.lr or (2e-4 if self.freeze_backbone else 2e-5)
 
 
 def encode_pairs(reward_model: RewardModel, pairs: list[tuple[str, dict]]) -> list[list[int]]:

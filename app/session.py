@@ -64,12 +64,14 @@ class Session:
         room = None if context is None else context - config.max_new_tokens
         rows = (row for file in files for row in rows_of(file))
         prompts, self.counts = data.prompts_from(rows, tokenizer, config.max_prompt_tokens, room)
-        check_prompts(self.objectives, prompts)
         self.prompts_of, self.held_out = data.share_out(prompts, config.clients, config, config.seed)
         owners = [share[0].owner(config.split) for share in self.prompts_of]
         self.client_names = [] if config.split in ("iid", "dirichlet") else list(map(str, owners))
         self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.prompts_of]
         held = data.objectives_of(config.client_objectives, self.names, self.tasks)
+        for own, share in [*zip(held, self.prompts_of, strict=True), (range(len(self.names)), self.held_out)]:
+            for j in own:
+                check_prompts(self.objectives[j], share)
         self.policy = Policy(model, tokenizer, config, config.seed)
         method, numbers = methods.method_of(config), [sorted(set(self.tasks)).index(task) for task in self.tasks]
         self.federation = Federation(
@@ -100,7 +102,7 @@ class Session:
                 peft_files.load(self.policy.adapter, self.config.adapter),
                 fingerprint(self.config.adapter),
             )
-            if base != self.base_model and self.progress:
+            if base and Path(base).resolve() != Path(self.base_model).resolve() and self.progress:
                 print(f"warning: {self.config.adapter} was trained on {base}; it means nothing on other weights")
             self.federation.theta = self.policy.adapter.vector()
             self.policy.adapter.assign(fresh)

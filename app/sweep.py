@@ -3,7 +3,6 @@
     python run.py --sweep 0.1 0.3 0.5 0.7 0.9              one training run per preference: the trade-off as a curve
     python run.py --compare firm linear morlhf soups       these methods at one preference
     python run.py --compare firm "firm beta=1" "firm beta=1 advantages=group"      one method, other settings
-    python run.py --sweep 0.1 0.5 0.9 --compare firm mgda linear soups
 
 A method that takes no preference (mgda, say) is run once, at uniform p. Rewarded Soups train a specialist per objective
 once (`baselines.py`), and every p only mixes their adapters. METHOD/p0.30-0.70/ and soups/specialist-NAME/ are ordinary
@@ -16,6 +15,7 @@ exact front, the hull of mixtures of two policies, several seeds (one seed's ± 
 import gc
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,21 +62,24 @@ def plan(config: Config, sweep: list[str] | None, compare: list[str] | None) -> 
     M, runs = len(config.objectives), {}
     centre, asked = (mgda.preference_vector(p, M).tolist() for p in (None, config.preference))
     preferences = sorted(parse_preference(text, M) for text in sweep) if sweep else [asked]
+    if len(set(map(label, preferences))) < len(preferences):
+        raise ValueError(f"sweep: {' '.join(sweep)} names a preference twice; name each once")
     for text in compare or [config.method]:
         variant = options.variant(config, text) if compare else config
         method = methods.method_of(variant)
         follows = method.several_runs or "preference" in methods.settings_of(method)
         runs[text] = [replace(variant, preference=p) for p in (preferences if follows else [centre])]
         methods.check(replace(variant, method=SPECIALIST) if method.several_runs else variant)
+    if sweep and all(len(configs) == 1 for configs in runs.values()) and len(preferences) > 1:
+        raise ValueError(f"sweep: {', '.join(runs)} takes no preference, so there is nothing to sweep")
     return runs
 
 
 def sweep(config: Config, preferences: list[str] | None, compare: list[str] | None, train: Callable) -> None:
     """Train what is missing, measure it, and conclude. train: `run.train`. Raises ValueError on bad input."""
     runs = plan(config, preferences, compare)
-    for one in (one for configs in runs.values() for one in (configs[0], configs[-1])):  # before any training
-        several = methods.METHODS[one.method].several_runs
-        Session(replace(one, method=SPECIALIST) if several else one, progress=False)
+    for first, *_ in runs.values():  # what is wrong with any of them is found before the first is trained
+        Session(replace(first, method=SPECIALIST) if first.method == "soups" else first, progress=False)
         gc.collect()  # a Session is a cycle of references: drop its models before others are loaded
     shared = {name: value for name, value in vars(config).items() if name not in ("out", "method", "preference")}
     begun = config.out and Path(config.out, "sweep.json").is_file()
@@ -85,11 +88,12 @@ def sweep(config: Config, preferences: list[str] | None, compare: list[str] | No
         before = read_json(out / "sweep.json")["settings"]
         if changed := [name for name in shared if shared[name] != before.get(name)]:
             raise ValueError(f"out: {out} holds a sweep with another {changed[0]}; name another directory")
-    write_text(out / "sweep.json", json.dumps({"settings": shared}, indent=2) + "\n")
+    else:
+        write_text(out / "sweep.json", json.dumps({"settings": shared}, indent=2) + "\n")
     print(f"{out}: if it is stopped, the same command with --out {out} goes on")
     names = [parse_spec(spec)[0] for spec in config.objectives]
     for text, configs in runs.items():
-        home = out / text.replace(" ", ",").replace("/", "-")
+        home = out / text.replace(" ", ",").replace("/", "%2F")
         runs[text] = [replace(one, out=str(home / label(one.preference))) for one in configs]
         if methods.METHODS[configs[0].method].several_runs:
             soups(runs[text], names, home, train)
@@ -121,6 +125,8 @@ def soups(configs: Sequence[Config], names: Sequence[str], home: Path, train: Ca
         specialists.append(replace(configs[0], method=SPECIALIST, preference=p, out=out))
         finish(specialists[-1], train)
     missing = [one for one in configs if not (home / label(one.preference) / "summary.json").exists()]
+    if not missing:
+        return
     session, lines, thetas = Session(specialists[-1]), [], []
     for specialist in specialists:
         session.config = specialist
@@ -143,19 +149,18 @@ def conclude(config: Config, runs: dict[str, list[Config]], names: Sequence[str]
 
     summary_of = lambda one: read_json(Path(one.out, "summary.json"), nan_for_null)  # noqa: E731
     rows = {text: list(map(summary_of, configs)) for text, configs in runs.items()}
-    first, *others = [row for group in rows.values() for row in group]
-    changed = {name for row in others for name in row["inputs"] if row["inputs"][name] != first["inputs"][name]}
-    for name, what in (("clients", "the clients' prompts"), ("adapter", "the starting adapter")):
-        if any(getattr(one, name) != getattr(config, name) for configs in runs.values() for one in configs):
-            changed.discard(what)  # as asked
-    if changed:
+    settings, hashes = {"the clients' prompts": "clients", "the starting adapter": "adapter"}, defaultdict(set)
+    for one, row in ((one, row) for text, group in rows.items() for one, row in zip(runs[text], group, strict=True)):
+        for name, value in row["inputs"].items():  # runs that were asked for other clients have other prompts
+            hashes[name, getattr(one, settings.get(name, "seed"))].add(value)
+    if any(len(values) > 1 for values in hashes.values()):
         raise ValueError(f"out: prompts, weights or code changed between the runs in {out}; name another directory")
     several, front = {text: group for text, group in rows.items() if len(group) > 1}, None
     if options.front_is_known(config):
         front = toy.pareto_front([line["prompt"] for line in read_lines(next(out.glob("*/*/samples.jsonl")))])
     mean = lambda row, stage: [row["objectives"][name][stage]["mean"] for name in names]  # noqa: E731
     means = {} if front is None else {text: [mean(row, "after") for row in group] for text, group in several.items()}
-    base = np.array(mean(first, "before"))
+    base = np.array(mean(next(iter(rows.values()))[0], "before"))
     volumes = {text: metrics.normalised_hypervolume(points, base, front) for text, points in means.items()}
     results = {"settings": read_json(out / "sweep.json")["settings"]} | {"results": rows, "hypervolume": volumes}
     write_text(out / "sweep.json", to_json(results, indent=2) + "\n")

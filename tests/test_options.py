@@ -72,6 +72,7 @@ REFUSED = {  # flags, and what the one line names
     "--objectives " + " ".join(f"x{i}=rule:length" for i in range(9)): "objectives: 9 are too many",
     "--resume x --beta 1": "resume.*but for device",
     "--resume nowhere": "nowhere/config.json",
+    "--model reasoning --beta 1": "preset: --model reasoning goes with a preset, such as fedmoa-tiny",
     "--compare mgda linear --beta 1": "beta: mgda or linear does not read it",
     "--compare firm --method linear": "compare.*--method",
     "--sweep 0.5 --preference 1 1": "sweep.*--preference",

@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, d
 
 
 def test_an_embedding_is_the_mean_of_the_last_hidden_states_in_any_batch():
-    encoder = predictor.encoder_of(str(survey.prepare().model))
+    encoder = predictor.Encoder(*predictor.pretrained("AutoModel", str(survey.prepare().model), new_head=True))
     questions = [Question(ASKED, ("family", "faith")), Question("family " * 500, ("faith",))]
     embeddings = encoder(questions, batch_size=2)
     for text, x in zip((f"{ASKED} family", f"{ASKED} faith", "family " * 500 + " faith"), embeddings, strict=True):
@@ -77,7 +77,7 @@ def test_embeddings_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
     encoder, questions = str(survey.prepare().encoder), [Question(ASKED, ("family", "faith"))]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x = predictor.embedded(questions, encoder)
-    monkeypatch.setattr(predictor, "encoder_of", None)
+    monkeypatch.setattr(predictor, "Encoder", None)
     assert torch.equal(predictor.embedded(questions, encoder), x)
     with pytest.raises(TypeError):  # other texts are not in it
         predictor.embedded([Question(ASKED, ("family", "peace"))], encoder)
@@ -91,14 +91,14 @@ def test_a_loaded_predictor_answers_from_the_groups_context(finished):
     y = torch.tensor([share for row in rows for share in row["distribution"]])
     with torch.no_grad():
         expected = saved.model(x, y, saved.encoder([Question(ASKED, tuple(OPTIONS))]))[0].softmax(0)
-    assert saved.ask("north 1", ASKED, tuple(OPTIONS)) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert saved.ask("north-1", ASKED, OPTIONS) == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="group: the predictor does not know 'nord'"):
         saved.reward("nord")
 
 
 def test_the_reward_is_the_predicted_share_of_the_chosen_option(finished):
     reward, _, _ = predictor.group_objective(f"{finished / 'predictor'}:south-1", "cpu", "float32")
-    shares = predictor.load(str(finished / "predictor")).ask("south 1", ASKED, tuple(OPTIONS))
+    shares = predictor.load(str(finished / "predictor")).ask("south 1", ASKED, OPTIONS)
     given = reward(completions=["faith .", "(C)", "nothing"], question=[ASKED] * 3, options=[OPTIONS] * 3, prompts=[])
     assert given == [shares[1], shares[2], 0.0]
     for columns in ({}, {"question": [None], "options": [OPTIONS]}, {"question": [ASKED], "options": [None]}):

@@ -25,7 +25,7 @@ def score_of(function):
 
 
 def user_file(path, source):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
     return f"py:{path}:f"
 
@@ -65,8 +65,8 @@ def test_rules_say_what_they_promise():
 
 
 def test_folders_have_modules_of_their_own_and_neither_they_nor_the_project_see_the_others(tmp_path):
-    before = {name: sys.modules.get(name) for name in ("data", "rewards", "words", "late", "mine")}
-    source = "import data\nfrom rewards import value\nfrom words.parts import more\ndef f(completions, **_):\n"
+    before = {name: sys.modules.get(name) for name in ("data", "rewards", "words", "late", "mine", "numpy")}
+    source = "import data, numpy\nfrom rewards import value\nfrom words.parts import more\ndef f(completions, **_):\n"
     source += "    from late import least\n    return [data.value + value + more + least for _ in completions]\n"
     specs = []
     for n, folder in enumerate("ab", start=1):
@@ -77,6 +77,7 @@ def test_folders_have_modules_of_their_own_and_neither_they_nor_the_project_see_
             user_file(tmp_path / folder / "words" / "__init__.py", "")
         user_file(tmp_path / folder / "words" / "parts.py", f"from data import value\nmore = value + {n * 10}")
         user_file(tmp_path / folder / "late.py", f"least = {n}")
+        user_file(tmp_path / folder / "numpy" / "tool.py", "a mere folder yields to the library")
     first, second = load_objectives(specs)
     for _ in range(2):
         assert score([first, second], make_prompts({}), ["x"], [[1]]).tolist() == [[2111, 4222]]
@@ -111,7 +112,7 @@ RAISES = [
 @pytest.mark.parametrize("source", RAISES)
 def test_what_a_users_code_raises_is_the_cause_of_an_error_that_names_the_objective(tmp_path, source):
     spec = user_file(tmp_path / "mine.py", source)
-    with pytest.raises(ValueError, match=r"objective py:.*mine.py:f failed at .*.py:\d+: \w+: ") as caught:
+    with pytest.raises(ValueError, match=r"objective py:.*mine.py:f failed( at .*mine.py:\d+)?: \w+: ") as caught:
         of_one_text(spec)
     assert type(caught.value.__cause__).__name__ in str(caught.value)
 
@@ -122,10 +123,10 @@ def test_a_users_code_may_leave_the_working_directory_and_the_run_stays(tmp_path
     assert os.getcwd() == here
 
 
-@pytest.mark.parametrize("edited", ["mine.py", "helper.py", "words/parts.py", "lib/part.py"])
+@pytest.mark.parametrize("edited", ["mine.py", "helper.py", "words/parts.py", "lib/deep/part.py"])
 def test_a_fingerprint_follows_all_code_of_the_folder(tmp_path, edited):
     spec = user_file(tmp_path / "mine.py", "def f(**_):\n    return [0]\n")
-    for name in ("helper.py", "words/__init__.py", "words/parts.py", "lib/part.py"):
+    for name in ("helper.py", "words/__init__.py", "words/parts.py", "lib/deep/part.py"):
         user_file(tmp_path / name, "x = 1\n")
     first, again = (load_objectives([spec])[0].fingerprint for _ in range(2))
     with open(tmp_path / edited, "a") as file:

@@ -63,6 +63,8 @@ def test_preferences_are_shares_and_name_a_directory():
 REFUSED = {
     "a word": ({"sweep": ["much"]}, "sweep: 'much'"),
     "shares of three": ({"sweep": ["1:2:3"]}, "'1:2:3' is not a preference for 2 objectives"),
+    "a preference twice": ({"sweep": ["0.3", "3:7"]}, "sweep: 0.3 3:7 names a preference twice"),
+    "nothing to sweep": ({"compare": ["mgda", "fsmgda"]}, "mgda, fsmgda takes no preference"),
     "an unknown method": ({"compare": ["firm", "magic"]}, "'magic' is none of firm"),
     "an idle flag": ({"compare": ["mgda beta=1"]}, "beta: mgda does not read it"),
     "a method that cannot": (

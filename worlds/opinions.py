@@ -159,20 +159,24 @@ class GroupPredictor:
         return x, x.new_tensor([share for row in self.groups[group] for share in row["distribution"]])
 
     @cache  # noqa: B019
-    def ask(self, group: str, question: str, options: tuple[str, ...]) -> list[float]:
-        """The predicted share of a group's people for each option."""
+    def shares(self, group: str, question: str, options: tuple[str, ...]) -> list[float]:
+        """As `ask`, of a group by its name, with options that can be hashed."""
         target = self.encoder([Question(question, options)])
         which = torch.zeros(len(options), dtype=torch.long, device=target.device)
         return self.model.shares(*self.context(group), target, which).tolist()
+
+    def ask(self, name: str, question: str, options: Sequence[str]) -> list[float]:
+        """The predicted share of a group's people for each option. Raises ValueError for an unknown name or slug."""
+        if name not in self.names:
+            raise ValueError(f"group: the predictor does not know {name!r}; it knows {', '.join(self.groups)}")
+        return self.shares(self.names[name], question, tuple(options))
 
     def reward(self, name: str) -> Callable[..., list[float]]:
         """The reward of a group, by its name or its slug: the share of the option that a response chose, 0 for none.
 
         Raises ValueError for a group that the predictor does not know.
         """
-        if name not in self.names:
-            raise ValueError(f"group: the predictor does not know {name!r}; it knows {', '.join(self.groups)}")
-        group = self.names[name]
+        self.ask(name, "", ("yes", "no"))  # before any long work
 
         def reward(completions: list[str], question=None, options=None, **columns: Any) -> list[float]:
             rewards = []
@@ -180,7 +184,7 @@ class GroupPredictor:
                 if not isinstance(q, str) or not isinstance(o, (list, tuple)):
                     raise ValueError(f"objectives: group {name} needs a question and its options beside every prompt")
                 position = chosen(completion, o)
-                rewards.append(0.0 if position is None else self.ask(group, q, tuple(o))[position])
+                rewards.append(0.0 if position is None else self.ask(name, q, o)[position])
             return rewards
 
         return reward
