@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaModel
+import transformers
 
 from worlds import tiny_llama
 
@@ -112,13 +112,13 @@ def pretrain(steps: int = 800, batch_size: int = 64, lr: float = 5e-3, seed: int
 def make_encoder(width: int = 64, seed: int = 0):
     """What embeds the questions: a Llama without layers, for which a text is the mean of its words' random vectors."""
     tokenizer = tiny_llama.make_tokenizer(VOCABULARY)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=0,
         num_attention_heads=1, max_position_embeddings=tiny_llama.MAX_LENGTH, initializer_range=1.0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaModel(config).eval(), tokenizer
+        return transformers.LlamaModel(config).eval(), tokenizer
 
 
 def prepare(seed: int = 0, cache_dir: Path | None = None, progress: Callable = iter, **settings) -> Files:

@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(words: Sequence[str]) -> "transformers.PreTrainedTokenizerFast":
     """A word-level tokenizer with a chat template; white space parts words."""
     ids = {word: index for index, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -33,7 +33,7 @@ def make_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast
     )  # fmt: skip
 
 
-def make_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.LlamaForCausalLM:
+def make_model(tokenizer: "transformers.PreTrainedTokenizerFast") -> "transformers.LlamaForCausalLM":
     """A Llama of 0.1 M parameters, its weights drawn from torch's global generator."""
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
