@@ -45,6 +45,11 @@ def test_every_command_is_one_that_run_py_takes(words, tmp_path, monkeypatch):
         methods.check(config)
 
 
+def test_the_readme_is_short():
+    lines = README.read_text("utf-8").splitlines()
+    assert len(lines) <= 110 and max(map(len, lines)) <= 120 and sum(len(line.split()) for line in lines) <= 1000
+
+
 def test_the_readme_names_every_method():
     assert set(re.findall(r"`([a-z]+)`", README.read_text("utf-8"))) >= methods.METHODS.keys()
 
