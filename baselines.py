@@ -49,7 +49,7 @@ first local step (the same gradient is computed again here), FSMGDA's compressed
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -181,7 +181,7 @@ def descend(lam: Tensor, gram: Tensor) -> Tensor:
     return lam
 
 
-def gradients_at_start(federation: Federation, work: Sequence[tuple], faults: dict[int, str]) -> dict[int, Tensor]:
+def gradients_at_start(federation: Federation, work: Iterable[tuple], faults: dict[int, str]) -> dict[int, Tensor]:
     """Each client's gradients J [M, d] at θ_t, by its number; `faults` gains the clients that have none."""
     method, config, J = federation.method, federation.config, {}
     for client, batch, _ in work:
@@ -199,7 +199,7 @@ class FedCMOOServer(Server):
 
     equal_objectives = True
 
-    def broadcast(self, federation: Federation, work: Sequence[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
+    def broadcast(self, federation: Federation, work: Iterable[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
         """The λ [M] of a round."""
         J = gradients_at_start(federation, work, faults)
         n = torch.tensor([len(federation.clients[c].prompts) for c in J], dtype=torch.float64)  # [N]
@@ -228,7 +228,7 @@ class AdaptiveServer(Server):
         """The mean raw reward of each objective, in the unit of T; raw [B, M]."""
         return {f"reward{j}": value for j, value in enumerate(raw.mean(0).tolist())}
 
-    def broadcast(self, federation: Any, work: Sequence[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
+    def broadcast(self, federation: Any, work: Iterable[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
         """α [M]; before the first round equal weights."""
         h = self.state.get("mean_reward", torch.zeros(len(federation.names), dtype=torch.float64))
         return {"alpha": torch.softmax(-h / TEMPERATURE, 0)}

@@ -10,7 +10,7 @@ Averaging A and B separately loses mean(BA) − mean(B) mean(A), which the log s
 Left out on purpose: secure aggregation, compression, asynchrony.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,9 +100,10 @@ class Server:
     equal_objectives = False  # whether every client must hold all objectives
     exchanged = (0, 0)  # bytes up and down of a client's exchanges with `broadcast` in this round
 
-    def broadcast(self, federation: Any, work: Sequence[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
+    def broadcast(self, federation: Any, work: Iterable[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
         """What it sends to every client beside θ and κ. A server that asks clients before the local runs finds in work
-        those of this process, each with its batch at θ_t; `federation.gathered` has those of all processes.
+        those of this process, each with its batch at θ_t, made as it is asked for; `federation.gathered` has those of
+        all processes.
         """
         return {}
 

@@ -33,8 +33,9 @@ picks λ before the local runs, λ still counts a client that fails later, in it
 Left out on purpose: secure aggregation, stragglers, differential privacy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -232,9 +233,9 @@ class Federation:
         t, config, method = self.rounds_done, self.config, self.method
         cohort, dropped = self.cohort()
         self.policy.adapter.assign(self.theta)
-        work = self.batches(self.exchange.mine(cohort))
+        work, ahead = tee(self.batches(self.exchange.mine(cohort)))
         arrived, faults = {}, {}
-        message = {"theta": self.theta} | self.server.broadcast(self, work, faults)
+        message = {"theta": self.theta} | self.server.broadcast(self, ahead, faults)
         for client, batch, raw in work:
             try:
                 arrived[client.index] = contribution(client, self.policy, batch, raw, message, method, config, t)
@@ -284,14 +285,18 @@ class Federation:
 
     def batches(
         self, cohort: Sequence[Client], purpose: Purpose = Purpose.TRAINING, t: int | None = None
-    ) -> list[tuple[Client, Batch, Tensor]]:
-        """Each client, its batch at θ_t with the calibrated scores of its objectives, and its raw rewards [B, M]."""
+    ) -> Iterator[tuple[Client, Batch, Tensor]]:
+        """Each client, its batch at θ_t with the calibrated scores of its objectives, and its raw rewards [B, M].
+
+        θ_t is where the adapter stands at the first; the others are made there too, wherever training has moved it.
+        """
         calibration = self.calibration.pooled() if self.method.trainings.one_scale else self.calibration
-        micro, hidden, work = self.config.micro_batch_size, self.method.estimator.reads_hidden, []
+        micro, hidden = self.config.micro_batch_size, self.method.estimator.reads_hidden
+        theta = self.policy.adapter.vector()
         for client, (rollout, raw) in zip(cohort, self.respond(cohort, purpose, self.group_size, t), strict=True):
             scores = calibration.apply(raw)[:, client.objectives]  # [B, m]
-            work.append((client, ppo.prepare(self.policy, rollout, scores, self.kl_coef, micro, hidden), raw))
-        return work
+            self.policy.adapter.assign(theta)
+            yield client, ppo.prepare(self.policy, rollout, scores, self.kl_coef, micro, hidden), raw
 
     def gathered(self, results: dict[int, Any], faults: dict[int, str]) -> dict[int, Any]:
         """The results of all processes, by client; `faults` gains everybody's. Raises ValueError if none is left."""

@@ -68,7 +68,9 @@ class Adapter:
 
     @torch.no_grad()
     def assign(self, theta: Tensor) -> None:
-        """Copy θ [d] into the parameters."""
+        """Copy θ [d] into the parameters. One that is there already touches no graph that was recorded with it."""
+        if torch.equal(theta.to(self.parameters[0]), self.vector()):
+            return
         for p, part in zip(self.parameters, self.split(theta), strict=True):
             p.copy_(part)
 

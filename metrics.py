@@ -15,7 +15,7 @@ loss that gains least (`clients.Step`).
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,11 +49,12 @@ def evaluate(federation: Federation, prompts: dict[int, Prompt], bar: Callable =
     """
     config, policy, exchange, parts = federation.config, federation.policy, federation.exchange, {}
     S, L = config.eval_samples, config.max_new_tokens
-    asked = [prompt for prompt in prompts.values() for _ in range(S)]
+    asked, size = [prompt for prompt in prompts.values() for _ in range(S)], max(EVAL_BATCH // S, 1) * S
     u = np.concatenate([stream(config.seed, Purpose.EVALUATION, i).random((S, L)) for i in prompts])  # [n·S, L]
-    for start in bar(exchange.mine(range(0, len(asked), EVAL_BATCH))):
-        rows = asked[start : start + EVAL_BATCH]
-        rollout = policy.sample([prompt.token_ids for prompt in rows], u[start : start + EVAL_BATCH])
+    for start in bar(exchange.mine(range(0, len(asked), size))):
+        rows = asked[start : start + size]
+        rollout = policy.sample([prompt.token_ids for prompt in rows], u[start : start + size])
+        rollout = replace(rollout, group_size=S)
         micro = config.micro_batch_size or config.batch_size  # what training has room for
         logp, hidden = policy.logprobs_in_pieces(rollout, micro)
         with policy.adapter.disabled():

@@ -24,7 +24,7 @@ Left out on purpose: an entropy bonus, a discount, a clip of the value's movemen
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,17 +52,27 @@ class Batch:
     logp_ref: Tensor  # [B, L] log π_ref
     hidden: Tensor | None  # [B, L, H] the states that the tokens were predicted from, if a critic reads them
     kl_coef: float  # κ
+    forward: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # logp and entropy [B, L] at θ_t with their
+    # graph, for the first gradient, which takes them; shared by all trainings on these responses
 
 
 def prepare(
     policy: Policy, rollout: Rollout, scores: Tensor, kl_coef: float, micro_batch_size: int | None, hidden: bool
 ) -> Batch:
-    """The batch at θ_t, at which the adapter must stand. scores [B, k] calibrated; hidden: whether to keep states."""
-    logp_old, states = policy.logprobs_in_pieces(rollout, micro_batch_size)  # [B, L], [B, L, H]
+    """The batch at θ_t, at which the adapter must stand. scores [B, k] calibrated; hidden: whether to keep states.
+
+    In the first epoch π_θ is π_old: if the batch is one micro-batch, one forward pass serves both.
+    """
     with policy.adapter.disabled():
         logp_ref, _ = policy.logprobs_in_pieces(rollout, micro_batch_size)  # [B, L]
+    forward = []
+    if micro_batch_size is None or micro_batch_size >= len(rollout):
+        logp, entropy, states = policy.logprobs(rollout)  # [B, L], [B, L], [B, L, H]
+        forward, logp_old = [(logp, entropy)], logp.detach()
+    else:
+        logp_old, states = policy.logprobs_in_pieces(rollout, micro_batch_size)
     scores = scores.to(policy.device, torch.float32)
-    return Batch(rollout, scores, logp_old, logp_ref, states if hidden else None, kl_coef)
+    return Batch(rollout, scores, logp_old, logp_ref, states.contiguous() if hidden else None, kl_coef, forward)
 
 
 # ---- advantages ----------------------------------------------------------------------------------------------
@@ -230,7 +240,7 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, config: U
     ratios, entropies = [], []
     for rows, piece in rollout.micro_batches(config.micro_batch_size):
         l = piece.mask.shape[1]
-        logp, entropy, _ = policy.logprobs(piece)  # [b, l] each
+        logp, entropy = batch.forward.pop() if batch.forward else policy.logprobs(piece)[:2]  # [b, l] each
         ratio = (logp - batch.logp_old[rows, :l]).exp()  # [b, l]
         losses = surrogate(ratio, advantages[rows, :l], config.clip_range) * piece.mask[..., None]  # [b, l, k]
         J += jacobian(losses.sum((0, 1)), adapter.parameters)

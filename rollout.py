@@ -16,8 +16,9 @@ Sampling is cohort-wide; a client's log-probs run on its own rows, cut to its ow
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,13 +67,17 @@ class Rollout:
     def micro_batches(self, size: int | None) -> Iterator[tuple[Tensor, Rollout]]:
         """Pieces of at most `size` rows, each with its row numbers; all rows as they are if that is enough.
 
-        Longest rows first, every piece cut to its own width. Equal arguments cut alike, as π_old and π_θ need it.
+        Longest first, every piece cut to its own width, and no group cut that fits. Equal arguments cut alike, as π_old
+        and π_θ need it.
         """
         if size is None or size >= len(self):
             yield torch.arange(len(self)), self
             return
-        for rows in self.lengths.sum(1).argsort(descending=True, stable=True).split(size):
-            yield rows, self.rows(rows)
+        S = self.group_size if self.group_size <= size else 1
+        longest = self.lengths.sum(1).view(-1, S).amax(1)  # of each group
+        for groups in longest.argsort(descending=True, stable=True).split(size // S):
+            rows = (groups[:, None] * S + torch.arange(S)).flatten()
+            yield rows, replace(self.rows(rows), group_size=S)
 
 
 class Policy:
@@ -98,6 +103,7 @@ class Policy:
         self.adapter: Adapter = inject(model, settings.lora_rank, settings.lora_scale, settings.lora_targets, seed)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        self.shares_prompts = True
         check(self)
         self.sampler = Sampler(model, self.log_softmax, self.eos, self.pad)
 
@@ -120,19 +126,41 @@ class Policy:
         """
         if self.model.training != self.gradient_checkpointing:  # the same function either way: there is no dropout
             self.model.train(self.gradient_checkpointing)
-        seen = torch.cat([rollout.prompt_mask, rollout.mask], 1)  # [B, P + L]
-        P, L = rollout.prompts.shape[1], rollout.responses.shape[1]
-        hidden = self.model.base_model(
-            input_ids=torch.cat([rollout.prompts, rollout.responses], 1),
-            attention_mask=seen,
-            position_ids=positions(seen),
-            use_cache=False,
-        ).last_hidden_state[:, P - 1 : P + L - 1]  # [B, L, H]; position t predicts token t + 1
+        hidden = self.states(rollout)
         logp, entropy = TokenLogProbs.apply(
             hidden.flatten(0, 1), rollout.responses.flatten(), self.log_softmax, self.chunk
         )  # [B · L] each
         mask = rollout.mask
         return logp.view_as(mask) * mask, entropy.view_as(mask) * mask, hidden.detach()
+
+    def states(self, rollout: Rollout) -> Tensor:
+        """The hidden states [B, L, H] from which each response token is predicted: position t predicts token t + 1.
+
+        The S responses of a group share a row, prompt response_1 … response_S. Each token attends to the prompt and its
+        own response, and has the position that it would have in a row of its own. So a prompt is read once.
+        """
+        S, P, L = rollout.group_size, rollout.prompts.shape[1], rollout.mask.shape[1]
+        saved = 6 * self.hidden_size * (S - 1) * P  # by the linear layers, 24 H² flops a token,
+        spent = (P + S * L) ** 2 - S * (P + L) ** 2  # by attention, 4 H flops a pair of tokens
+        S = S if self.shares_prompts and saved > spent else 1
+        prompt_mask, mask = rollout.prompt_mask[::S], rollout.mask.reshape(-1, S * L)
+        seen = torch.cat([prompt_mask, mask], 1)  # [B / S, P + S·L]
+        at, read, attention = positions(seen), slice(P - 1, P + L - 1), seen
+        if S > 1:
+            steps = torch.arange(L, device=self.device).repeat(S)  # of each response's own
+            at = torch.cat([at[:, :P], prompt_mask.sum(1, keepdim=True) + steps], 1)
+            read = torch.where(steps > 0, torch.arange(P - 1, P + S * L - 1, device=self.device), P - 1)
+            attention = group_mask(seen, P, L, self.model.dtype)
+        return (
+            self.model.base_model(
+                input_ids=torch.cat([rollout.prompts[::S], rollout.responses.reshape(mask.shape)], 1),
+                attention_mask=attention,
+                position_ids=at,
+                use_cache=False,
+            )
+            .last_hidden_state[:, read]
+            .reshape(*rollout.mask.shape, -1)
+        )
 
     @torch.no_grad()
     def logprobs_in_pieces(self, rollout: Rollout, micro_batch_size: int | None) -> tuple[Tensor, Tensor]:
@@ -165,6 +193,21 @@ class Policy:
         lengths = rollout.mask.sum(1).tolist()
         ids = [row[:n] for row, n in zip(rollout.responses.tolist(), lengths, strict=True)]
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True), ids
+
+
+def group_mask(seen: Tensor, P: int, L: int, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores, [G, 1, T, T], if rows hold a prompt of P tokens and then responses of L each.
+
+    seen [G, T], 1 for real tokens. 0 where a token may look, a huge negative number elsewhere.
+    """
+    order = torch.arange(seen.shape[1], device=seen.device)  # [T]
+    response = (order - P).div(L, rounding_mode="floor").clamp_min(-1)  # its number; -1 for the prompt
+    own = (response == -1) | (response[:, None] == response)  # [T, T]
+    allowed = own & (order <= order[:, None]) & seen[:, None].bool()  # [G, T, T]
+    allowed |= order == order[:, None]  # a padded token sees itself, since nothing at all has no softmax
+    return torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(~allowed, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 def assemble(rollout: Rollout, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -265,3 +308,14 @@ def check(policy: Policy) -> None:
     for other in (sampled, alone):
         if not torch.allclose(other, computed, rtol=tolerance, atol=tolerance):
             raise ValueError(f"{who} gives a row other log-probs alone, in a batch or with a cache; {remedy}")
+    padded = pad_left([words[2:]] * 2, policy.pad, policy.device)
+    tokens = torch.tensor([words[:3], words[3:6]], device=policy.device)
+    group = Rollout(*padded, tokens, torch.ones_like(tokens), sampled, ended=~alive, group_size=2)
+    try:
+        shared, _, _ = policy.logprobs(group)
+    except Exception:  # as above
+        shared = torch.tensor(torch.nan)
+    by_itself, _, _ = policy.logprobs(replace(group, group_size=1))
+    policy.shares_prompts = torch.allclose(shared, by_itself, rtol=tolerance, atol=tolerance)
+    if not policy.shares_prompts:
+        warnings.warn(f"{who} cannot read a group's prompt once: it reads it with every response", stacklevel=2)

@@ -15,6 +15,7 @@ import metrics
 import mgda
 import ppo
 from app import options
+from baselines import FEDCMOO, FSMGDA
 from clients import Context, Purpose, stream
 from fedavg import FEDAVG, Server
 from firm import FIRM, Trainings
@@ -113,7 +114,6 @@ def test_a_local_update_is_the_formulas_row_by_row(estimator, S, by_hand):
     ((rollout, _),) = built.respond(built.clients[1:2], Purpose.TRAINING, S)
     scores, weight = torch.randn(6, 2), 0.1 * torch.randn(built.policy.hidden_size + 1, 2)
     batch = ppo.prepare(built.policy, rollout, scores, KL_COEF, None, estimator.reads_hidden)
-    built.policy.adapter.assign(-theta)  # as another client may have left it
     context = Context(CONFIG, 0, {"theta": theta}, torch.eye(2), batch, P, {"critic": weight} if S == 1 else {})
     tensors, update = firm.local_update(built.policy, context, method)
     by_formulas, lambdas, kl, critic = update_by_hand(built, theta, rollout, scores, weight, by_hand)
@@ -121,6 +121,18 @@ def test_a_local_update_is_the_formulas_row_by_row(estimator, S, by_hand):
     assert (torch.stack([step.lam for step in update.steps]) - lambdas).abs().max() < 1e-4
     assert (ppo.sequence_kl(batch) - kl).abs().max() < 1e-4
     assert critic is None or (context.state["critic"] - critic).abs().max() < 1e-3 * critic.abs().max()
+
+
+@pytest.mark.parametrize(("method", "micro", "passes"), [
+    (FIRM, None, 1 + 1 + 2), (FSMGDA, None, 1 + 1 + 2 + 3), (FEDCMOO, None, 1 + 1 + 3), (FIRM, 3, 2 + 2 + 6),
+])  # fmt: skip
+def test_the_first_gradient_comes_from_the_forward_pass_of_pi_old_if_it_is_one(method, micro, passes, monkeypatch):
+    built = federation(method=method, epochs=3, micro_batch_size=micro)
+    built.calibrate()
+    seen, original = [], built.policy.states
+    monkeypatch.setattr(built.policy, "states", lambda rollout: seen.append(rollout) or original(rollout))
+    built.round()
+    assert len(seen) == 3 * passes  # of π_ref, π_old, and the epochs after the first
 
 
 def test_clients_train_on_calibrated_scores_of_their_own_rows():

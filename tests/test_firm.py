@@ -121,7 +121,7 @@ def test_at_learning_rate_zero_nothing_moves(optimizer):
 def test_a_clients_upload_does_not_depend_on_who_shares_its_batch():
     built, uploads = federation(), []
     for cohort, position in ((built.clients, 1), (built.clients[1:2], 0)):
-        client, batch, raw = built.batches(cohort)[position]
+        client, batch, raw = list(built.batches(cohort))[position]
         message = {"theta": built.theta}
         uploads.append(firm.contribution(client, built.policy, batch, raw, message, FIRM, built.config, 0).upload)
         built.policy.adapter.assign(built.theta)
@@ -161,7 +161,7 @@ def test_a_client_whose_update_fails_stays_as_it_was_and_the_round_is_one_withou
 def test_a_client_that_the_servers_questions_found_faulty_is_left_out_of_the_round():
     class Suspicious(Server):
         def broadcast(self, federation, work, faults):
-            faults[work[0][0].index] = "no answer"
+            faults[next(iter(work))[0].index] = "no answer"
             return {}
 
     built = federation(method=replace(FIRM, server=Suspicious))

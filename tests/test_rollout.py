@@ -1,5 +1,7 @@
 """Sampling and log-probs: batch, padding and early stops must not matter, on rotary and on learned positions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 
+import rollout
 from rollout import Policy, Rollout, TokenLogProbs, context_length
 from settings import ModelSettings
 
@@ -58,6 +61,36 @@ def test_the_samplers_logprobs_are_those_of_training_after_every_change_of_the_a
         rollout = policy.sample(PROMPTS, UNIFORMS)
         assert (policy.logprobs(rollout)[0] - rollout.sampled_logp).abs().max() <= tolerance
         policy.adapter.assign(policy.adapter.vector() * -1.5)
+
+
+def test_responses_that_share_their_prompts_row_are_as_rows_by_themselves(kind):
+    policy = make_policy(kind)
+    assert policy.shares_prompts
+    prompts, u = [prompt for prompt in PROMPTS for _ in range(3)], np.random.default_rng(1).random((18, 16))
+    group = replace(policy.sample(prompts, u), group_size=3)
+    slope = torch.randn(group.mask.shape, generator=torch.Generator().manual_seed(0))
+    shared, alone = policy.logprobs(group), policy.logprobs(replace(group, group_size=1))
+    for a, b in zip(shared, alone, strict=True):
+        assert ((a - b)[group.mask.bool()]).abs().max() < 1e-5
+    J, expected = (
+        torch.autograd.grad((logp * slope).sum(), policy.adapter.parameters) for logp, _, _ in (shared, alone)
+    )
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(J, expected, strict=True))
+
+
+def test_a_model_that_cannot_take_the_mask_reads_prompts_with_every_response_and_says_so(kind, monkeypatch):
+    monkeypatch.setattr(rollout, "group_mask", lambda seen, P, L, dtype: seen)
+    with pytest.warns(UserWarning, match="cannot read a group's prompt once"):
+        assert not make_policy(kind).shares_prompts
+
+
+def test_micro_batches_cut_no_group_that_fits(policy):
+    sampled = policy.sample([prompt for prompt in PROMPTS for _ in range(2)], MANY[:12])
+    for size, S, rows in ((5, 2, [4, 4, 4]), (1, 1, [1] * 12)):
+        pieces = list(replace(sampled, group_size=2).micro_batches(size))
+        assert [len(numbers) for numbers, _ in pieces] == rows and {piece.group_size for _, piece in pieces} == {S}
+        assert sorted(torch.cat([numbers for numbers, _ in pieces]).tolist()) == list(range(12))
+        assert all(torch.equal(n[::S] + S - 1, n[S - 1 :: S]) for n, _ in pieces)
 
 
 def test_sampling_leaves_the_base_weights_bit_for_bit_even_after_an_error(policy, monkeypatch):
