@@ -214,8 +214,10 @@ def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter
     metrics |= {"kl": float(np.mean([part.upload.numbers["kl"] for part in parts])), "kl_coef": record.kl_coef}
     for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
         metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
-    pairs = [pair_cosines(step.gram) for step in steps if len(step.gram) > 1]
-    metrics["cosine"] = float(np.mean([float(cosines.mean()) for cosines in pairs])) if pairs else float("nan")
+    pairs = [[pair_cosines(s.gram) for u in part.updates for s in u.steps if len(s.gram) > 1] for part in parts]
+    cosines = [float(torch.cat(of).mean()) for of in pairs if of] or [math.nan]  # by client
+    metrics["cosine"] = float(np.mean(cosines))
+    metrics["cosine_error"] = float(np.std(cosines, ddof=1)) / len(cosines) ** 0.5 if len(cosines) > 1 else math.nan
     gaps = [((b.rollout.sampled_logp - b.logp_old).abs() * b.rollout.mask).max() for b in batches]
     metrics["logp_gap"] = float(torch.stack(gaps).mean())
     metrics |= by_loss(record, clients, names)

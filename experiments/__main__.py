@@ -1,7 +1,8 @@
-"""The door to the experiments that stand behind the claims, all on the embedded worlds. [ours]
+"""The door to the experiments that stand behind the claims, nearly all on the embedded worlds. [ours]
 
     python -m experiments groups pareto          some of them, in this order
-    python -m experiments all --quick            all in miniature, five minutes on one core
+    python -m experiments all --quick            all of the embedded worlds in miniature, five minutes on one core
+    python -m experiments chat                   with a chat model, which must be here or on the hub
 
 results/README.md says what they leave and draws conclusions. A stopped experiment goes on where it was, and drawing its
 tables again costs nothing. requirements-dev.txt is needed (SciPy).
@@ -11,10 +12,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import extensions, toy
+from experiments import chat, extensions, toy
 from experiments.lab import conduct
 
-EXPERIMENTS = toy.EXPERIMENTS | extensions.EXPERIMENTS
+EMBEDDED = toy.EXPERIMENTS | extensions.EXPERIMENTS
+EXPERIMENTS = EMBEDDED | chat.EXPERIMENTS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="in miniature, to runs/quick: the figures mean nothing")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of one thread each")
     options = parser.parse_args(arguments)
-    for name in EXPERIMENTS if "all" in options.names else options.names:
+    for name in EMBEDDED if "all" in options.names else options.names:
         experiment = EXPERIMENTS[name].miniature() if options.quick else EXPERIMENTS[name]
         conduct(name, experiment, Path("runs/quick" if options.quick else "results"), options.workers)
 

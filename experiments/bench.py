@@ -1,7 +1,8 @@
 """Our parts against well-known peers, side by side in one process. [ours]
 
     pip install -r requirements-bench.txt
-    python -m experiments.bench                               the CPU's two shapes: tiny and stories260k
+    python -m experiments.bench                               two small shapes: tiny and stories260k
+    python -m experiments.bench --shapes smollm2 --pairs 5    a chat model's: an hour
     python -m experiments.bench --device cuda --dtype bfloat16 --shapes tinyllama
     python -m experiments.bench --only lora sampler --pairs 5
 
@@ -37,13 +38,14 @@ from sampler import pad_left
 from settings import Config
 from worlds import tiny_llama
 
-CLIENTS, BATCH, RANK, N = 8, 16, 16, 128  # the paper's; N responses of a round
+BATCH, RANK, N = 16, 16, 128  # the paper's; N responses of its 8 clients
 TWO = ("length", "brevity")  # rewards that cost nothing, for ours and the peers
 HH_LENGTHS = ((0, 0.1, 0.25, 0.5, 0.75, 0.9, 1), (18, 22, 29, 90, 151, 204, 256))  # quantiles of 675 HH-RLHF prompts
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary; L, micro-batch, lengths of the prompts
-    "tiny": ((64, 128, 2, 4, 4, 198), 12, 16, ((0, 1), (9, 14))),
-    "stories260k": ((64, 172, 5, 8, 4, 512), 48, 2, HH_LENGTHS),
-    "tinyllama": ((2048, 5632, 22, 32, 4, 32_000), 128, 4, HH_LENGTHS),
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary; clients, L, micro-batch, prompt lengths
+    "tiny": ((64, 128, 2, 4, 4, 198), 8, 12, 16, ((0, 1), (9, 14))),
+    "stories260k": ((64, 172, 5, 8, 4, 512), 8, 48, 4, HH_LENGTHS),
+    "smollm2": ((576, 1536, 30, 9, 3, 49_152), 2, 32, 16, ((0, 1), (64, 64))),
+    "tinyllama": ((2048, 5632, 22, 32, 4, 32_000), 8, 128, 4, HH_LENGTHS),
 }
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "vocab_size")  # fmt: skip
@@ -54,7 +56,7 @@ class Bench:
     """Random weights and prompts of one shape, as files in `root`, and what is loaded from them."""
 
     def __init__(self, shape: str, device: str, dtype: str, root: Path) -> None:
-        self.sizes, self.L, micro_batch_size, lengths = SHAPES[shape]
+        self.sizes, clients, self.L, micro_batch_size, lengths = SHAPES[shape]
         self.shape, self.device, self.dtype, self.root = shape, device, getattr(torch, dtype), root
         words, rng = range(len(tiny_llama.SPECIAL), self.sizes[-1]), np.random.default_rng(0)
         self.tokenizer = tiny_llama.make_tokenizer([f"w{i}" for i in words])
@@ -65,8 +67,15 @@ class Bench:
         write_text(root / "prompts.jsonl", "".join(rows))
         sizes = dict(zip(SIZES, self.sizes, strict=True)) | {"max_position_embeddings": 2048}
         model = self.save(hf.LlamaForCausalLM, hf.LlamaConfig(**sizes, pad_token_id=0, eos_token_id=2), "llama")
-        self.settings = {"model": model, "prompts": [f"{root}/prompts.jsonl"], "split": "iid", "held_out": 32}
+        self.settings = {
+            "model": model,
+            "prompts": [f"{root}/prompts.jsonl"],
+            "split": "iid",
+            "held_out": 32,
+            "clients": clients,
+        }
         self.settings |= {"objectives": [f"rule:{rule}" for rule in TWO], "micro_batch_size": micro_batch_size}
+        self.settings |= {"clients": clients}
         self.settings |= {"device": device, "dtype": dtype, "max_new_tokens": self.L}
 
     def save(self, kind: type[hf.PreTrainedModel], config: hf.PreTrainedConfig, name: str) -> str:
@@ -132,7 +141,7 @@ def sampler(bench: Bench) -> Iterator[Comparison]:
         for i in range(0, N, BATCH):
             alone.sample(prompts[i : i + BATCH], u[i : i + BATCH])
 
-    yield f"cohort of {CLIENTS} clients / client by client", ours, client_by_client, u.size
+    yield "cohort of 8 clients / client by client", ours, client_by_client, u.size
 
 
 def jacobian(bench: Bench) -> Iterator[Comparison]:
@@ -176,7 +185,35 @@ def a_round(bench: Bench) -> Iterator[Comparison]:
         yield f"a round of {label} / TRL's GRPO + PEFT, client by client", ours, peer, 0
 
 
-PARTS = {"lora": lora, "sampler": sampler, "jacobian": jacobian, "round": a_round}
+def groups(bench: Bench) -> Iterator[Comparison]:
+    """J of 2 objectives on groups of 4: a prompt read once against with every response; and the least that J costs."""
+    session, M = bench.session(advantages="group"), 2
+    session.federation.calibrate()
+    ((_, batch, _),) = session.federation.batches(session.federation.clients[:1])
+    policy, mask = session.policy, batch.rollout.mask
+    update = partial(ppo.policy_gradients, policy, batch, torch.randn(*mask.shape, M), session.config)
+
+    def plain() -> None:
+        policy.shares_prompts = False
+        update()
+        policy.shares_prompts = True
+
+    yield "J on groups, a prompt read once / with every response", update, plain, 0
+    pieces = batch.rollout.micro_batches(session.config.micro_batch_size)
+    rows = sum(piece.prompts[::4].numel() + piece.mask.numel() for _, piece in pieces)
+    frozen = [(layer.base.weight, rows, 1 + M) for layer in policy.adapter.layers.values()]  # forward, M times backward
+    frozen.append((policy.model.get_output_embeddings().weight, mask.numel(), 2))  # once backward
+
+    def products() -> None:
+        for weight, n, passes in frozen:
+            x = weight.new_ones(n, weight.shape[1])
+            for _ in range(passes):
+                x @ weight.T
+
+    yield "J on groups, our time / its frozen layers' products alone", update, products, 0
+
+
+PARTS = {"lora": lora, "sampler": sampler, "jacobian": jacobian, "groups": groups, "round": a_round}
 
 
 def preset(bench: Bench) -> Iterator[dict]:
