@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,7 +104,7 @@ class Policy:
         self.adapter: Adapter = inject(model, settings.lora_rank, settings.lora_scale, settings.lora_targets, seed)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        self.shares_prompts = True
+        self.shares_prompts = True  # a group's: then they are read once
         check(self)
         self.sampler = Sampler(model, self.log_softmax, self.eos, self.pad)
 
@@ -284,39 +285,37 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabula
 def check(policy: Policy) -> None:
     """Raise ValueError, naming the model's type, if its log-probs depend on how they are computed. [ours]
 
-    Three computations of the same three tokens have to agree, for a short row beside a long one: the sampler's, from a
-    table that is nearly empty; the model's own, row by row; and `Policy.logprobs`, with left padding. Models that
-    ignore position_ids, look ahead, need another cache, or scale or cap their logits fail.
+    Three computations of the same tokens have to agree, for short rows beside long ones: the sampler's, from a table
+    that is nearly empty; the model's own, row by row; and `Policy.logprobs`, with left padding. Models that ignore
+    position_ids, look ahead, need another cache, or scale or cap their logits fail. A fourth, of two responses that
+    share their prompt's row, decides whether groups do so.
     """
     model, V = policy.model, len(policy.model.get_output_embeddings().weight)
     words = [V * i // 16 for i in range(16)]
-    prompts = [words[:2], words[2:]]
-    u = torch.zeros(2, 3, dtype=torch.float64, device=policy.device)  # token 0, thrice; any token would do
+    prompts = [words[:2], words[:2], words[2:], words[2:]]
+    u = torch.zeros(4, 3, dtype=torch.float64, device=policy.device)  # token 0, thrice; any token would do
+    u[1::2] = 0.9  # but responses to the same prompt should differ
     who, remedy = f"model: {model.config.model_type}", "use a decoder-only model with full attention, such as Llama"
     try:
         endless = Sampler(model, policy.log_softmax, [], policy.pad)
-        tokens, mask, sampled, alive = Decoder(endless, 2, 16, WIDE).run(prompts, u, cuda_graph=False)
+        tokens, mask, sampled, alive = Decoder(endless, 4, 16, WIDE).run(prompts, u, cuda_graph=False)
         rows = [torch.tensor([p + r], device=policy.device) for p, r in zip(prompts, tokens.tolist(), strict=True)]
         outputs = [model(input_ids=row, attention_mask=torch.ones_like(row)) for row in rows]
-        logits = torch.cat([output.logits[:, -4:-1] for output in outputs]).float()  # [2, 3, V]
+        logits = torch.cat([output.logits[:, -4:-1] for output in outputs]).float()  # [4, 3, V]
         alone = (logits / policy.temperature).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
         padded = pad_left(prompts, policy.pad, policy.device)
-        computed, _, _ = policy.logprobs(Rollout(*padded, tokens, mask.long(), sampled, ended=~alive))
+        rollout = Rollout(*padded, tokens, mask.long(), sampled, ended=~alive)
+        computed, _, _ = policy.logprobs(rollout)
     except Exception as error:  # a model's own code may raise anything on a cache that it does not expect
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{who} cannot be sampled from and trained here ({reason}); {remedy}") from error
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    for other in (sampled, alone):
-        if not torch.allclose(other, computed, rtol=tolerance, atol=tolerance):
-            raise ValueError(f"{who} gives a row other log-probs alone, in a batch or with a cache; {remedy}")
-    padded = pad_left([words[2:]] * 2, policy.pad, policy.device)
-    tokens = torch.tensor([words[:3], words[3:6]], device=policy.device)
-    group = Rollout(*padded, tokens, torch.ones_like(tokens), sampled, ended=~alive, group_size=2)
+    agree = partial(torch.allclose, computed, rtol=tolerance, atol=tolerance)
+    if not agree(sampled) or not agree(alone):
+        raise ValueError(f"{who} gives a row other log-probs alone, in a batch or with a cache; {remedy}")
     try:
-        shared, _, _ = policy.logprobs(group)
+        policy.shares_prompts = agree(policy.logprobs(replace(rollout, group_size=2))[0])
     except Exception:  # as above
-        shared = torch.tensor(torch.nan)
-    by_itself, _, _ = policy.logprobs(replace(group, group_size=1))
-    policy.shares_prompts = torch.allclose(shared, by_itself, rtol=tolerance, atol=tolerance)
+        policy.shares_prompts = False
     if not policy.shares_prompts:
         warnings.warn(f"{who} cannot read a group's prompt once: it reads it with every response", stacklevel=2)
