@@ -13,12 +13,15 @@ with a bootstrapped 95 % interval that holds for one process. A missing peer lea
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -213,9 +216,6 @@ def groups(bench: Bench) -> Iterator[Comparison]:
     yield "J on groups, our time / its frozen layers' products alone", update, products, 0
 
 
-PARTS = {"lora": lora, "sampler": sampler, "jacobian": jacobian, "groups": groups, "round": a_round}
-
-
 def preset(bench: Bench) -> Iterator[dict]:
     """Rows of `run.py --preset tinyllama` on stand-ins, the two reward models of GPT-2 large's shape."""
     size = {"n_embd": 1280, "n_layer": 36, "n_head": 20} if bench.shape == "tinyllama" else {"n_embd": 48}
@@ -229,10 +229,35 @@ def preset(bench: Bench) -> Iterator[dict]:
         yield {"name": "tinyllama preset, peak", "value": torch.cuda.max_memory_allocated() / 2**30, "unit": "GiB"}
 
 
-def measured(comparisons: Iterable[Comparison], pairs: int) -> Iterator[dict]:
+def peak(shape: str, device: str, dtype: str, root: Path, ours: bool) -> float:
+    """GiB of a process that makes a round of FIRM with groups, or trains one client by TRL."""
+    bench = Bench(shape, device, dtype, root)
+    bench.session(advantages="group").federation.round() if ours else next(trl_trainers(bench)).train()
+    gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return gpu / 2**30 or getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(bench: Bench) -> Iterator[dict]:
+    """Peak memory, each side in a process of its own."""
+    for label, ours in (("a round of FIRM with groups", True), ("TRL's GRPO + PEFT, one client", False)):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            dtype = str(bench.dtype).removeprefix("torch.")
+            value = pool.submit(peak, bench.shape, bench.device, dtype, bench.root, ours).result()
+        yield {"name": f"{label}, peak memory", "value": value, "unit": "GiB"}
+
+
+PARTS = {"lora": lora, "sampler": sampler, "jacobian": jacobian, "groups": groups, "round": a_round, "memory": memory,
+         "preset": preset}  # fmt: skip
+
+
+def measured(comparisons: Iterable[Comparison | dict], pairs: int) -> Iterator[dict]:
     """A row per comparison: pairs of runs in turn, after one of each to warm up; the first place alternates."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for name, ours, peer, tokens in comparisons:
+    for comparison in comparisons:
+        if isinstance(comparison, dict):
+            yield comparison  # a row already
+            continue
+        name, ours, peer, tokens = comparison
         ours(), peer(), wait()
         seconds = np.empty((pairs, 2))
         for i, j in product(range(pairs), (0, 1)):
@@ -260,17 +285,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shapes", nargs="+", default=["tiny", "stories260k"], choices=SHAPES)
-    parser.add_argument("--only", nargs="+", choices=(*PARTS, "preset"), help="else all, the preset on a GPU only")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="else all, the preset on a GPU only")
     parser.add_argument("--pairs", type=int, default=30, help="pairs of runs per comparison")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "bench.json")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     about = {"device": chosen.device, "dtype": chosen.dtype, "commit": commit()}
-    for shape, part in product(chosen.shapes, chosen.only or [*PARTS, *["preset"] * (chosen.device == "cuda")]):
+    usual = [part for part in PARTS if part != "preset" or chosen.device == "cuda"]
+    for shape, part in product(chosen.shapes, chosen.only or usual):
         with tempfile.TemporaryDirectory() as root:
             bench = Bench(shape, chosen.device, chosen.dtype, Path(root))
             try:
-                for row in preset(bench) if part == "preset" else measured(PARTS[part](bench), chosen.pairs):
+                for row in measured(PARTS[part](bench), chosen.pairs):
                     save(row | about | {"name": f"{row['name']}, {shape}"}, chosen.out)
                     print(row, flush=True)
             except ImportError as error:

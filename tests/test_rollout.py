@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import make_model, make_policy, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,13 +64,24 @@ def test_the_samplers_logprobs_are_those_of_training_after_every_change_of_the_a
         policy.adapter.assign(policy.adapter.vector() * -1.5)
 
 
-def test_responses_that_share_their_prompts_row_are_as_rows_by_themselves(kind):
-    policy = make_policy(kind)
-    assert policy.shares_prompts
-    prompts, u = [prompt for prompt in PROMPTS for _ in range(3)], np.random.default_rng(1).random((18, 16))
+def qwen(kind):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8}
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, vocab_size=50, eos_token_id=2, **sizes)
+    )
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "qwen2", "qwen3"])
+def test_responses_that_share_their_prompts_row_are_as_rows_by_themselves(model, monkeypatch):
+    policy = policy_of(qwen(model)) if model.startswith("qwen") else make_policy(model)
+    shares, original = [], rollout.group_mask
+    monkeypatch.setattr(rollout, "group_mask", lambda seen, *rest: shares.append(len(seen)) or original(seen, *rest))
+    prompts, u = [prompt for prompt in PROMPTS for _ in range(3)], np.random.default_rng(1).random((18, 8))
     group = replace(policy.sample(prompts, u), group_size=3)
     slope = torch.randn(group.mask.shape, generator=torch.Generator().manual_seed(0))
     shared, alone = policy.logprobs(group), policy.logprobs(replace(group, group_size=1))
+    assert shares == [6]  # rows, and in `shared` alone
     for a, b in zip(shared, alone, strict=True):
         assert ((a - b)[group.mask.bool()]).abs().max() < 1e-5
     J, expected = (
