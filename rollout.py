@@ -204,12 +204,9 @@ def group_mask(seen: Tensor, P: int, L: int, dtype: torch.dtype) -> Tensor:
     """
     order = torch.arange(seen.shape[1], device=seen.device)  # [T]
     response = (order - P).div(L, rounding_mode="floor").clamp_min(-1)  # its number; -1 for the prompt
-    own = (response == -1) | (response[:, None] == response)  # [T, T]
-    allowed = own & (order <= order[:, None]) & seen[:, None].bool()  # [G, T, T]
-    allowed |= order == order[:, None]  # a padded token sees itself, since nothing at all has no softmax
-    return torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(~allowed, torch.finfo(dtype).min)[
-        :, None
-    ]
+    before = (order <= order[:, None]) & ((response == -1) | (response == response[:, None]))  # [T, T]
+    allowed = before & seen[:, None].bool() | (order == order[:, None])  # padding sees itself: no softmax of nothing
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def assemble(rollout: Rollout, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -4,7 +4,7 @@
     python -m experiments.bench                               two small shapes: tiny and stories260k
     python -m experiments.bench --shapes smollm2 --pairs 5    a chat model's: an hour
     python -m experiments.bench --device cuda --dtype bfloat16 --shapes tinyllama
-    python -m experiments.bench --only lora sampler --pairs 5
+    python -m experiments.bench --only sampler round --pairs 5
 
 Weights are random, responses never end early. Ours and the peer run in turn: the machine's other load falls on both.
 A ratio is the median over the pairs of the peer's time over ours (ours over the peer's if the name says "our time /"),
@@ -35,8 +35,8 @@ from app.loading import pretrained
 from app.options import PRESETS
 from app.session import Session
 from experiments.lab import commit
-from lora import LoRALinear
 from rewards import RULES
+from rollout import Policy, Rollout
 from sampler import pad_left
 from settings import Config
 from worlds import tiny_llama
@@ -99,33 +99,11 @@ class Bench:
         return session
 
 
-def with_peft(model: nn.Module, target_modules: str | list[str] = "all-linear") -> nn.Module:
+def with_peft(model: nn.Module) -> nn.Module:
     """The model with PEFT's adapter, of our rank and scale."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=target_modules))
-
-
-def lora(bench: Bench) -> Iterator[Comparison]:
-    """Our LoRALinear and PEFT's around equal frozen layers, the MLP's up projection, on one client's batch."""
-    (hidden, intermediate, *_), place = bench.sizes, {"device": bench.device, "dtype": bench.dtype}
-    base = nn.Linear(hidden, intermediate, bias=False, **place).requires_grad_(False)
-    ours = LoRALinear(base, RANK, 2.0, torch.Generator().manual_seed(0))
-    peer = with_peft(nn.Sequential(base), ["0"]).base_model.model[0]
-    x = torch.randn(BATCH, 90 + bench.L, hidden, **place, requires_grad=True)
-    repeats = max(1, int(1e9 / (x.numel() * intermediate)))  # some 2 GFLOP per timing
-
-    @torch.no_grad()
-    def forward(layer: nn.Module) -> None:
-        for _ in range(repeats):
-            layer(x)
-
-    def backward(layer: nn.Module) -> None:
-        for _ in range(repeats):
-            torch.autograd.grad(layer(x).sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
-
-    yield "LoRA layer forward, our time / PEFT's", partial(forward, ours), partial(forward, peer), 0
-    yield "LoRA layer forward + backward, our time / PEFT's", partial(backward, ours), partial(backward, peer), 0
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
 
 
 def sampler(bench: Bench) -> Iterator[Comparison]:
@@ -147,9 +125,9 @@ def sampler(bench: Bench) -> Iterator[Comparison]:
     yield "cohort of 8 clients / client by client", ours, client_by_client, u.size
 
 
-def jacobian(bench: Bench) -> Iterator[Comparison]:
-    """J of M objectives in units of one objective's pass."""
-    session = bench.session()
+def gradients_of(bench: Bench, **changes) -> tuple[Policy, Rollout, Callable[[int], Callable[[], object]]]:
+    """The policy, one client's rollout, and J of M objectives on it, as a function of M that gives one to time."""
+    session = bench.session(**changes)
     session.federation.calibrate()
     ((_, batch, _),) = session.federation.batches(session.federation.clients[:1])
 
@@ -157,8 +135,39 @@ def jacobian(bench: Bench) -> Iterator[Comparison]:
         advantages = torch.randn(*batch.rollout.mask.shape, M, device=session.device)
         return partial(ppo.policy_gradients, session.policy, batch, advantages, session.config)
 
+    return session.policy, batch.rollout, gradients
+
+
+def jacobian(bench: Bench) -> Iterator[Comparison]:
+    """J of M objectives in units of one objective's pass."""
+    *_, gradients = gradients_of(bench)
     for M in (2, 4):
         yield f"J of {M} objectives, our time / one objective's", gradients(M), gradients(1), 0
+
+
+def groups(bench: Bench) -> Iterator[Comparison]:
+    """J of 2 objectives on groups of 4: a prompt read once against with every response; and the least that J costs."""
+    policy, rollout, gradients = gradients_of(bench, advantages="group")
+    ours = gradients(2)
+
+    def plain() -> None:
+        policy.shares_prompts = False
+        ours()
+        policy.shares_prompts = True
+
+    yield "J on groups, a prompt read once / with every response", ours, plain, 0
+    pieces = rollout.micro_batches(bench.settings["micro_batch_size"])
+    rows = sum(piece.prompts[:: rollout.group_size].numel() + piece.mask.numel() for _, piece in pieces)
+    passes = [(layer.base.weight, rows, 1 + 2) for layer in policy.adapter.layers.values()]  # forward, twice backward
+    passes.append((policy.model.get_output_embeddings().weight, rollout.mask.numel(), 1 + 1))  # `TokenLogProbs`
+
+    def products() -> None:
+        for weight, n, times in passes:
+            x = weight.new_ones(n, weight.shape[1])
+            for _ in range(times):
+                x @ weight.T
+
+    yield "J on groups, our time / its frozen layers' products alone", ours, products, 0
 
 
 def trl_trainers(bench: Bench) -> Iterator:
@@ -186,34 +195,6 @@ def a_round(bench: Bench) -> Iterator[Comparison]:
     for label, changes in methods.items():
         ours, peer = bench.session(**changes).federation.round, lambda: [trainer.train() for trainer in trainers]
         yield f"a round of {label} / TRL's GRPO + PEFT, client by client", ours, peer, 0
-
-
-def groups(bench: Bench) -> Iterator[Comparison]:
-    """J of 2 objectives on groups of 4: a prompt read once against with every response; and the least that J costs."""
-    session, M = bench.session(advantages="group"), 2
-    session.federation.calibrate()
-    ((_, batch, _),) = session.federation.batches(session.federation.clients[:1])
-    policy, mask = session.policy, batch.rollout.mask
-    update = partial(ppo.policy_gradients, policy, batch, torch.randn(*mask.shape, M), session.config)
-
-    def plain() -> None:
-        policy.shares_prompts = False
-        update()
-        policy.shares_prompts = True
-
-    yield "J on groups, a prompt read once / with every response", update, plain, 0
-    pieces = batch.rollout.micro_batches(session.config.micro_batch_size)
-    rows = sum(piece.prompts[::4].numel() + piece.mask.numel() for _, piece in pieces)
-    frozen = [(layer.base.weight, rows, 1 + M) for layer in policy.adapter.layers.values()]  # forward, M times backward
-    frozen.append((policy.model.get_output_embeddings().weight, mask.numel(), 2))  # once backward
-
-    def products() -> None:
-        for weight, n, passes in frozen:
-            x = weight.new_ones(n, weight.shape[1])
-            for _ in range(passes):
-                x @ weight.T
-
-    yield "J on groups, our time / its frozen layers' products alone", update, products, 0
 
 
 def preset(bench: Bench) -> Iterator[dict]:
@@ -246,7 +227,7 @@ def memory(bench: Bench) -> Iterator[dict]:
         yield {"name": f"{label}, peak memory", "value": value, "unit": "GiB"}
 
 
-PARTS = {"lora": lora, "sampler": sampler, "jacobian": jacobian, "groups": groups, "round": a_round, "memory": memory,
+PARTS = {"sampler": sampler, "jacobian": jacobian, "groups": groups, "round": a_round, "memory": memory,
          "preset": preset}  # fmt: skip
 
 

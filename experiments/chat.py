@@ -45,10 +45,10 @@ def each_run(groups: Groups, path: Path) -> str:
             gains = [f"{row[f'gain_{n}']:+.3f} ± {row[f'error_{n}']:.3f} ({row[f'errors_{n}']:+.1f})" for n in NAMES]
             lines.append([label, str(row["seed"]), *gains, f"{row['kl']:.2f} ± {row['kl_error']:.2f}"])
         rounds = range(sum(name.startswith("cosine@") for name in rows[0]))
-        for figure, lines_of in curves.items():
-            mean = np.mean([[row[f"{figure}@{t}"] for t in rounds] for row in rows], 0)
-            errors = [[row[f"cosine_error@{t}"] for t in rounds] for row in rows] if figure == "cosine" else None
-            lines_of[label] = rounds, mean, errors and np.linalg.norm(errors, axis=0) / len(rows)
+        of = {f: np.array([[row[f"{f}@{t}"] for t in rounds] for row in rows]) for f in (*BY_ROUND, "cosine_error")}
+        errors = {"cosine": np.linalg.norm(of["cosine_error"], axis=0) / len(rows)}
+        for figure, drawn in curves.items():
+            drawn[label] = rounds, of[figure].mean(0), errors.get(figure)
     plots.panels([plots.Panel("round", BY_ROUND[figure], "", of) for figure, of in curves.items()], Path(f"{path}.png"))
     return markdown(["", "seed", *(f"{name}, gain ± error (errors)" for name in NAMES), "KL"], lines)
 
