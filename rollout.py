@@ -104,7 +104,7 @@ class Policy:
         self.adapter: Adapter = inject(model, settings.lora_rank, settings.lora_scale, settings.lora_targets, seed)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        self.shares_prompts = True  # a group's: then they are read once
+        self.shares_prompts = not self.gradient_checkpointing  # a group's; checkpointing has no cache to share
         check(self)
         self.sampler = Sampler(model, self.log_softmax, self.eos, self.pad)
 
@@ -137,32 +137,25 @@ class Policy:
     def states(self, rollout: Rollout) -> Tensor:
         """The hidden states [B, L, H] from which each response token is predicted: position t predicts token t + 1.
 
-        The S responses of a group share a row, prompt response_1 … response_S. Each token attends to the prompt and its
-        own response, and has the position that it would have in a row of its own. So a prompt is read once.
+        A group's prompt is read once: its responses go on from the prompt's keys and values, which keep their gradient.
         """
-        S, P, L = rollout.group_size, rollout.prompts.shape[1], rollout.mask.shape[1]
-        saved = 6 * self.hidden_size * (S - 1) * P  # by linear layers, 24 H² flops a token
-        # by attention, 4 H flops a pair of tokens, at a third of their speed; a row alone may skip what it cannot see
-        spent = 3 * ((P + S * L) ** 2 - S * (P + L) ** 2 / 2)
-        S = S if self.shares_prompts and saved > spent else 1
-        prompt_mask, mask = rollout.prompt_mask[::S], rollout.mask.reshape(-1, S * L)
-        seen = torch.cat([prompt_mask, mask], 1)  # [B / S, P + S·L]
-        at, read, attention = positions(seen), slice(P - 1, P + L - 1), seen
-        if S > 1:
-            steps = torch.arange(L, device=self.device).repeat(S)  # of each response's own
-            at = torch.cat([at[:, :P], prompt_mask.sum(1, keepdim=True) + steps], 1)
-            read = torch.where(steps > 0, torch.arange(P - 1, P + S * L - 1, device=self.device), P - 1)
-            attention = group_mask(seen, P, L, self.model.dtype)
-        return (
-            self.model.base_model(
-                input_ids=torch.cat([rollout.prompts[::S], rollout.responses.reshape(mask.shape)], 1),
-                attention_mask=attention,
-                position_ids=at,
-                use_cache=False,
-            )
-            .last_hidden_state[:, read]
-            .reshape(*rollout.mask.shape, -1)
+        P, L = rollout.prompts.shape[1], rollout.mask.shape[1]
+        S = rollout.group_size if self.shares_prompts and L > 1 else 1
+        seen = torch.cat([rollout.prompt_mask, rollout.mask], 1)[:, : -1 if S > 1 else None]  # [B, P + L]
+        at, read = positions(seen), self.model.base_model
+        if S == 1:
+            ids = torch.cat([rollout.prompts, rollout.responses], 1)
+            states = read(input_ids=ids, attention_mask=seen, position_ids=at, use_cache=False).last_hidden_state
+            return states[:, P - 1 : P + L - 1]
+        prompts, mask = rollout.prompts[::S], rollout.prompt_mask[::S]  # [B / S, P]
+        first = read(input_ids=prompts, attention_mask=mask, position_ids=at[::S, :P], use_cache=True)
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(S)
+        rest = read(
+            input_ids=rollout.responses[:, :-1], attention_mask=seen, position_ids=at[:, P:], past_key_values=cache
         )
+        last = first.last_hidden_state[:, -1:].repeat_interleave(S, 0)
+        return torch.cat([last, rest.last_hidden_state], 1)
 
     @torch.no_grad()
     def logprobs_in_pieces(self, rollout: Rollout, micro_batch_size: int | None) -> tuple[Tensor, Tensor]:
@@ -195,18 +188,6 @@ class Policy:
         lengths = rollout.mask.sum(1).tolist()
         ids = [row[:n] for row, n in zip(rollout.responses.tolist(), lengths, strict=True)]
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True), ids
-
-
-def group_mask(seen: Tensor, P: int, L: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores, [G, 1, T, T], if rows hold a prompt of P tokens and then responses of L each.
-
-    seen [G, T], 1 for real tokens. 0 where a token may look, a huge negative number elsewhere.
-    """
-    order = torch.arange(seen.shape[1], device=seen.device)  # [T]
-    response = (order - P).div(L, rounding_mode="floor").clamp_min(-1)  # its number; -1 for the prompt
-    before = (order <= order[:, None]) & ((response == -1) | (response == response[:, None]))  # [T, T]
-    allowed = before & seen[:, None].bool() | (order == order[:, None])  # padding sees itself: no softmax of nothing
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def assemble(rollout: Rollout, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -310,9 +291,10 @@ def check(policy: Policy) -> None:
     agree = partial(torch.allclose, computed, rtol=tolerance, atol=tolerance)
     if not agree(sampled) or not agree(alone):
         raise ValueError(f"{who} gives a row other log-probs alone, in a batch or with a cache; {remedy}")
-    try:
-        policy.shares_prompts = agree(policy.logprobs(replace(rollout, group_size=2))[0])
-    except Exception:  # as above
-        policy.shares_prompts = False
-    if not policy.shares_prompts:
-        warnings.warn(f"{who} cannot read a group's prompt once: it reads it with every response", stacklevel=2)
+    if policy.shares_prompts:
+        try:
+            policy.shares_prompts = agree(policy.logprobs(replace(rollout, group_size=2))[0])
+        except Exception:  # as above
+            policy.shares_prompts = False
+        if not policy.shares_prompts:
+            warnings.warn(f"{who} cannot read a group's prompt once: it reads it with every response", stacklevel=2)

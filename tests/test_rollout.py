@@ -9,9 +9,8 @@ import transformers
 from conftest import make_model, make_policy, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MambaConfig
 
-import rollout
 from rollout import Policy, Rollout, TokenLogProbs, context_length
 from settings import ModelSettings
 
@@ -75,13 +74,16 @@ def qwen(kind):
 @pytest.mark.parametrize("model", ["llama", "gpt2", "qwen2", "qwen3"])
 def test_responses_that_share_their_prompts_row_are_as_rows_by_themselves(model, monkeypatch):
     policy = policy_of(qwen(model)) if model.startswith("qwen") else make_policy(model)
-    shares, original = [], rollout.group_mask
-    monkeypatch.setattr(rollout, "group_mask", lambda seen, *rest: shares.append(len(seen)) or original(seen, *rest))
+    shares, read = [], policy.model.base_model.forward
+    monkeypatch.setattr(
+        policy.model.base_model, "forward", lambda **of: shares.append(len(of["input_ids"])) or read(**of)
+    )
     prompts, u = [prompt for prompt in PROMPTS for _ in range(3)], np.random.default_rng(1).random((18, 8))
     group = replace(policy.sample(prompts, u), group_size=3)
+    shares.clear()
     slope = torch.randn(group.mask.shape, generator=torch.Generator().manual_seed(0))
     shared, alone = policy.logprobs(group), policy.logprobs(replace(group, group_size=1))
-    assert shares == [6]  # rows, and in `shared` alone
+    assert shares == [6, 18, 18]  # rows: prompts, their responses; and both at once
     for a, b in zip(shared, alone, strict=True):
         assert ((a - b)[group.mask.bool()]).abs().max() < 1e-5
     J, expected = (
@@ -90,8 +92,8 @@ def test_responses_that_share_their_prompts_row_are_as_rows_by_themselves(model,
     assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(J, expected, strict=True))
 
 
-def test_a_model_that_cannot_take_the_mask_reads_prompts_with_every_response_and_says_so(kind, monkeypatch):
-    monkeypatch.setattr(rollout, "group_mask", lambda seen, P, L, dtype: seen)
+def test_a_model_that_cannot_go_on_from_its_cache_reads_prompts_with_every_response_and_says_so(kind, monkeypatch):
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", lambda cache, repeats: cache.crop(1))
     with pytest.warns(UserWarning, match="cannot read a group's prompt once"):
         assert not make_policy(kind).shares_prompts
 
