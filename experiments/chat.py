@@ -21,7 +21,6 @@ ONE = SEEDS[0]  # what only one seed has
 NAMES = ("helpful", "harmless")
 BY_ROUND = {"cosine": "cosine of the gradients", "lambda/disagreement": "disagreement of the clients' λ"}
 BY_ROUND |= {f"reward/{name}": f"reward, {name}" for name in NAMES}
-TILTED = {f"p {p:g}": {"method": "linear", "preference": [p, round(1 - p, 2)]} | ONE for p in (0.1, 0.9)}
 
 
 def measure(job: dict, directory: Path) -> list[Row]:
@@ -61,7 +60,7 @@ EXPERIMENTS = {
     "chat": Experiment(
         measure,
         {label: settings_of(label) for label in ("firm", "linear")}
-        | {label: settings_of(label) | ONE for label in ("mgda", "firm β=1")} | TILTED,
+        | {label: settings_of(label) | ONE for label in ("mgda", "firm β=1")},
         SEEDS, [f"{kind}_{name}" for kind in ("gain", "errors") for name in NAMES] + ["kl", "seconds"],
         {"FIRM less fixed weights": [("firm", "linear")]}, [f"gain_{name}" for name in NAMES] + ["kl"], more=each_run,
     ),
