@@ -70,16 +70,9 @@ class Bench:
         write_text(root / "prompts.jsonl", "".join(rows))
         sizes = dict(zip(SIZES, self.sizes, strict=True)) | {"max_position_embeddings": 2048}
         model = self.save(hf.LlamaForCausalLM, hf.LlamaConfig(**sizes, pad_token_id=0, eos_token_id=2), "llama")
-        self.settings = {
-            "model": model,
-            "prompts": [f"{root}/prompts.jsonl"],
-            "split": "iid",
-            "held_out": 32,
-            "clients": clients,
-        }
+        self.settings = {"model": model, "prompts": [f"{root}/prompts.jsonl"], "split": "iid", "held_out": 32}
         self.settings |= {"objectives": [f"rule:{rule}" for rule in TWO], "micro_batch_size": micro_batch_size}
-        self.settings |= {"clients": clients}
-        self.settings |= {"device": device, "dtype": dtype, "max_new_tokens": self.L}
+        self.settings |= {"device": device, "dtype": dtype, "max_new_tokens": self.L, "clients": clients}
 
     def save(self, kind: type[hf.PreTrainedModel], config: hf.PreTrainedConfig, name: str) -> str:
         """Write a checkpoint of random weights, the same at every call; returns its directory."""
