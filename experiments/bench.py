@@ -29,10 +29,8 @@ import transformers as hf
 from torch import nn
 
 import ppo
-import run
-from app.files import read_lines, write_text
+from app.files import write_text
 from app.loading import pretrained
-from app.options import PRESETS
 from app.session import Session
 from experiments.lab import commit
 from rewards import RULES
@@ -190,19 +188,6 @@ def a_round(bench: Bench) -> Iterator[Comparison]:
         yield f"a round of {label} / TRL's GRPO + PEFT, client by client", ours, peer, 0
 
 
-def preset(bench: Bench) -> Iterator[dict]:
-    """Rows of `run.py --preset tinyllama` on stand-ins, the two reward models of GPT-2 large's shape."""
-    size = {"n_embd": 1280, "n_layer": 36, "n_head": 20} if bench.shape == "tinyllama" else {"n_embd": 48}
-    config = hf.GPT2Config(**size, num_labels=1, pad_token_id=0)
-    directories = [bench.save(hf.GPT2ForSequenceClassification, config, name) for name in ("helpful", "harmless")]
-    changes = {"objectives": [f"hf:{directory}" for directory in directories], "out": f"{bench.root}/run"}
-    run.train(Config(**PRESETS["tinyllama"] | bench.settings | changes), progress=False)
-    seconds = sum(line["seconds"] for line in read_lines(bench.root / "run" / "metrics.jsonl"))
-    yield {"name": "tinyllama preset, its rounds", "value": seconds, "unit": "s"}
-    if torch.cuda.is_available():
-        yield {"name": "tinyllama preset, peak", "value": torch.cuda.max_memory_allocated() / 2**30, "unit": "GiB"}
-
-
 def peak(shape: str, device: str, dtype: str, root: Path, ours: bool) -> float:
     """GiB of a process that makes a round of FIRM with groups, or trains one client by TRL."""
     bench = Bench(shape, device, dtype, root)
@@ -220,8 +205,7 @@ def memory(bench: Bench) -> Iterator[dict]:
         yield {"name": f"{label}, peak memory", "value": value, "unit": "GiB"}
 
 
-PARTS = {"sampler": sampler, "jacobian": jacobian, "groups": groups, "round": a_round, "memory": memory,
-         "preset": preset}  # fmt: skip
+PARTS = {"sampler": sampler, "jacobian": jacobian, "groups": groups, "round": a_round, "memory": memory}
 
 
 def measured(comparisons: Iterable[Comparison | dict], pairs: int) -> Iterator[dict]:
@@ -259,14 +243,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--shapes", nargs="+", default=["tiny", "stories260k"], choices=SHAPES)
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="else all, the preset on a GPU only")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="else all")
     parser.add_argument("--pairs", type=int, default=30, help="pairs of runs per comparison")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "bench.json")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     about = {"device": chosen.device, "dtype": chosen.dtype, "commit": commit()}
-    usual = [part for part in PARTS if part != "preset" or chosen.device == "cuda"]
-    for shape, part in product(chosen.shapes, chosen.only or usual):
+    for shape, part in product(chosen.shapes, chosen.only or PARTS):
         with tempfile.TemporaryDirectory() as root:
             bench = Bench(shape, chosen.device, chosen.dtype, Path(root))
             try:
