@@ -102,8 +102,8 @@ class Server:
 
     def broadcast(self, federation: Any, work: Iterable[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
         """What it sends to every client beside θ and κ. A server that asks clients before the local runs finds in work
-        those of this process, each with its batch at θ_t, made as it is asked for; `federation.gathered` has those of
-        all processes.
+        those of this process, each with its batch at θ_t. A batch is made as it is asked for and holds a graph until
+        its first gradient. `federation.gathered` has the answers to all processes.
         """
         return {}
 

@@ -286,17 +286,20 @@ class Federation:
     def batches(
         self, cohort: Sequence[Client], purpose: Purpose = Purpose.TRAINING, t: int | None = None
     ) -> Iterator[tuple[Client, Batch, Tensor]]:
-        """Each client, its batch at θ_t with the calibrated scores of its objectives, and its raw rewards [B, M].
+        """Each client, its batch with the calibrated scores of its objectives, and its raw rewards [B, M].
 
-        θ_t is where the adapter stands at the first; the others are made there too, wherever training has moved it.
+        Responses are sampled at once; a batch is made when its turn comes, at the θ where the adapter stands now.
         """
         calibration = self.calibration.pooled() if self.method.trainings.one_scale else self.calibration
         micro, hidden = self.config.micro_batch_size, self.method.estimator.reads_hidden
-        theta = self.policy.adapter.vector()
-        for client, (rollout, raw) in zip(cohort, self.respond(cohort, purpose, self.group_size, t), strict=True):
-            scores = calibration.apply(raw)[:, client.objectives]  # [B, m]
+        theta, responses = self.policy.adapter.vector(), self.respond(cohort, purpose, self.group_size, t)
+
+        def made(client: Client, rollout: Rollout, raw: Tensor) -> tuple[Client, Batch, Tensor]:
             self.policy.adapter.assign(theta)
-            yield client, ppo.prepare(self.policy, rollout, scores, self.kl_coef, micro, hidden), raw
+            scores = calibration.apply(raw)[:, client.objectives]  # [B, m]
+            return client, ppo.prepare(self.policy, rollout, scores, self.kl_coef, micro, hidden), raw
+
+        return (made(client, *response) for client, response in zip(cohort, responses, strict=True))
 
     def gathered(self, results: dict[int, Any], faults: dict[int, str]) -> dict[int, Any]:
         """The results of all processes, by client; `faults` gains everybody's. Raises ValueError if none is left."""

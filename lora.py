@@ -66,9 +66,14 @@ class Adapter:
         """A copy of θ [d], float32."""
         return torch.cat([p.detach().flatten() for p in self.parameters])
 
+    @property
+    def version(self) -> int:
+        """Another number after every change of a parameter: a graph that was recorded before is stale."""
+        return sum(p._version for p in self.parameters)
+
     @torch.no_grad()
     def assign(self, theta: Tensor) -> None:
-        """Copy θ [d] into the parameters. One that is there already touches no graph that was recorded with it."""
+        """Copy θ [d] into the parameters. One that is there already changes no version."""
         if torch.equal(theta.to(self.parameters[0]), self.vector()):
             return
         for p, part in zip(self.parameters, self.split(theta), strict=True):

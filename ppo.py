@@ -52,8 +52,8 @@ class Batch:
     logp_ref: Tensor  # [B, L] log π_ref
     hidden: Tensor | None  # [B, L, H] the states that the tokens were predicted from, if a critic reads them
     kl_coef: float  # κ
-    forward: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # logp and entropy [B, L] at θ_t with their
-    # graph, for the first gradient, which takes them; shared by all trainings on these responses
+    # for the first gradient, which takes it: logp and entropy [B, L] with their graph, and the adapter's version
+    forward: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)  # one list, whatever replaces the batch
 
 
 def prepare(
@@ -68,7 +68,7 @@ def prepare(
     forward = []
     if micro_batch_size is None or micro_batch_size >= len(rollout):
         logp, entropy, states = policy.logprobs(rollout)  # [B, L], [B, L], [B, L, H]
-        forward, logp_old = [(logp, entropy)], logp.detach()
+        forward, logp_old = [(logp, entropy, policy.adapter.version)], logp.detach()
     else:
         logp_old, states = policy.logprobs_in_pieces(rollout, micro_batch_size)
     scores = scores.to(policy.device, torch.float32)
@@ -240,7 +240,8 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, config: U
     ratios, entropies = [], []
     for rows, piece in rollout.micro_batches(config.micro_batch_size):
         l = piece.mask.shape[1]
-        logp, entropy = batch.forward.pop() if batch.forward else policy.logprobs(piece)[:2]  # [b, l] each
+        *kept, version = batch.forward.pop() if batch.forward else (None,)
+        logp, entropy = kept if version == adapter.version else policy.logprobs(piece)[:2]  # [b, l] each
         ratio = (logp - batch.logp_old[rows, :l]).exp()  # [b, l]
         losses = surrogate(ratio, advantages[rows, :l], config.clip_range) * piece.mask[..., None]  # [b, l, k]
         J += jacobian(losses.sum((0, 1)), adapter.parameters)

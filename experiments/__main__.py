@@ -10,6 +10,7 @@ tables again costs nothing. requirements-dev.txt is needed (SciPy).
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from experiments import chat, extensions, toy
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="in miniature, to runs/quick: the figures mean nothing")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of one thread each")
     options = parser.parse_args(arguments)
-    for name in EMBEDDED if "all" in options.names else options.names:
+    for name in dict.fromkeys(chain(*([*EMBEDDED] if name == "all" else [name] for name in options.names))):
         experiment = EXPERIMENTS[name].miniature() if options.quick else EXPERIMENTS[name]
         conduct(name, experiment, Path("runs/quick" if options.quick else "results"), options.workers)
 

@@ -12,6 +12,7 @@ with a bootstrapped 95 % interval that holds for one process. A missing peer lea
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import tempfile
@@ -21,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def groups(bench: Bench) -> Iterator[Comparison]:
 
     yield "J on groups, a prompt read once / with every response", ours, plain, 0
     pieces = rollout.micro_batches(bench.settings["micro_batch_size"])
-    rows = sum(piece.prompts[:: rollout.group_size].numel() + piece.mask.numel() for _, piece in pieces)
+    rows = sum(piece.prompts[:: piece.group_size].numel() + piece.mask[:, 1:].numel() for _, piece in pieces)
     passes = [(layer.base.weight, rows, 1 + 2) for layer in policy.adapter.layers.values()]  # forward, twice backward
     passes.append((policy.model.get_output_embeddings().weight, rollout.mask.numel(), 1 + 1))  # `TokenLogProbs`
 
@@ -172,15 +172,17 @@ def trl_trainers(bench: Bench) -> Iterator:
         use_cpu=bench.device == "cpu", bf16=bench.dtype == torch.bfloat16, report_to="none", top_k=0,
         gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    for share in bench.session().prompts_of:
-        data, model = Dataset.from_dict({"prompt": [p.text for p in share]}), with_peft(bench.model())
+    texts = [[p.text for p in share] for share in bench.session().prompts_of]
+    gc.collect()  # the session's model
+    for share in texts:
+        data, model = Dataset.from_dict({"prompt": share}), with_peft(bench.model())
         trainer = GRPOTrainer(model, [*map(RULES.get, TWO)], config, data, processing_class=bench.tokenizer)
         trainer.remove_callback(hf.PrinterCallback)
         yield trainer
 
 
 def a_round(bench: Bench) -> Iterator[Comparison]:
-    """A round (8 clients × 16 responses, 2 objectives, 3 epochs) against TRL's, which is as MORLHF's with groups."""
+    """A round (16 responses a client, 2 objectives, 3 epochs) against TRL's, which is as MORLHF's with groups."""
     trainers, grouped = list(trl_trainers(bench)), {"advantages": "group"}
     methods = {"FIRM": {}, "FIRM with groups": grouped, "MORLHF with groups": grouped | {"method": "morlhf"}}
     for label, changes in methods.items():
@@ -192,8 +194,11 @@ def peak(shape: str, device: str, dtype: str, root: Path, ours: bool) -> float:
     """GiB of a process that makes a round of FIRM with groups, or trains one client by TRL."""
     bench = Bench(shape, device, dtype, root)
     bench.session(advantages="group").federation.round() if ours else next(trl_trainers(bench)).train()
-    gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return gpu / 2**30 or getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return (
+        int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    )  # ru_maxrss: the parent's, too
 
 
 def memory(bench: Bench) -> Iterator[dict]:

@@ -4,6 +4,7 @@ It needs the files that the preset `smollm2` names, on the hub or here, and take
 error is over held-out prompts, of one run; that of the cosine is over the clients of a round, each with its own batch.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def measure(job: dict, directory: Path) -> list[Row]:
     row = {"kl": summary["kl"]["mean"], "kl_error": summary["kl"]["standard_error"], "seconds": summary["seconds"]}
     for name, figures in summary["objectives"].items():
         mean, error = (figures["gain"][key] for key in ("mean", "standard_error"))
-        row |= {f"gain_{name}": mean, f"error_{name}": error, f"errors_{name}": mean / error}
+        row |= {f"gain_{name}": mean, f"error_{name}": error, f"errors_{name}": mean / (error or math.nan)}
     for line in read_lines(out / "metrics.jsonl"):
         row |= {f"{figure}@{line['round']}": line[figure] for figure in BY_ROUND}
     return [row]
@@ -52,19 +53,21 @@ def each_run(groups: Groups, path: Path) -> str:
         Panel("round", "cosine of the gradients", "Mean over clients ± standard error", cosines),
         Panel("round", "mean distance from λ̄", "Disagreement between clients", disagreements),
     ], Path(f"{path}.png"))  # fmt: skip
-    return markdown(["", "seed", *(f"{name}, gain ± error (errors)" for name in NAMES), "KL"], lines)
+    return markdown(["", "seed", *(f"{name}, gain ± error (gain / error)" for name in NAMES), "KL ± error"], lines)
 
 
 MEANS = ["gain_helpful", "gain_harmless", "kl"]
+NOTE = "Of one run the error is a standard error over the held-out prompts. Over runs:"
 EXPERIMENTS = {
     "chat_tuning": Experiment(
         measure, {f"rate {lr:g}": {"lr": lr, "method": "linear"} for lr in (5e-4, 1e-3, 2e-3)}, [TUNING],
-        MEANS, more=each_run, note="The rate of the greatest worst gain is the preset's.",
+        MEANS, more=each_run, note=f"The rate of the greatest worst gain is the preset's. {NOTE}",
     ),
     "chat": Experiment(
         measure,
         {label: settings_of(label) for label in ("firm", "linear")}
         | {label: settings_of(label) | ONE for label in ("mgda", "firm β=1")},
         SEEDS, [*MEANS, "seconds"], {"FIRM less fixed weights": [("firm", "linear")]}, MEANS, more=each_run,
+        note=NOTE,
     ),
 }  # fmt: skip

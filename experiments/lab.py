@@ -122,7 +122,7 @@ def commit() -> str:
     """The commit that is checked out, with a + if code has changed since; `unknown` outside of git."""
     git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     head = git(["git", "log", "-1", "--format=%h"]).stdout.strip() or "unknown"
-    return head + "+" * bool(git(["git", "status", "--porcelain", "--", ":/*.py"]).stdout)
+    return head + "+" * bool(git(["git", "status", "--porcelain", "--", ":/*.py", ":/presets.toml"]).stdout)
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -34,10 +34,9 @@ def spoil(monkeypatch, *clients) -> None:
     real = Federation.batches
 
     def batches(self, cohort):
-        work = real(self, cohort)
-        for batch in (batch for client, batch, _ in work if client.index in clients):
-            batch.scores = batch.scores * torch.nan
-        return work
+        for client, batch, raw in real(self, cohort):
+            batch.scores = batch.scores * (torch.nan if client.index in clients else 1.0)
+            yield client, batch, raw
 
     monkeypatch.setattr(Federation, "batches", batches)
 

@@ -169,6 +169,18 @@ def test_a_client_that_the_servers_questions_found_faulty_is_left_out_of_the_rou
     assert record.faults == {0: "no answer"} and list(record.arrived) == [1, 2] and not built.clients[0].state
 
 
+def test_a_server_may_look_ahead_and_leave_the_adapter_anywhere():
+    class Curious(Server):
+        def broadcast(self, federation, work, faults):
+            assert [client.index for client, *_ in work] == [0, 1, 2]
+            federation.policy.adapter.assign(federation.theta + 1.0)
+            return {}
+
+    plain, looked = (federation(method=replace(FIRM, server=server)) for server in (Server, Curious))
+    for _ in range(2):
+        assert plain.round() and looked.round() and torch.equal(plain.theta, looked.theta)
+
+
 def test_if_no_update_can_be_used_the_round_ends_with_a_remedy():
     with pytest.raises(ValueError, match="client 0: .*lower lr"):
         federation(method=failing(FIRM, 0, 1, 2)).round()
