@@ -34,7 +34,6 @@ from app.loading import pretrained
 from app.session import Session
 from experiments.lab import commit
 from rewards import RULES
-from rollout import Policy, Rollout
 from sampler import pad_left
 from settings import Config
 from worlds import tiny_llama
@@ -98,8 +97,8 @@ def with_peft(model: nn.Module) -> nn.Module:
 
 
 def sampler(bench: Bench) -> Iterator[Comparison]:
-    """Our sampler against transformers.generate, without and with PEFT's adapter; all clients against one by one."""
-    session, alone, L = bench.session(), bench.session().policy, bench.L
+    """Our sampler against transformers.generate, without and with PEFT's adapter."""
+    session, L = bench.session(), bench.L
     prompts = [p.token_ids for share in session.prompts_of for p in share][:N]
     u = np.random.default_rng(1).random((len(prompts), L))
     ours = partial(session.policy.sample, prompts, u)
@@ -109,36 +108,22 @@ def sampler(bench: Bench) -> Iterator[Comparison]:
         generate = partial(model.generate, input_ids=ids, attention_mask=mask, generation_config=config)
         yield f"our sampler / generate, {label} adapter there", ours, generate, u.size
 
-    def client_by_client() -> None:
-        for i in range(0, N, BATCH):
-            alone.sample(prompts[i : i + BATCH], u[i : i + BATCH])
-
-    yield "cohort of 8 clients / client by client", ours, client_by_client, u.size
-
-
-def gradients_of(bench: Bench, **changes) -> tuple[Policy, Rollout, Callable[[int], Callable[[], object]]]:
-    """The policy, one client's rollout, and J of M objectives on it, as a function of M that gives one to time."""
-    session = bench.session(**changes)
-    session.federation.calibrate()
-    ((_, batch, _),) = session.federation.batches(session.federation.clients[:1])
-
-    def gradients(M: int) -> Callable[[], object]:
-        advantages = torch.randn(*batch.rollout.mask.shape, M, device=session.device)
-        return partial(ppo.policy_gradients, session.policy, batch, advantages, session.config)
-
-    return session.policy, batch.rollout, gradients
-
 
 def jacobian(bench: Bench) -> Iterator[Comparison]:
-    """J of M objectives in units of one objective's pass."""
-    *_, gradients = gradients_of(bench)
+    """J on a client's groups of 4: of M objectives in passes of one; a prompt read once against with every response;
+    and against the products of the frozen layers alone, the least that J costs.
+    """
+    session = bench.session(advantages="group")
+    session.federation.calibrate()
+    ((_, batch, _),) = session.federation.batches(session.federation.clients[:1])
+    policy, rollout = session.policy, batch.rollout
+
+    def gradients(M: int) -> Callable[[], object]:
+        advantages = torch.randn(*rollout.mask.shape, M, device=session.device)
+        return partial(ppo.policy_gradients, policy, batch, advantages, session.config)
+
     for M in (2, 4):
         yield f"J of {M} objectives, our time / one objective's", gradients(M), gradients(1), 0
-
-
-def groups(bench: Bench) -> Iterator[Comparison]:
-    """J of 2 objectives on groups of 4: a prompt read once against with every response; and the least that J costs."""
-    policy, rollout, gradients = gradients_of(bench, advantages="group")
     ours = gradients(2)
 
     def plain() -> None:
@@ -147,7 +132,7 @@ def groups(bench: Bench) -> Iterator[Comparison]:
         policy.shares_prompts = True
 
     yield "J on groups, a prompt read once / with every response", ours, plain, 0
-    pieces = rollout.micro_batches(bench.settings["micro_batch_size"])
+    pieces = rollout.micro_batches(session.config.micro_batch_size)
     rows = sum(piece.prompts[:: piece.group_size].numel() + piece.mask[:, 1:].numel() for _, piece in pieces)
     passes = [(layer.base.weight, rows, 1 + 2) for layer in policy.adapter.layers.values()]  # forward, twice backward
     passes.append((policy.model.get_output_embeddings().weight, rollout.mask.numel(), 1 + 1))  # `TokenLogProbs`
@@ -210,7 +195,7 @@ def memory(bench: Bench) -> Iterator[dict]:
         yield {"name": f"{label}, peak memory", "value": value, "unit": "GiB"}
 
 
-PARTS = {"sampler": sampler, "jacobian": jacobian, "groups": groups, "round": a_round, "memory": memory}
+PARTS = {"sampler": sampler, "jacobian": jacobian, "round": a_round, "memory": memory}
 
 
 def measured(comparisons: Iterable[Comparison | dict], pairs: int) -> Iterator[dict]:

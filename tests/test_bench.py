@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import islice
 
 import pytest
 
@@ -33,4 +34,5 @@ def test_ours_and_a_peer_do_equal_work(tmp_path):
     for _, ours, peer, tokens in bench.sampler(small):
         peer()
         assert ours().mask.sum() == tokens == bench.N * small.L
-    assert [(len(ours().J), len(peer().J)) for _, ours, peer, _ in bench.jacobian(small)] == [(2, 1), (4, 1)]
+    first = islice(bench.jacobian(small), 2)
+    assert [(len(ours().J), len(peer().J)) for _, ours, peer, _ in first] == [(2, 1), (4, 1)]
