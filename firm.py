@@ -233,7 +233,7 @@ class Federation:
         t, config, method = self.rounds_done, self.config, self.method
         cohort, dropped = self.cohort()
         self.policy.adapter.assign(self.theta)
-        work, ahead = tee(self.batches(self.exchange.mine(cohort)))
+        work, ahead = tee(self.batches(self.exchange.mine(cohort)))  # batches are made once, and may be asked for twice
         arrived, faults = {}, {}
         message = {"theta": self.theta} | self.server.broadcast(self, ahead, faults)
         for client, batch, raw in work:

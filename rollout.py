@@ -104,7 +104,7 @@ class Policy:
         self.adapter: Adapter = inject(model, settings.lora_rank, settings.lora_scale, settings.lora_targets, seed)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        self.shares_prompts = not self.gradient_checkpointing  # a group's; checkpointing has no cache to share
+        self.shares_prompts = not self.gradient_checkpointing  # within a group; checkpointing leaves no cache to share
         check(self)
         self.sampler = Sampler(model, self.log_softmax, self.eos, self.pad)
 
@@ -266,7 +266,7 @@ def check(policy: Policy) -> None:
     Three computations of the same tokens have to agree, for short rows beside long ones: the sampler's, from a table
     that is nearly empty; the model's own, row by row; and `Policy.logprobs`, with left padding. Models that ignore
     position_ids, look ahead, need another cache, or scale or cap their logits fail. A fourth, of two responses that
-    share their prompt's row, decides whether groups do so.
+    go on from one reading of their prompt, decides whether groups do so.
     """
     model, V = policy.model, len(policy.model.get_output_embeddings().weight)
     words = [V * i // 16 for i in range(16)]
