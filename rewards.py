@@ -154,7 +154,6 @@ class Objective:
     spec: str
     function: Callable[..., list[float]]
     fingerprint: str = ""  # a hash of its code or weights: another fingerprint means other rewards
-    one_call: bool = False  # for all clients (a reward model scores each text by itself), else a call for each
 
 
 def score(
@@ -163,12 +162,12 @@ def score(
 ) -> Tensor:  # fmt: skip
     """Raw rewards [N, M], float64, of N completions and their prompts (data.Prompt); NaN marks what a client lacks.
 
+    Each function is called once for each client that holds it: what it returns does not depend on the other clients.
     holdings: for each client its rows, the indices of its objectives, its number; None: rows of no client, with all.
     Raises ValueError naming objective, client and prompt for anything but one finite number per completion.
     """
     if holdings is None:
         holdings = [(slice(None), range(len(objectives)), None)]
-    owner = {i: client for rows, _, client in holdings for i in range(len(prompts))[rows]}
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)  # every client gets the same columns
     given = {name: [prompt.columns.get(name) for prompt in prompts] for name in names} | {
         "prompts": [prompt.text for prompt in prompts],
@@ -178,28 +177,24 @@ def score(
         "subset": [prompt.subset for prompt in prompts],
     }
     raw = torch.full((len(prompts), len(objectives)), math.nan, dtype=torch.float64)
-    for j, objective in enumerate(objectives):
-        calls = [range(len(prompts))[rows] for rows, indices, _ in holdings if j in indices]
-        if objective.one_call and calls:
-            calls = [[i for rows in calls for i in rows]]
-        for rows in calls:
-            columns = {name: [column[i] for i in rows] for name, column in given.items()}
-            rewards = _called(objective, columns, [owner[i] for i in rows])
-            raw[rows, j] = torch.tensor(rewards, dtype=torch.float64)
+    for rows, indices, client in holdings:
+        for j in indices:
+            columns = {name: column[rows] for name, column in given.items()}
+            raw[rows, j] = torch.tensor(_called(objectives[j], columns, client), dtype=torch.float64)
     return raw
 
 
-def _called(objective: Objective, columns: dict[str, list], owners: list[int | None]) -> list[float]:
+def _called(objective: Objective, columns: dict[str, list], client: int | None) -> list[float]:
     """The rewards of one call. The function gets copies, so it cannot change what the next one sees."""
     rewards = list(objective.function(**copy.deepcopy(columns)))
     what = f"objective {objective.name!r} returned"
-    if len(rewards) != len(owners):
-        raise ValueError(f"{what} {len(rewards)} rewards for {len(owners)} completions; return one for each")
-    for reward, prompt, owner in zip(rewards, columns["prompts"], owners, strict=True):
+    if len(rewards) != (n := len(columns["prompts"])):
+        raise ValueError(f"{what} {len(rewards)} rewards for {n} completions; return one for each")
+    for reward, prompt in zip(rewards, columns["prompts"], strict=True):
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # None, a text, a tensor of two, 10**999
             if math.isfinite(reward):
                 continue
-        whose = "" if owner is None else f"client {owner} and "
+        whose = "" if client is None else f"client {client} and "
         asked = textwrap.shorten(prompt, 80, placeholder=" ...")
         raise ValueError(f"{what} {reward!r} for {whose}the prompt {asked!r}; a reward must be a finite number")
     return [float(reward) for reward in rewards]

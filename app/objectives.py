@@ -27,7 +27,7 @@ from rewards import RULES, Objective, RewardModel, score
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES: dict[Path, dict[str, ModuleType]] = {}  # a user's folder -> the modules imported from it
-Loaded = tuple[Callable[..., list[float]], str, bool]  # function, fingerprint, whether one call scores all clients
+Loaded = tuple[Callable[..., list[float]], str]  # function, fingerprint
 
 
 def parse_spec(text: str) -> tuple[str, str, str]:
@@ -77,7 +77,7 @@ def rule(rest: str, device: str, dtype: str) -> Loaded:
     """`rule:NAME`."""
     if rest not in RULES:
         raise ValueError(f"objectives: there is no rule {rest!r}; choose from {', '.join(RULES)}")
-    return RULES[rest], rest, False
+    return RULES[rest], rest
 
 
 def reward_model(rest: str, device: str, dtype: str) -> Loaded:
@@ -85,7 +85,7 @@ def reward_model(rest: str, device: str, dtype: str) -> Loaded:
     model, tokenizer = pretrained("AutoModelForSequenceClassification", rest, dtype, device)
     if model.config.num_labels != 1:
         raise ValueError(f"objectives: {rest} has {model.config.num_labels} labels, not one; wrap it in a py: function")
-    return RewardModel(model, tokenizer), fingerprint(rest), True
+    return RewardModel(model, tokenizer), fingerprint(rest)
 
 
 def users_function(rest: str, device: str, dtype: str) -> Loaded:
@@ -99,7 +99,7 @@ def users_function(rest: str, device: str, dtype: str) -> Loaded:
     function = run_in(folder, rest, lambda: getattr(importlib.import_module(module), name))
     beside = neighbours(folder) or sorted(path.parent.glob("*.py"))
     code = fingerprint(path, *sorted(ROOT.glob("worlds/*.py")), *beside)
-    return lambda **given: run_in(folder, rest, lambda: list(function(**given))), code, False
+    return lambda **given: run_in(folder, rest, lambda: list(function(**given))), code
 
 
 @cache

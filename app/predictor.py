@@ -70,12 +70,12 @@ def load(directory: str, device: str = "cpu") -> GroupPredictor:
     return GroupPredictor(model, encoder, about["groups"])
 
 
-def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> tuple[Callable, str, bool]:
+def group_objective(rest: str, device: str = "cpu", dtype: str = "float32") -> tuple[Callable, str]:
     """The reward of `group:PREDICTOR:GROUP`: the predicted share of the option that a response chose, 0 for none."""
     directory, _, group = rest.rpartition(":")
     reward = load(directory, device).reward(group)
     encoder = read_json(Path(directory, "predictor.json"))["encoder"]
-    return reward, fingerprint(f"{directory}/predictor.json", f"{directory}/predictor.safetensors", encoder), False
+    return reward, fingerprint(f"{directory}/predictor.json", f"{directory}/predictor.safetensors", encoder)
 
 
 def of_the_world(specs: Sequence[str], seed: int, progress: bool = True) -> list[str]:

@@ -97,7 +97,7 @@ def test_a_loaded_predictor_answers_from_the_groups_context(finished):
 
 
 def test_the_reward_is_the_predicted_share_of_the_chosen_option(finished):
-    reward, _, _ = predictor.group_objective(f"{finished / 'predictor'}:south-1", "cpu", "float32")
+    reward, _ = predictor.group_objective(f"{finished / 'predictor'}:south-1", "cpu", "float32")
     shares = predictor.load(str(finished / "predictor")).ask("south 1", ASKED, OPTIONS)
     given = reward(completions=["faith .", "(C)", "nothing"], question=[ASKED] * 3, options=[OPTIONS] * 3, prompts=[])
     assert given == [shares[1], shares[2], 0.0]

@@ -157,7 +157,7 @@ def score_of_clients(*objectives, clients=CLIENTS):
     return score(objectives, make_prompts({"tags": ["x"]}, *[{}] * 4), list("abcde"), [[i] for i in range(5)], clients)
 
 
-def recording(one_call):
+def recording():
     """An objective whose rewards are the ids of the responses, and the responses of each call."""
     seen = []
 
@@ -166,24 +166,23 @@ def recording(one_call):
         seen.append("".join(completions))
         return [ids[0] for ids in completion_ids]
 
-    return Objective("mine", "py:x", function, one_call=one_call), seen
+    return Objective("mine", "py:x", function), seen
 
 
-@pytest.mark.parametrize(("one_call", "calls"), [(False, [["ab", "de"], ["ab", "c"]]), (True, [["abde"], ["abc"]])])
-def test_a_function_sees_one_client_at_a_time_and_a_reward_model_all_that_hold_it(one_call, calls):
-    (first, of_first), (second, of_second) = recording(one_call), recording(one_call)
+def test_a_function_sees_one_client_at_a_time():
+    (first, of_first), (second, of_second) = recording(), recording()
     raw, nan = score_of_clients(first, second), float("nan")
-    assert [of_first, of_second] == calls
+    assert of_first == ["ab", "de"] and of_second == ["ab", "c"]
     np.testing.assert_equal(raw.numpy(), [[0, 0], [1, 1], [nan, 2], [3, nan], [4, nan]])
     assert score_of_clients(first, second, clients=[(slice(0, 5), [1], 0)])[:, 0].isnan().all()
-    assert [of_first, of_second[-1]] == [calls[0], "abcde"]  # what nobody holds is not called
+    assert of_first == ["ab", "de"] and of_second[-1] == "abcde"  # what nobody holds is not called
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), -float("inf"), "1", [1.0], 10**999, torch.ones(2)], ids=str)
 def test_a_reward_that_is_not_a_finite_number_is_refused_by_objective_client_and_prompt(bad):
     function = lambda completions, **_: [bad if text == "e" else 0.0 for text in completions]  # noqa: E731
     with pytest.raises(ValueError, match="objective 'mine' returned .* for client 7 and the prompt 'Human: q4 Assista"):
-        score_of_clients(Objective("mine", "py:x", function), recording(False)[0])
+        score_of_clients(Objective("mine", "py:x", function), recording()[0])
     with pytest.raises(ValueError, match="objective 'mine' returned 1 rewards for 2 completions"):
         score_of(lambda **_: [1.0])
 
