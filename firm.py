@@ -22,9 +22,6 @@ training has k rewards; d adapter parameters; B responses of at most L tokens, S
 A method is a few swappable parts on this engine (`Method`), in four stages: 1 rewards -> advantages, 2 gradients -> λ,
 3 update -> upload, 4 uploads -> θ. `baselines.py` and `fedmoa.py` have the others.
 
-Responses are sampled in one batch for the whole cohort, since its clients share θ_t. That changes what a client would
-get alone by rounding at most (`rollout.py`). All else is client by client.
-
 Faults [ours]. A client may vanish from a round (`client_dropout`), or a number of its update may not be finite. The
 average, κ's mean KL and the log are then those of the other clients, and its own state stays as it was. If the server
 picks λ before the local runs, λ still counts a client that fails later, in its local run.
@@ -188,7 +185,7 @@ class Federation:
     """The server and its clients, simulated one after another. `round` is Algorithm 1's outer loop body.
 
     prompts_of, objectives_of, tasks_of: each client's prompts, numbers of objectives (all if not given), and task.
-    score(prompts, rollout, holdings) gives raw rewards [n, M], as `Session.score` does.
+    score(prompts, rollout, client) gives raw rewards [n, M], as `Session.score` does.
     State: theta [d], kl_coef, calibration, rounds_done, server.state, and `state` of every client.
     """
 
@@ -218,10 +215,10 @@ class Federation:
 
     def calibrate(self) -> None:
         """Fix every objective's mean and scale, once, from samples of the base policy."""
-        clients, sums = self.exchange.mine(self.clients), {}
-        with self.policy.adapter.disabled():
-            responses = self.respond(clients, Purpose.CALIBRATION)
-        for client, (_, raw) in zip(clients, responses, strict=True):
+        sums = {}
+        for client in self.exchange.mine(self.clients):
+            with self.policy.adapter.disabled():
+                _, raw = self.respond(client, Purpose.CALIBRATION)
             self.method.aggregation.numbers(client, raw, 1)  # raises for rewards that the average cannot use
             sums[client.index] = rewards.calibration_sums(raw)
         self.calibration = rewards.combine_sums(list(self.exchange.merged(sums).values()))
@@ -264,42 +261,33 @@ class Federation:
         return [self.clients[c] for c in staying], len(chosen) - len(staying)
 
     def respond(
-        self, cohort: Sequence[Client], purpose: Purpose, group_size: int = 1, t: int | None = None
-    ) -> list[tuple[Rollout, Tensor]]:
-        """Each client's responses from the adapter as it stands, and their raw rewards [B, M].
+        self, client: Client, purpose: Purpose, group_size: int = 1, t: int | None = None
+    ) -> tuple[Rollout, Tensor]:
+        """A client's responses from the adapter as it stands, and their raw rewards [B, M].
 
         t: what the draws depend on, the round if not given.
         """
-        size, seed, t = self.config.batch_size, self.config.seed, self.rounds_done if t is None else t
-        if not cohort:  # there are more processes than clients
-            return []
-        streams = [stream(seed, purpose, t, client.index) for client in cohort]
-        drawn = [p for client, rng in zip(cohort, streams, strict=True) for p in client.draw(size // group_size, rng)]
-        prompts = [p for p in drawn for _ in range(group_size)]
-        uniforms = np.concatenate([rng.random((size, self.policy.max_new_tokens)) for rng in streams])  # [n, L]
-        rollout = replace(self.policy.sample([p.token_ids for p in prompts], uniforms), group_size=group_size)
-        rows = [slice(i * size, (i + 1) * size) for i in range(len(cohort))]
-        holdings = [(part, client.objectives, client.index) for part, client in zip(rows, cohort, strict=True)]
-        raw = self.score(prompts, rollout, holdings)  # [n, M]
-        return [(rollout.rows(part), raw[part]) for part in rows]
+        size, t = self.config.batch_size, self.rounds_done if t is None else t
+        rng = stream(self.config.seed, purpose, t, client.index)
+        prompts = [p for p in client.draw(size // group_size, rng) for _ in range(group_size)]
+        rollout = self.policy.sample([p.token_ids for p in prompts], rng.random((size, self.policy.max_new_tokens)))
+        return replace(rollout, group_size=group_size), self.score(prompts, rollout, client)
 
     def batches(
         self, cohort: Sequence[Client], purpose: Purpose = Purpose.TRAINING, t: int | None = None
     ) -> Iterator[tuple[Client, Batch, Tensor]]:
-        """Each client, its batch with the calibrated scores of its objectives, and its raw rewards [B, M].
+        """In turn each client, its batch with the calibrated scores of its objectives, and its raw rewards [B, M].
 
-        Responses are sampled at once; a batch is made when its turn comes, at the θ where the adapter stands now.
+        All are sampled and made at the θ where the adapter stands at the first one.
         """
         calibration = self.calibration.pooled() if self.method.trainings.one_scale else self.calibration
         micro, hidden = self.config.micro_batch_size, self.method.estimator.reads_hidden
-        theta, responses = self.policy.adapter.vector(), self.respond(cohort, purpose, self.group_size, t)
-
-        def made(client: Client, rollout: Rollout, raw: Tensor) -> tuple[Client, Batch, Tensor]:
+        theta = self.policy.adapter.vector()
+        for client in cohort:
             self.policy.adapter.assign(theta)
+            rollout, raw = self.respond(client, purpose, self.group_size, t)
             scores = calibration.apply(raw)[:, client.objectives]  # [B, m]
-            return client, ppo.prepare(self.policy, rollout, scores, self.kl_coef, micro, hidden), raw
-
-        return (made(client, *response) for client, response in zip(cohort, responses, strict=True))
+            yield client, ppo.prepare(self.policy, rollout, scores, self.kl_coef, micro, hidden), raw
 
     def gathered(self, results: dict[int, Any], faults: dict[int, str]) -> dict[int, Any]:
         """The results of all processes, by client; `faults` gains everybody's. Raises ValueError if none is left."""

@@ -68,8 +68,8 @@ class Adapter:
 
     @property
     def version(self) -> int:
-        """Another number after every change of a parameter: a graph that was recorded before is stale."""
-        return sum(p._version for p in self.parameters)
+        """Another number after every change of θ, also by `merged`: a graph that was recorded before is stale."""
+        return sum(x._version for layer in self.layers.values() for x in (layer.base.weight, layer.A, layer.B))
 
     @torch.no_grad()
     def assign(self, theta: Tensor) -> None:

@@ -158,17 +158,14 @@ class Objective:
 
 def score(
     objectives: Sequence[Objective], prompts: Sequence[Any], completions: list[str], completion_ids: list[list[int]],
-    holdings: Sequence[tuple[slice, Sequence[int], int | None]] | None = None,
+    client: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Raw rewards [N, M], float64, of N completions and their prompts (data.Prompt); NaN marks what a client lacks.
+    """Raw rewards [N, M], float64, of N completions and their prompts (data.Prompt).
 
-    Each function is called once for each client that holds it: what it returns does not depend on the other clients.
-    holdings: for each client its rows, the indices of its objectives, its number; None: rows of no client, with all.
+    client: whose they are (clients.Client), NaN marks objectives that it lacks; None: nobody's, scored by all.
     Raises ValueError naming objective, client and prompt for anything but one finite number per completion.
     """
-    if holdings is None:
-        holdings = [(slice(None), range(len(objectives)), None)]
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)  # every client gets the same columns
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     given = {name: [prompt.columns.get(name) for prompt in prompts] for name in names} | {
         "prompts": [prompt.text for prompt in prompts],
         "completions": completions,
@@ -177,14 +174,12 @@ def score(
         "subset": [prompt.subset for prompt in prompts],
     }
     raw = torch.full((len(prompts), len(objectives)), math.nan, dtype=torch.float64)
-    for rows, indices, client in holdings:
-        for j in indices:
-            columns = {name: column[rows] for name, column in given.items()}
-            raw[rows, j] = torch.tensor(_called(objectives[j], columns, client), dtype=torch.float64)
+    for j in client.objectives if client else range(len(objectives)):
+        raw[:, j] = torch.tensor(_called(objectives[j], given, client), dtype=torch.float64)
     return raw
 
 
-def _called(objective: Objective, columns: dict[str, list], client: int | None) -> list[float]:
+def _called(objective: Objective, columns: dict[str, list], client: Any) -> list[float]:
     """The rewards of one call. The function gets copies, so it cannot change what the next one sees."""
     rewards = list(objective.function(**copy.deepcopy(columns)))
     what = f"objective {objective.name!r} returned"
@@ -194,7 +189,7 @@ def _called(objective: Objective, columns: dict[str, list], client: int | None) 
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # None, a text, a tensor of two, 10**999
             if math.isfinite(reward):
                 continue
-        whose = "" if client is None else f"client {client} and "
+        whose = f"client {client.index} and " if client else ""
         asked = textwrap.shorten(prompt, 80, placeholder=" ...")
         raise ValueError(f"{what} {reward!r} for {whose}the prompt {asked!r}; a reward must be a finite number")
     return [float(reward) for reward in rewards]

@@ -20,6 +20,7 @@ import rewards
 from app import checkpoint, peft_files, predictor, ranks
 from app.loading import fingerprint, pretrained
 from app.objectives import check_prompts, load_objectives
+from clients import Client
 from data import Prompt
 from firm import Federation
 from metrics import Evaluation
@@ -78,10 +79,10 @@ class Session:
             self.policy, self.prompts_of, self.names, self.score, method, config, held, numbers, ranks.Exchange()
         )
 
-    def score(self, prompts: Sequence[Prompt], rollout: Rollout, holdings: list | None = None) -> Tensor:
-        """Raw rewards [n, M] of a rollout; holdings as in `rewards.score`."""
+    def score(self, prompts: Sequence[Prompt], rollout: Rollout, client: Client | None = None) -> Tensor:
+        """Raw rewards [n, M] of a rollout, as `rewards.score` gives them."""
         texts, ids = self.policy.texts(rollout)
-        return rewards.score(self.objectives, prompts, texts, ids, holdings)
+        return rewards.score(self.objectives, prompts, texts, ids, client)
 
     def evaluate(self, label: str, chosen: Sequence[int] | None = None) -> Evaluation:
         """Answer the held-out prompts, or those chosen. Raises ValueError for a policy that is not finite."""

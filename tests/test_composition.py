@@ -111,7 +111,7 @@ def test_a_local_update_is_the_formulas_row_by_row(estimator, S, by_hand):
     built = federation(method=method, group_size=S)
     theta = built.theta + 0.2 * torch.randn(built.theta.shape)
     built.policy.adapter.assign(theta)
-    ((rollout, _),) = built.respond(built.clients[1:2], Purpose.TRAINING, S)
+    rollout, _ = built.respond(built.clients[1], Purpose.TRAINING, S)
     scores, weight = torch.randn(6, 2), 0.1 * torch.randn(built.policy.hidden_size + 1, 2)
     batch = ppo.prepare(built.policy, rollout, scores, KL_COEF, None, estimator.reads_hidden)
     context = Context(CONFIG, 0, {"theta": theta}, torch.eye(2), batch, P, {"critic": weight} if S == 1 else {})
@@ -169,7 +169,7 @@ def test_every_round_client_and_purpose_draws_afresh():
     assert len(cohorts) > 1
     for built.rounds_done in (0, 1):
         for purpose in (Purpose.TRAINING, Purpose.CALIBRATION):
-            draws += [rollout.prompts.tolist() for rollout, _ in built.respond(built.clients, purpose)]
+            draws += [built.respond(client, purpose)[0].prompts.tolist() for client in built.clients]
     assert len({str(prompts) for prompts in draws}) == len(draws) == 12
     uniforms = [stream(0, purpose, t, c).random() for purpose in Purpose for t in range(3) for c in range(3)]
     uniforms += [stream(1, 2, 0, 0).random(), stream(0, 2).random(), stream(0, 2, 0).random()]  # seed, trailing zeros
@@ -205,7 +205,7 @@ def test_the_optimizers_rate_is_the_configured_one(optimizer):
 
 def test_the_critic_never_sees_the_token_it_judges():
     built, t = federation(), 2
-    ((rollout, _),) = built.respond(built.clients[:1], Purpose.TRAINING)
+    rollout, _ = built.respond(built.clients[0], Purpose.TRAINING)
     hidden = built.policy.logprobs(rollout)[2]
     rollout.responses[:, t:] = (rollout.responses[:, t:] + 5) % 46 + 3
     moved = (hidden - built.policy.logprobs(rollout)[2]).abs().amax(-1)  # [B, L]
@@ -259,8 +259,9 @@ CHANGED = {"beta": 3.0, "preference": [0.2, 0.8], "gae_lambda": 0.3, "hyper_rate
 def test_a_method_reads_exactly_the_settings_that_its_parts_name(name):
     def trained(**settings):
         built = federation(method=methods.METHODS[name], clients=2, batch_size=4, epochs=1, **settings)
-        plain, wrong = built.score, torch.tensor([[0.0, 1.0], [1.0, 1.0]]).double().repeat_interleave(4, 0)
-        built.score = lambda *arguments: plain(*arguments) * wrong  # client 0 never serves the primary
+        plain, wrong = built.score, torch.tensor([[0.0, 1.0], [1.0, 1.0]]).double()
+        # client 0 never serves the primary
+        built.score = lambda prompts, rollout, client: plain(prompts, rollout, client) * wrong[client.index]
         built.round(), built.round()
         return built.theta
 

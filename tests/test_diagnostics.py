@@ -18,7 +18,7 @@ def federation(**settings):
     rng = np.random.default_rng(0)
     prompts = [Prompt("", (), tuple(rng.integers(3, 50, rng.integers(2, 8))), "", {}) for _ in range(15)]
 
-    def score(prompts, rollout, holdings):
+    def score(prompts, rollout, client):
         shares = [((rollout.responses % j == 0) * rollout.mask).sum(1) / rollout.mask.sum(1) for j in (2, 3)]
         return torch.stack(shares, 1).double()
 

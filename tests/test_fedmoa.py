@@ -218,7 +218,7 @@ def test_the_accuracy_of_one_prompt_is_not_held_for_certain():
 @pytest.mark.parametrize("value", [-0.5, 1.5])
 def test_a_primary_reward_that_is_no_accuracy_is_refused_at_calibration(value):
     built = federation(method=FEDMOA)
-    built.score = lambda prompts, rollout, holdings: torch.full((len(prompts), 2), value).double()
+    built.score = lambda prompts, rollout, client: torch.full((len(prompts), 2), value).double()
     with pytest.raises(ValueError, match=f"aggregation: .* client 0 got one of {value}; use --aggregation fedavg"):
         built.calibrate()
 
@@ -250,7 +250,7 @@ def test_every_personal_round_draws_afresh():
     built, rollouts = federation(method=FEDMOA, personal_rounds=2), []
     built.round()
     respond = built.respond
-    built.respond = lambda *arguments: rollouts.extend(drawn := respond(*arguments)) or drawn
+    built.respond = lambda *arguments: rollouts.append(drawn := respond(*arguments)) or drawn
     fedmoa.personalise(built, built.clients[0])
     assert rollouts[0][0].prompts.tolist() != rollouts[1][0].prompts.tolist()
 

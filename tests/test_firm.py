@@ -48,10 +48,9 @@ def federation(kind="llama", method=FIRM, clients=3, M=2, device="cpu", held=Non
     small = {"clients": clients, "batch_size": 6, "epochs": 2, "lr": 1e-2, "kl_coef": 0.01} | groups
     policy = make_policy(kind, noise=0.0, device=device, max_new_tokens=6)
 
-    def scored(prompts, rollout, holdings):
+    def scored(prompts, rollout, client):
         raw = score(prompts, rollout, M)
-        for rows, objectives, _ in holdings:
-            raw[rows, [j for j in range(M) if j not in objectives]] = torch.nan
+        raw[:, [j for j in range(M) if j not in client.objectives]] = torch.nan
         return raw
 
     built = Federation(policy, shares, NAMES[:M], scored, method, Config(**small | settings), held, exchange=exchange)
@@ -331,7 +330,7 @@ def test_a_client_trains_on_the_objectives_that_it_holds_and_on_no_other():
     uploads = thetas(federation(held=[[0], [1], [0, 1]]).round())
     for j in (0, 1):
         alone = federation(M=1)
-        alone.score = lambda prompts, rollout, holdings, j=j: score(prompts, rollout)[:, [j]]
+        alone.score = lambda prompts, rollout, client, j=j: score(prompts, rollout)[:, [j]]
         assert torch.equal(uploads[j], thetas(alone.round())[j])
     assert torch.equal(uploads[2], thetas(federation().round())[2])
 

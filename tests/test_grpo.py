@@ -123,7 +123,8 @@ def test_grpo_divides_a_group_by_its_own_deviation_and_the_kl_by_nothing():
 
 def test_each_prompt_is_answered_s_times_in_consecutive_rows_and_the_batch_counts_responses():
     built = grouped(S=3)
-    for rollout, _ in built.respond(built.clients, Purpose.TRAINING, built.group_size):
+    for client in built.clients:
+        rollout, _ = built.respond(client, Purpose.TRAINING, built.group_size)
         assert len(rollout) == 6 and rollout.group_size == 3
         asked = [row[mask == 1].tolist() for row, mask in zip(rollout.prompts, rollout.prompt_mask, strict=True)]
         assert asked == [asked[0]] * 3 + [asked[3]] * 3 and asked[0] != asked[3]

@@ -10,6 +10,7 @@ import torch
 
 import data
 from app.objectives import load_objectives, parse_spec
+from clients import Client
 from rewards import RULES, Objective, calibration_sums, combine_sums, score
 
 
@@ -150,39 +151,26 @@ def test_numbers_of_any_library_are_rewards():
         assert score_of(lambda values=values, **_: values).tolist() == [[1], [2]]
 
 
-CLIENTS = [(slice(0, 2), [0, 1], 4), (slice(2, 3), [1], 6), (slice(3, 5), [0], 7)]  # one lacks 0, one lacks 1
+def of_client(index, *held):
+    return Client(index, [], list(held), None)
 
 
-def score_of_clients(*objectives, clients=CLIENTS):
-    return score(objectives, make_prompts({"tags": ["x"]}, *[{}] * 4), list("abcde"), [[i] for i in range(5)], clients)
+def scores(*objectives, client=None):
+    return score(objectives, make_prompts({"tags": ["x"]}, *[{}] * 4), list("abcde"), [[i] for i in range(5)], client)
 
 
-def recording():
-    """An objective whose rewards are the ids of the responses, and the responses of each call."""
-    seen = []
-
-    def function(completions, completion_ids, tags, **_):
-        assert len(tags) == len(completions)  # every client gets the same columns
-        seen.append("".join(completions))
-        return [ids[0] for ids in completion_ids]
-
-    return Objective("mine", "py:x", function), seen
-
-
-def test_a_function_sees_one_client_at_a_time():
-    (first, of_first), (second, of_second) = recording(), recording()
-    raw, nan = score_of_clients(first, second), float("nan")
-    assert of_first == ["ab", "de"] and of_second == ["ab", "c"]
-    np.testing.assert_equal(raw.numpy(), [[0, 0], [1, 1], [nan, 2], [3, nan], [4, nan]])
-    assert score_of_clients(first, second, clients=[(slice(0, 5), [1], 0)])[:, 0].isnan().all()
-    assert of_first == ["ab", "de"] and of_second[-1] == "abcde"  # what nobody holds is not called
+def test_a_function_is_called_for_a_client_that_holds_it_and_for_no_other():
+    called = []
+    objectives = [Objective(name, "py:x", lambda name=name, **_: called.append(name) or [1] * 5) for name in "yz"]
+    np.testing.assert_equal(scores(*objectives, client=of_client(4, 1)).numpy(), [[np.nan, 1]] * 5)
+    assert called == ["z"] and scores(*objectives).tolist() == [[1, 1]] * 5
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), -float("inf"), "1", [1.0], 10**999, torch.ones(2)], ids=str)
 def test_a_reward_that_is_not_a_finite_number_is_refused_by_objective_client_and_prompt(bad):
     function = lambda completions, **_: [bad if text == "e" else 0.0 for text in completions]  # noqa: E731
     with pytest.raises(ValueError, match="objective 'mine' returned .* for client 7 and the prompt 'Human: q4 Assista"):
-        score_of_clients(Objective("mine", "py:x", function), recording()[0])
+        scores(Objective("mine", "py:x", function), client=of_client(7, 0))
     with pytest.raises(ValueError, match="objective 'mine' returned 1 rewards for 2 completions"):
         score_of(lambda **_: [1.0])
 
@@ -195,7 +183,7 @@ def test_a_function_that_changes_what_it_gets_spoils_nothing():
 
     given, expected = {}, {}
     witness = lambda into: Objective("w", "py:x", lambda **columns: into.update(columns) or [0.0] * 5)  # noqa: E731
-    score_of_clients(witness(expected), Objective("spoiler", "py:x", spoil), witness(given), clients=None)
+    scores(witness(expected), Objective("spoiler", "py:x", spoil), witness(given))
     assert given == expected and given["tags"][0] == ["x"] and given["messages"][0][0]["content"] == "q0"
 
 
