@@ -1,17 +1,16 @@
 """From prompts to responses and their log-probabilities.
 
-Sampling (`sampler.py`) turns uniforms into tokens. A client draws its uniforms from its own stream
-(`clients.stream`), so its responses do not depend on who shares its batch, on early stops, or on a restart. [ours]
-The exception is rounding: if a uniform lies within rounding of an edge of the CDF, another batch may draw another
-token. In float32 that hardly ever happens. In 16 bits most longer responses meet it; their distribution is the same.
+Sampling (`sampler.py`) turns uniforms into tokens. A client draws its uniforms from its own stream (`clients.stream`)
+and is sampled by itself: in a batch of other rows rounding may draw another token, in 16 bits most longer responses
+meet that. So its responses depend on no other client, no restart, and no number of processes. [ours]
 
     prompts   [N, P]  left-padded: every row's last prompt token stands at P − 1
     responses [N, L]  right-padded; mask [N, L] is 1 up to and including the first EOS, which is trained like any token
     logp      [B, L]  log π(response token | everything before), float32, at the sampling temperature
 
-Sampling is cohort-wide; a client's log-probs run on its own rows, cut to its own width and to micro-batches, for
-π_old and π_new alike. Log-softmax runs in float32, only over response positions, a chunk of tokens at a time
-(`TokenLogProbs`). A row's log-probs must not depend on padding, batch or cache: `check` tries that on every model.
+Log-probs run on a client's rows in micro-batches, for π_old and π_new alike. Log-softmax runs in float32, only over
+response positions, a chunk of tokens at a time (`TokenLogProbs`). A row's log-probs must depend on no padding, batch or
+cache: `check` tries that on every model.
 """
 
 from __future__ import annotations
