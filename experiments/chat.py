@@ -66,7 +66,8 @@ EXPERIMENTS = {
     "chat": Experiment(
         measure,
         {label: settings_of(label) for label in ("firm", "linear")}
-        | {label: settings_of(label) | ONE for label in ("mgda", "firm β=1")},
+        | {label: settings_of(label) | ONE for label in ("mgda", "firm β=1")}
+        | {f"linear p={p}": {"method": "linear", "preference": [p, round(1 - p, 1)]} | ONE for p in (0.1, 0.9)},
         SEEDS, [*MEANS, "seconds"], {"FIRM less fixed weights": [("firm", "linear")]}, MEANS, more=each_run,
         note=NOTE,
     ),
