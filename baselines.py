@@ -197,7 +197,7 @@ def gradients_at_start(federation: Federation, work: Iterable[tuple], faults: di
 class FedCMOOServer(Server):
     """Picks λ before the local runs, and remembers it as the next round's start."""
 
-    equal_objectives = True
+    equal_objectives = asks_first = True
 
     def broadcast(self, federation: Federation, work: Iterable[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
         """The λ [M] of a round."""

@@ -117,7 +117,7 @@ class Contribution:
 
     upload: Upload
     state: list[dict[str, Tensor]]
-    raw: Tensor  # [B, M] its rewards in raw units, NaN for objectives that it does not hold
+    raw: Tensor | None  # [B, M] its rewards in raw units, NaN for objectives that it does not hold
     updates: list[Update]
 
 

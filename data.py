@@ -204,12 +204,15 @@ def prompts_from(
     return prompts, {"rows": n_rows, **dropped, "kept": len(prompts)}
 
 
-def share_out(prompts: list[Prompt], n_clients: int, settings: DataSettings, seed: int) -> Shares:
+def share_out(prompts: list[Prompt], n_clients: int, settings: DataSettings, seed: int, apart: bool = False) -> Shares:
     """The prompts by `--split`: iid; dirichlet; files, subset or a column's name, which give each value a client.
 
+    apart: the clients are told by their number in a column, and some or all of them are elsewhere.
     Equal arguments give equal results. Raises ValueError for too few prompts or another number of clients.
     """
     n = settings.held_out
+    if apart:
+        return split_by(settings.split, prompts, n_clients, n, seed, {str(c): [] for c in range(n_clients)})
     if len(prompts) < n + n_clients:
         raise ValueError(f"held_out: {n} and {n_clients} clients need more than {len(prompts)} different prompts")
     if settings.split not in ("iid", "dirichlet"):
@@ -267,7 +270,9 @@ def split_dirichlet(prompts: list[Prompt], n_clients: int, alpha: float, seed: i
     return shares
 
 
-def split_by(name: str, prompts: list[Prompt], n_clients: int, n: int, seed: int) -> Shares:
+def split_by(
+    name: str, prompts: list[Prompt], n_clients: int, n: int, seed: int, apart: dict[str, list[Prompt]] | None = None
+) -> Shares:
     """One client for each file, subset, or value of a column, in ascending order, whole numbers first.
 
     The n held-out prompts come from the rows without a value, each subset in proportion; if all rows have one, every
@@ -275,11 +280,11 @@ def split_by(name: str, prompts: list[Prompt], n_clients: int, n: int, seed: int
     """
     free = [prompt for prompt in prompts if prompt.owner(name) is None]
     owned, held_out = [prompt for prompt in prompts if prompt.owner(name) is not None], free
-    if not free:
+    if not free and not apart:
         owned, held_out = hold_out(owned, [prompt.owner(name) for prompt in owned], n, seed)
     elif len(free) > n:
         _, held_out = hold_out(free, [prompt.subset for prompt in free], n, seed)
-    shares: dict[str, list[Prompt]] = {}
+    shares: dict[str, list[Prompt]] = apart or {}
     for prompt in owned:
         shares.setdefault(prompt.owner(name), []).append(prompt)
     if len(shares) != n_clients:
@@ -287,7 +292,7 @@ def split_by(name: str, prompts: list[Prompt], n_clients: int, n: int, seed: int
         raise ValueError(
             f"split: {len(shares)} clients hold prompts by {name}, not {n_clients}; set clients, or split by {choices}"
         )
-    if len(held_out) < n:
+    if len(held_out) < n and not (apart and owned):
         raise ValueError(f"held_out: {n} prompts, but only {len(free)} have no {name}; lower it or pass more")
     owners = sorted(shares, key=lambda owner: (0, int(owner), owner) if owner.isdecimal() else (1, 0, owner))
     return [shares[owner] for owner in owners], held_out

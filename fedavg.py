@@ -7,7 +7,7 @@ n_c is the number of prompts that client c holds, unless a method weighs clients
 
 Averaging A and B separately loses mean(BA) − mean(B) mean(A), which the log shows as `adapter/averaging_residual`.
 
-Left out on purpose: secure aggregation, compression, asynchrony.
+Left out on purpose: compression, asynchrony.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -98,12 +98,12 @@ class Server:
     aggregation: Aggregation = FEDAVG
     state: dict[str, Tensor] = field(default_factory=dict)
     equal_objectives = False  # whether every client must hold all objectives
+    asks_first = False  # whether `broadcast` exchanges messages with the clients, before their local runs
     exchanged = (0, 0)  # bytes up and down of a client's exchanges with `broadcast` in this round
 
     def broadcast(self, federation: Any, work: Iterable[tuple], faults: dict[int, str]) -> dict[str, Tensor]:
-        """What it sends to every client beside θ and κ. A server that asks clients before the local runs finds in work
-        those of this process, each with its batch at θ_t. A batch is made as it is asked for and holds a graph until
-        its first gradient. `federation.gathered` has the answers to all processes.
+        """What it sends to every client beside θ and κ. A server that `asks_first` goes through work, (client, batch at
+        θ_t, raw rewards) of this process, each made as it is reached; `federation.gathered` then has all answers.
         """
         return {}
 

@@ -126,7 +126,7 @@ def accuracy_weights(uploads: Sequence[Upload], config: Config) -> Tensor:
         own, power = task == number, config.accuracy_power
         a = shrunk(accuracies[own], variances[own])
         if power and not a.max() > 0:
-            what = f"no client of task {int(number)} was right: its clients are weighed by their prompts alone"
+            what = "no client of a task was right: its clients are weighed by their prompts alone"
             warnings.warn(what, stacklevel=2)
             power = 0.0
         q = held[own] * (a / torch.where(a.max() > 0, a.max(), 1.0)) ** power  # over the largest: no power is too high

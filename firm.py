@@ -22,12 +22,10 @@ training has k rewards; d adapter parameters; B responses of at most L tokens, S
 A method is a few swappable parts on this engine (`Method`), in four stages: 1 rewards -> advantages, 2 gradients -> λ,
 3 update -> upload, 4 uploads -> θ. `baselines.py` and `fedmoa.py` have the others.
 
-Faults [ours]. A client may vanish from a round (`client_dropout`), or a number of its update may not be finite. The
-average, κ's mean KL and the log are then those of the other clients, and its own state stays as it was. If the server
-picks λ before the local runs, λ still counts a client that fails later, in its local run.
-
+Faults [ours]. A client may vanish from a round (`client_dropout`), or its update may hold a NaN. Then all else is
+as if it had not taken part, but for a λ that the server picked before the local runs.
 [ours] fresh Adam on every client and round (its moments are never averaged), η_s, the critic that stays at home.
-Left out on purpose: secure aggregation, stragglers, differential privacy.
+Left out on purpose: stragglers; secure aggregation and differential privacy, which `app/nodes.py` has from Flower.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -144,7 +142,6 @@ def contexts(
     trainings = []
     for mix, state in zip(mixes, client.state or [{} for _ in mixes], strict=True):
         rewarded = replace(batch, scores=method.trainings.combine(batch.scores, mix.to(batch.scores)))  # [B, k]
-        # a reward weighs what the objectives in it weigh
         p = mgda.preference_vector(mix.to(client.preference).T @ client.preference, mix.shape[1])  # [k]
         trainings.append(Context(config, t, message, mix, rewarded, p, dict(state)))
     return trainings
@@ -177,12 +174,12 @@ class Alone:
         return items
 
     def merged(self, results: dict[int, Any]) -> dict[int, Any]:
-        """The results of all processes, in ascending order."""
+        """The results of all processes, in ascending order of their numbers."""
         return results
 
 
 class Federation:
-    """The server and its clients, simulated one after another. `round` is Algorithm 1's outer loop body.
+    """The server and its clients. `round` is Algorithm 1's outer loop body.
 
     prompts_of, objectives_of, tasks_of: each client's prompts, numbers of objectives (all if not given), and task.
     score(prompts, rollout, client) gives raw rewards [n, M], as `Session.score` does.
@@ -215,30 +212,23 @@ class Federation:
 
     def calibrate(self) -> None:
         """Fix every objective's mean and scale, once, from samples of the base policy."""
-        sums = {}
-        for client in self.exchange.mine(self.clients):
-            with self.policy.adapter.disabled():
-                _, raw = self.respond(client, Purpose.CALIBRATION)
-            self.method.aggregation.numbers(client, raw, 1)  # raises for rewards that the average cannot use
-            sums[client.index] = rewards.calibration_sums(raw)
+        sums = {client.index: self.sums(client) for client in self.exchange.mine(self.clients)}
         self.calibration = rewards.combine_sums(list(self.exchange.merged(sums).values()))
+
+    def sums(self, client: Client) -> tuple[Tensor, Tensor, Tensor]:
+        """What a client sends for it, of responses of the base policy."""
+        with self.policy.adapter.disabled():
+            _, raw = self.respond(client, Purpose.CALIBRATION)
+        self.method.aggregation.numbers(client, raw, 1)  # raises for rewards that the average cannot use
+        return rewards.calibration_sums(raw)
 
     def round(self) -> Round:
         """One communication round. Raises ValueError if no client's update can be used."""
         if self.calibration is None:
             self.calibrate()
-        t, config, method = self.rounds_done, self.config, self.method
+        t, config = self.rounds_done, self.config
         cohort, dropped = self.cohort()
-        self.policy.adapter.assign(self.theta)
-        work, ahead = tee(self.batches(self.exchange.mine(cohort)))  # batches are made once, and may be asked for twice
-        arrived, faults = {}, {}
-        message = {"theta": self.theta} | self.server.broadcast(self, ahead, faults)
-        for client, batch, raw in work:
-            try:
-                arrived[client.index] = contribution(client, self.policy, batch, raw, message, method, config, t)
-            except NotFinite as error:
-                faults[client.index] = str(error)
-        arrived = self.gathered(arrived, faults)
+        message, arrived, faults = self.local_runs(cohort)
         for c, part in arrived.items():
             self.clients[c].state = part.state
 
@@ -252,6 +242,21 @@ class Federation:
         self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(uploads) * config.batch_size, config.kl_target)
         self.rounds_done += 1
         return record
+
+    def local_runs(self, cohort: Sequence[Client]) -> tuple[dict[str, Tensor], dict[int, Contribution], dict[int, str]]:
+        """What the server sends to a cohort, the contributions that arrive by client, why others do not."""
+        self.policy.adapter.assign(self.theta)
+        work, ahead = tee(self.batches(self.exchange.mine(cohort)))  # the same batches, each made once
+        arrived, faults = {}, {}
+        message = {"theta": self.theta} | self.server.broadcast(self, ahead, faults)
+        del ahead  # which would keep them all
+        for client, batch, raw in work:
+            given = client, self.policy, batch, raw, message, self.method, self.config, self.rounds_done
+            try:
+                arrived[client.index] = contribution(*given)
+            except NotFinite as error:
+                faults[client.index] = str(error)
+        return message, self.gathered(arrived, faults), faults
 
     def cohort(self) -> tuple[list[Client], int]:
         """The clients of this round, and how many sampled ones vanish from it."""

@@ -202,16 +202,30 @@ def by_loss(record: Round, clients: Sequence[Client], names: Sequence[str]) -> d
 
 
 def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter: Adapter) -> dict[str, float]:
-    """A round's line of metrics.jsonl."""
+    """A round's line of metrics.jsonl: of clients elsewhere, only what they sent is known."""
+    parts = list(record.arrived.values())
+    metrics = {"round": record.number, "kl": float(np.mean([part.upload.numbers["kl"] for part in parts]))}
+    metrics["kl_coef"] = record.kl_coef
+    if all(part.updates for part in parts):
+        metrics |= inside(record, clients, names)
+    for (c, part), share in zip(record.arrived.items(), record.shares.tolist(), strict=True):
+        metrics |= {f"kl/client{c}": part.upload.numbers["kl"], f"share/client{c}": share}
+    metrics |= dispersion(record, adapter) | bill(record)
+    metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
+    if record.faults:
+        metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
+    return metrics
+
+
+def inside(record: Round, clients: Sequence[Client], names: Sequence[str]) -> dict[str, float]:
+    """What a simulation sees of its clients' rewards and steps, and a server does not."""
     parts = list(record.arrived.values())
     updates, batches = [u for part in parts for u in part.updates], [part.updates[0].batch for part in parts]
     steps, rollouts = [step for update in updates for step in update.steps], [batch.rollout for batch in batches]
     raw = torch.cat([part.raw for part in parts])
     spread = (raw - raw.nanmean(0)).square().nanmean(0).sqrt()
-    metrics = {"round": record.number}
-    metrics |= {f"reward/{name}": value for name, value in zip(names, raw.nanmean(0).tolist(), strict=True)}
+    metrics = {f"reward/{name}": value for name, value in zip(names, raw.nanmean(0).tolist(), strict=True)}
     metrics |= {f"reward_sd/{name}": value for name, value in zip(names, spread.tolist(), strict=True)}
-    metrics |= {"kl": float(np.mean([part.upload.numbers["kl"] for part in parts])), "kl_coef": record.kl_coef}
     for figure in ("entropy", "clip_fraction", "approx_kl", "first_order_gain"):
         metrics[figure] = float(np.mean([getattr(step, figure) for step in steps]))
     pairs = [[pair_cosines(s.gram) for u in part.updates for s in u.steps if len(s.gram) > 1] for part in parts]
@@ -224,12 +238,7 @@ def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter
     metrics["ended"] = float(torch.cat([rollout.ended for rollout in rollouts]).double().mean())
     metrics["response_tokens"] = float(torch.cat([rollout.mask.sum(1) for rollout in rollouts]).double().mean())
     lambdas = torch.stack([objective_weights(clients[c], record, c, len(names)) for c in record.arrived])  # [C, K, M]
-    metrics |= agreement(record, lambdas, names, adapter) | by_client(record, clients, lambdas, names)
-    metrics |= bill(record)
-    metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
-    if record.faults:
-        metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
-    return metrics
+    return metrics | agreement(lambdas, names) | by_client(record, clients, lambdas, names)
 
 
 def bill(record: Round) -> dict[str, float]:
@@ -240,23 +249,26 @@ def bill(record: Round) -> dict[str, float]:
 
 
 def by_client(record: Round, clients: Sequence[Client], lambdas: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Of every client: its mean reward and mean λ of each objective that it holds, its KL, its share of the average."""
+    """Of every client: its mean reward and mean λ of each objective that it holds."""
     metrics = {}
-    for (c, part), share, lam in zip(record.arrived.items(), record.shares.tolist(), lambdas.mean(1), strict=True):
-        figures = {"kl": part.upload.numbers["kl"], "share": share}
+    for (c, part), lam in zip(record.arrived.items(), lambdas.mean(1), strict=True):
         for j in clients[c].objectives:
-            figures |= {f"reward/{names[j]}": float(part.raw[:, j].mean()), f"lambda/{names[j]}": float(lam[j])}
-        metrics |= {f"{figure}/client{c}": value for figure, value in figures.items()}
+            metrics[f"reward/{names[j]}/client{c}"] = float(part.raw[:, j].mean())
+            metrics[f"lambda/{names[j]}/client{c}"] = float(lam[j])
     return metrics
 
 
-def agreement(record: Round, lambdas: Tensor, names: Sequence[str], adapter: Adapter) -> dict[str, float]:
-    """How far the clients agree, on λ [C, K, M] and on the adapter."""
+def agreement(lambdas: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """How far the clients agree on λ [C, K, M]."""
     metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
-    metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
+    return metrics | {"lambda/disagreement": float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))}
+
+
+def dispersion(record: Round, adapter: Adapter) -> dict[str, float]:
+    """How far the clients agree on the adapter."""
     uploads = [part.upload.tensors["theta"] for part in record.arrived.values()]  # [trainings, d] each
     thetas = torch.stack([record.training_shares.to(theta) @ theta for theta in uploads])  # [C, d]
     residual, norm = averaging_residual([adapter.split(theta) for theta in thetas], record.shares, adapter.scale)
-    return metrics | {
+    return {
         "adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual, "adapter/norm": norm,
     }  # fmt: skip

@@ -22,7 +22,7 @@ once, run the rounds, measure again, write the run directory:
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from cProfile import Profile
 from pathlib import Path
@@ -43,7 +43,9 @@ from settings import Config
 from worlds import toy
 
 
-def train(config: Config, resume: Path | None = None, progress: bool = True, title: str = "") -> dict[str, Any]:
+def train(
+    config: Config, resume: Path | None = None, progress: bool = True, title: str = "", prepare: Callable = Session
+) -> dict[str, Any]:
     """One whole run. Returns what summary.json holds, on the first process. With a title it shows only a bar."""
     say = print if progress and not title else lambda *_: None
     method = "" if config.preset.startswith(config.method) else config.method
@@ -52,9 +54,13 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     out = Path(ranks.exchanged(out)[0])  # the first process's
     if resume:
         say(f"resume: {out} has its objectives from {' '.join(config.objectives)}")  # first, since py: runs a file
-    session = ranks.after_first(lambda: Session(config, progress))
+    session = ranks.after_first(lambda: prepare(config, progress))
+    everywhere = ranks.exchanged(vars(config) | session.inputs)
+    for name, value in everywhere[0].items():
+        if any(each.get(name) != value for each in everywhere):
+            raise ValueError(f"torchrun: the machines differ in {name}; give all the same command and files")
     say(report.header(session, out))
-    if checkpoint.there(out):
+    if ranks.exchanged(checkpoint.there(out))[0]:
         session.restore(out)
         if ranks.first():
             (out / "summary.json").unlink(missing_ok=True)  # a run that has one is complete
@@ -80,7 +86,7 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, tit
     best = metrics.best_round(held_out, session.before.scores, session.federation.calibration)
     gains = best and {name: clustered(best[1][..., j]) for j, name in enumerate(session.names)}
     summary["best"] = best and {"round": best[0], "gain": gains}
-    if personal or session.federation.method.needs_primary:
+    if personal or (session.federation.method.needs_primary and all(session.prompts_of)):
         summary["by_client"] = report.by_client(session, after, personal)
     samples = report.samples(session, after)
     write_results(session, summary, samples, out)
@@ -101,9 +107,8 @@ def do_rounds(session: Session, out: Path, title: str) -> Evaluation | None:
     with tqdm(range(done, config.rounds), initial=done, total=config.rounds, **shown) as bar:
         for t in bar:
             after, line = do_round(session, out, t)
-            rewards = [f"{name} {line[f'reward/{name}']:.3f}" for name in session.names]
-            weights = "/".join(f"{line[f'lambda/{name}']:.2f}" for name in session.names)
-            bar.set_postfix_str("  ".join([*rewards, f"KL {line['kl']:.2f}", f"λ {weights}"]))
+            keys = [f"{kind}/{name}" for kind in ("reward", "lambda") for name in session.names]
+            bar.set_postfix_str("  ".join(f"{key} {line[key]:.2f}" for key in ["kl", *keys] if key in line))
     return after
 
 

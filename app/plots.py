@@ -120,6 +120,8 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     kl = {training: curve(metrics, "kl", 0)}
     contents.append(Panel("rounds done", "KL per response (nats)", "distance from the base model", kl))
     panels(contents, out / "rewards.png")
+    if not any("lambda/disagreement" in m for m in metrics):
+        return
     weights = {name: curve(metrics, f"lambda/{name}") for name in names}
     apart = {"disagreement": curve(metrics, "lambda/disagreement")}
     panels([

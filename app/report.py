@@ -36,6 +36,7 @@ def header(session: Session, out: Path) -> str:
     """What is about to run, in a few lines."""
     config, counts = session.config, session.counts
     sizes = sorted(map(len, session.prompts_of))
+    where = f"of {sizes[0]} to {sizes[-1]} prompts ({config.split})" if sizes[-1] else "elsewhere"
     own = bool(session.client_names) and session.held_out[0].owner(config.split) is not None
     parts = [part for part in (config.method, config.advantages, config.weights, config.aggregation) if part]
     return "\n".join([
@@ -45,7 +46,7 @@ def header(session: Session, out: Path) -> str:
         f"  prompts     {counts['kept']:,} kept of {counts['rows']:,} rows ({counts['duplicates']} duplicates, "
         f"{counts['too_long']} too long), {len(session.held_out)} of them held out",
         *["  clients' own prompts are held out, and stand in samples.jsonl"] * own,
-        f"  clients     {len(sizes)} of {sizes[0]} to {sizes[-1]} prompts ({config.split}) "
+        f"  clients     {len(sizes)} {where} "
         + shorten(", ".join(session.client_names), 90),
         f"  rounds      {config.rounds} of {config.batch_size} responses, {session.federation.group_size} to a prompt",
         f"  run         {out}",
@@ -65,6 +66,7 @@ def summarise(session: Session, after: Evaluation) -> dict[str, Any]:
         }
         for j, name in enumerate(session.names)
     }
+    weights = [f"lambda/{name}" for name in session.names]
     cohort = config.clients_per_round or config.clients
     uploaded = sum((cohort - m["dropped_clients"]) * m["upload_bytes"] for m in lines)
     return {
@@ -74,7 +76,7 @@ def summarise(session: Session, after: Evaluation) -> dict[str, Any]:
         "processes": ranks.size(),
         "rounds": config.rounds,
         "preference": config.preference,
-        "mean_lambda": [float(np.nanmean([m[f"lambda/{name}"] for m in lines])) for name in session.names if lines],
+        "mean_lambda": [float(np.nanmean([m[key] for m in lines])) for key in weights if lines and key in lines[0]],
         "inputs": session.inputs | {"the starting adapter": session.start},
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
         "upload_bytes_per_client": uploaded / config.clients,

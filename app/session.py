@@ -3,8 +3,9 @@
 import hashlib
 import json
 import time
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -33,7 +34,10 @@ from worlds.rows import rows_of
 class Session:
     """Everything a run needs. Raises ValueError if something is wrong with the settings or what they name."""
 
-    def __init__(self, config: Config, progress: bool = True) -> None:
+    def __init__(
+        self, config: Config, progress: bool = True, apart: bool = False, kind: Callable[..., Federation] = Federation
+    ) -> None:
+        """apart: whether clients' prompts, some or all, are elsewhere; kind: what makes the federation."""
         self.config, self.progress = config, progress and ranks.first()
         self.started = time.perf_counter()
         self.before: Evaluation | None = None  # the base model's, from `begin` or `restore`
@@ -65,18 +69,18 @@ class Session:
         room = None if context is None else context - config.max_new_tokens
         rows = (row for file in files for row in rows_of(file))
         prompts, self.counts = data.prompts_from(rows, tokenizer, config.max_prompt_tokens, room)
-        self.prompts_of, self.held_out = data.share_out(prompts, config.clients, config, config.seed)
-        owners = [share[0].owner(config.split) for share in self.prompts_of]
+        self.prompts_of, self.held_out = data.share_out(prompts, config.clients, config, config.seed, apart)
+        owners = [share[0].owner(config.split) for share in self.prompts_of if share]
         self.client_names = [] if config.split in ("iid", "dirichlet") else list(map(str, owners))
-        self.tasks = [Counter(p.task for p in share).most_common(1)[0][0] for share in self.prompts_of]
+        self.tasks = [Counter([p.task for p in share] or ["all"]).most_common(1)[0][0] for share in self.prompts_of]
         held = data.objectives_of(config.client_objectives, self.names, self.tasks)
         for own, share in [*zip(held, self.prompts_of, strict=True), (range(len(self.names)), self.held_out)]:
             for j in own:
                 check_prompts(self.objectives[j], share)
         self.policy = Policy(model, tokenizer, config, config.seed)
-        method, numbers = methods.method_of(config), [sorted(set(self.tasks)).index(task) for task in self.tasks]
-        self.federation = Federation(
-            self.policy, self.prompts_of, self.names, self.score, method, config, held, numbers, ranks.Exchange()
+        method, numbers = methods.method_of(config), [zlib.crc32(task.encode()) for task in self.tasks]
+        self.federation = kind(
+            self.policy, self.prompts_of, self.names, self.score, method, config, held, numbers, ranks
         )
 
     def score(self, prompts: Sequence[Prompt], rollout: Rollout, client: Client | None = None) -> Tensor:
@@ -96,7 +100,7 @@ class Session:
         return evaluation
 
     def begin(self) -> None:
-        """Measure the base model and calibrate the rewards on it; then put the adapter that training starts at."""
+        """Calibrate the rewards on the base model and measure it; then put the adapter that training starts at."""
         fresh = self.federation.theta
         if self.config.adapter:  # first: it may be refused
             base, self.start = (
@@ -107,8 +111,8 @@ class Session:
                 print(f"warning: {self.config.adapter} was trained on {base}; it means nothing on other weights")
             self.federation.theta = self.policy.adapter.vector()
             self.policy.adapter.assign(fresh)
-        self.before = self.evaluate("base model")
         self.federation.calibrate()
+        self.before = self.evaluate("base model")
         for name, constant in zip(self.names, self.federation.calibration.constant.tolist(), strict=True):
             if constant and self.progress:
                 print(f"warning: {name} gave every response of the base policy the same reward; it is not scaled, and")
@@ -125,10 +129,10 @@ class Session:
 
     def personalised(self, out: Path) -> list[Evaluation]:
         """Each client's adapter after local rounds on its own: saved, and measured on held-out prompts of its kind."""
-        exchange, evaluations = ranks.Exchange(), []
-        bar = tqdm(exchange.mine(self.federation.clients), "personalisation", disable=not self.progress, leave=False)
+        evaluations = []
+        bar = tqdm(ranks.mine(self.federation.clients), "personalisation", disable=not self.progress, leave=False)
         thetas = {client.index: fedmoa.personalise(self.federation, client) for client in bar}
-        for c, adapter in exchange.merged(thetas).items():
+        for c, adapter in ranks.merged(thetas).items():
             self.policy.adapter.assign(adapter)
             if ranks.first():
                 peft_files.save(self.policy.adapter, out / "personal" / f"client{c}", self.base_model)
@@ -157,7 +161,8 @@ class Session:
 
     def restore(self, out: Path) -> None:
         """Take back what `save` wrote. Raises ValueError if the file is damaged, or of another run."""
-        tensors, values = checkpoint.read(out, checkpoint.identity(self.config, self.inputs))
+        read = checkpoint.read(out, checkpoint.identity(self.config, self.inputs)) if ranks.first() else None
+        tensors, values = ranks.exchanged(read)[0]
         if values["rounds_done"] > self.config.rounds:
             raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
         checkpoint.restore_federation(self.federation, tensors, values)

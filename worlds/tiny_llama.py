@@ -82,6 +82,7 @@ def saved(contents: Mapping[str, Callable], source: str, settings: dict, cache_d
         for name, make in contents.items():
             if isinstance(content := make(), tuple):
                 for part in content:
+                    part.should_save_on_this_rank = lambda _: True  # transformers writes on one of all machines
                     part.save_pretrained(directory / name)
             else:
                 (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
