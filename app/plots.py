@@ -114,9 +114,9 @@ def by_round(metrics: Sequence[dict], names: Sequence[str], out: Path) -> None:
     contents, training, held_out = [], "training prompts", "held-out prompts ± standard error"
     for name in names:
         lines = {training: curve(metrics, f"reward/{name}", 0)}  # by the adapter that the round began with
-        if any("held_out_kl" in m for m in metrics):
-            lines[held_out] = curve(metrics, f"held_out/{name}", error=f"held_out_error/{name}")
-        contents.append(Panel("rounds done", "mean reward (raw units)", name, lines))
+        lines |= {held_out: curve(metrics, f"held_out/{name}", error=f"held_out_error/{name}")}
+        lines = {label: line for label, line in lines.items() if line[0]}  # of clients elsewhere no reward is known
+        contents += [Panel("rounds done", "mean reward (raw units)", name, lines)] * bool(lines)
     kl = {training: curve(metrics, "kl", 0)}
     contents.append(Panel("rounds done", "KL per response (nats)", "distance from the base model", kl))
     panels(contents, out / "rewards.png")
