@@ -187,6 +187,18 @@ def test_differential_privacy(folders):
         assert float((part.upload.tensors["theta"] - before).norm()) <= 1.001e-3
 
 
+def test_the_noise_of_a_client_has_the_stated_deviation_and_is_its_own(folders, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import numpy\ndef seeded(prompts, **_):\n    numpy.random.seed(0)\n    return list(range(len(prompts)))"
+    )
+    wire = Wire({7: folders[1], 8: folders[2]}, clip=1e-3, noise=10.0)
+    federation = served(folders, wire, "--objectives", f"py:{tmp_path}/mine.py:seeded").federation
+    before = federation.theta
+    noises = torch.cat([part.upload.tensors["theta"] - before for part in federation.round().arrived.values()])
+    assert noises.std(1).tolist() == pytest.approx([1e-2] * 4, rel=0.05)  # of 17,408 numbers: ± 0.5 %
+    assert (torch.corrcoef(noises) - torch.eye(4)).abs().max() < 0.05
+
+
 def test_secure_aggregation_gives_the_mean_and_no_clients_upload(folders):
     wire = Wire({7: folders[1], 8: folders[2]}, secure=True)
     flags = "--clients", "2", "--split", "half"
