@@ -181,9 +181,8 @@ def peak(shape: str, device: str, dtype: str, root: Path, ours: bool) -> float:
     bench.session(advantages="group").federation.round() if ours else next(trl_trainers(bench)).train()
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return (
-        int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    )  # ru_maxrss: the parent's, too
+    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # ru_maxrss would be the parent's, too
+    return int(peak) / 2**20
 
 
 def memory(bench: Bench) -> Iterator[dict]:
