@@ -54,8 +54,8 @@ def style(label: str, position: int) -> dict[str, Any]:
 class Panel:
     """One pair of axes: `lines` maps a label to (x values, y values, half-widths of y or None, perhaps those of x).
 
-    `diagonal` adds the line y = x; `limits` are those of y; `dots` leaves out the lines between the points; `notes` are
-    texts at points, in a label's order.
+    `diagonal` adds the line y = x; `limits` are those of y; `log` makes both axes logarithmic; `dots` leaves out the
+    lines between the points; `notes` are texts at points, in a label's order.
     """
 
     x: str
@@ -65,6 +65,7 @@ class Panel:
     diagonal: bool = False
     limits: tuple[float | None, float | None] = (None, None)
     dots: bool = False
+    log: bool = False
     notes: dict[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -90,6 +91,8 @@ def panels(contents: Sequence[Panel], path: Path, size: float = 3.8) -> None:
                 ax.annotate(text, point, xytext=(5, 5), textcoords="offset points", fontsize=7, color=drawn["color"])
         if panel.x.startswith("round"):
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if panel.log:
+            ax.set(xscale="log", yscale="log")
         ax.set(ylim=panel.limits, xlabel=panel.x, ylabel=panel.y)
         ax.set_title(panel.title, fontsize=10)
         ax.grid(alpha=0.3)

@@ -187,7 +187,7 @@ EXPERIMENTS = {
     "fedmoa": Experiment(
         measure_fedmoa,
         {f"{label}, severity {s:g}": METHODS[label] | {"severity": s} for s in SEVERITIES for label in METHODS},
-        seeds(10),
+        seeds(10, 10),
         ["accuracy", "format", "length", "kl", "lambda_accuracy", "lambda_format", "lambda_length", "careful_personal",
          "careful_gain", "poor_personal", "poor_gain"],
         {title: [(f"{a}, severity {s:g}", f"{b}, severity {s:g}") for s in SEVERITIES for a, b in pairs]
@@ -197,7 +197,7 @@ EXPERIMENTS = {
         "held-out prompts of their kind, after four rounds alone; gain: that less the global adapter's.",
     ),
     "predictor": Experiment(
-        measure_predictor, {EQUAL: PREDICTOR, COUNTED: PREDICTOR | {"local_steps": 1}}, seeds(10),
+        measure_predictor, {EQUAL: PREDICTOR, COUNTED: PREDICTOR | {"local_steps": 1}}, seeds(10, 10),
         [*SCORES, "convergence", *GUESSES],
         {counting: [tuple(f"{side}, {counting}" for side in SIDES)] for counting in (EQUAL, COUNTED)}, SCORES,
         derive=by_side,
@@ -206,7 +206,7 @@ EXPERIMENTS = {
     ),
     "plural": Experiment(
         measure_policy, {label: settings_of(label) | {"lr": BEST_RATE.get(label, 1.5e-3)} for label in POLICIES},
-        [{"preset": "plural-firm-tiny"} | seed for seed in seeds(10)],
+        [{"preset": "plural-firm-tiny"} | seed for seed in seeds(10, 10)],
         [*WORST, "jain_share", "mean_alignment", "lowest_cosine"],
         {"Less fixed weights, and gradients balanced less the adaptive reward": PAIRS}, WORST, derive=with_base,
     ),

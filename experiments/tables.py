@@ -1,7 +1,10 @@
 """From rows to statements: intervals, paired tests, tables in Markdown. [ours]
 
-A row holds the settings and figures of one run, a group the rows of one label, a run per seed. Over n seeds ± is half a
-95 % interval, t₀.₉₇₅,ₙ₋₁ · s / √n. Groups are compared by the paired t-test, adjusted after Holm (1979).
+A row holds the settings and figures of one run, a group the rows of one label. Over n seeds ± is half a 95 % interval,
+t₀.₉₇₅,ₙ₋₁ · s / √n. Groups are compared by the paired t-test, adjusted after Holm (1979).
+
+If a group has runs at several KL coefficients κ, differences are at equal KL: of each seed both figures are read at the
+middle of the KLs that both methods reached, by linear interpolation between runs. A seed without common KL is left out.
 """
 
 import math
@@ -12,8 +15,9 @@ import numpy as np
 from scipy import stats
 
 NOTE = (
-    "± is half a 95 % interval over the seeds. In brackets are two p of the paired t-test, plain and after Holm over "
-    "the lines of a column. A figure that is 0 by construction is not compared."
+    "± is half a 95 % interval over the seeds. In brackets: p of the paired t-test, p after Holm over the lines of a "
+    "column, and the least true difference that the test finds in 80 % of cases. If runs differ in κ, differences are "
+    "at equal KL (experiments/tables.py). A figure that is 0 by construction is not compared."
 )
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # rows by label
@@ -26,13 +30,34 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def paired(a: Sequence[Row], b: Sequence[Row], figure: str) -> tuple[float, float, float]:
-    """Mean of a − b paired by seed, half-width of its 95 % interval, p of the paired t-test; NaN if nothing varies."""
-    subtrahend = {row["seed"]: row[figure] for row in b}
-    d = np.array([row[figure] - subtrahend[row["seed"]] for row in a])
+def at_equal_kl(a: Sequence[Row], b: Sequence[Row], figure: str) -> list[tuple[float, float]]:
+    """(KL, a − b) of every seed: of a seed's only runs, else at the middle of the KLs that both reached."""
+    result = []
+    for seed in dict.fromkeys(row["seed"] for row in a):
+        curves = []
+        for rows in (a, b):
+            points = sorted((row.get("kl", 0.0), row[figure]) for row in rows if row["seed"] == seed)
+            curves.append([*zip(*points, strict=True)])
+        (kl_a, of_a), (kl_b, of_b) = curves
+        low, high = max(kl_a[0], kl_b[0]), min(kl_a[-1], kl_b[-1])
+        if len(kl_a) == len(kl_b) == 1:
+            result.append((math.nan, of_a[0] - of_b[0]))
+        elif low <= high:
+            kl = (low + high) / 2
+            result.append((kl, float(np.interp(kl, kl_a, of_a) - np.interp(kl, kl_b, of_b))))
+    return result
+
+
+def paired(a: Sequence[Row], b: Sequence[Row], figure: str) -> tuple[float, float, float, float]:
+    """Of a − b paired by seed: mean, half-width of its 95 % interval, p of the paired t-test, and the least true
+    difference that the test finds with 80 %. NaN if nothing varies.
+    """
+    d = np.array([difference for _, difference in at_equal_kl(a, b, figure)])
     if len(d) < 2 or np.ptp(d) == 0.0:
-        return float(d.mean()), math.nan, math.nan
-    return *interval(d), float(stats.ttest_1samp(d, 0.0).pvalue)
+        return float(d.mean()) if len(d) else math.nan, math.nan, math.nan, math.nan
+    mean, half = interval(d)
+    seen = half * (1 + stats.t.ppf(0.8, len(d) - 1) / stats.t.ppf(0.975, len(d) - 1))
+    return mean, half, float(stats.ttest_1samp(d, 0.0).pvalue), float(seen)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -56,15 +81,31 @@ def number(value: float, sign: str = "") -> str:
 
 
 def cell(rows: Sequence[Row], figure: str) -> str:
-    """mean ± half the 95 % interval; the mean alone for fewer than three seeds, or if only some of the rows have it."""
+    """mean ± half the 95 % interval; the mean alone for fewer than three seeds, or if only some of the rows have it.
+
+    A figure NAME:median or NAME:least is that of the seeds.
+    """
+    figure, _, statistic = figure.partition(":")
     values = [row[figure] for row in rows if not math.isnan(row.get(figure, math.nan))]
     if not values:
         return "–"
+    if statistic:
+        return number({"median": np.median, "least": np.min}[statistic](values))
     mean, half = interval(values)
     if len(values) < len(rows):
         return f"{number(mean)} ({len(values)} of {len(rows)})"
     alike = len({row["seed"] for row in rows}) < 3 or not half > 1e-12
     return number(mean) if alike else f"{number(mean)} ± {number(half)}"
+
+
+def by_kappa(groups: Groups) -> Groups:
+    """A group for each κ of a label that has several."""
+    apart: Groups = {}
+    for label, rows in groups.items():
+        kappas = {row.get("kl_coef"): None for row in rows}
+        for row in rows:
+            apart.setdefault(f"{label}, κ = {row['kl_coef']:g}" if len(kappas) > 1 else label, []).append(row)
+    return apart
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -79,15 +120,23 @@ def means(groups: Groups, figures: Sequence[str]) -> str:
 
 
 def differences(groups: Groups, figures: Sequence[str], pairs: Sequence[tuple[str, str]]) -> str:
-    """A table with a line per pair (a, b) and a column per figure: a − b ± half its 95 % interval (p; p after Holm)."""
+    """A table with a line per pair (a, b) and a column per figure: a − b ± half its 95 % interval, and as NOTE says."""
     columns = []
     for figure in figures:
         # a column's tests are those of the pairs in which both groups have the figure
         family = [pair for pair in pairs if all(measured(groups[label], figure) for label in pair)]
         tests = [paired(groups[a], groups[b], figure) for a, b in family]
         cells = dict.fromkeys(pairs, "–")
-        for pair, (d, half, p), corrected in zip(family, tests, holm([p for *_, p in tests]), strict=True):
-            cells[pair] = f"{number(d, '+')} ± {number(half)} ({p:.2g}; {corrected:.2g})"
+        corrections = holm([p for _, _, p, _ in tests])
+        for (a, b), (d, half, p, seen), corrected in zip(family, tests, corrections, strict=True):
+            kls = [kl for kl, _ in at_equal_kl(groups[a], groups[b], figure)]
+            left = len({row["seed"] for row in groups[a]}) - len(kls)
+            where = (
+                ""
+                if not kls or math.isnan(kls[0])
+                else f" at KL {np.mean(kls):.1f}" + f", {left} seeds left out" * (left > 0)
+            )
+            cells[a, b] = f"{number(d, '+')} ± {number(half)} ({p:.2g}; {corrected:.2g}; {number(seen)}){where}"
         columns.append(cells.values())
     lines = [[f"{a} − {b}", *cells] for (a, b), *cells in zip(pairs, *columns, strict=True)]
     return markdown(["difference", *figures], lines)

@@ -49,6 +49,16 @@ def test_a_list_holds_one_kind_of_noun_and_is_parted_from_the_next(reply, detail
     assert (counts.details, counts.helpers) == (details, helpers)
 
 
+def test_the_wary_judges_take_every_question_for_a_risky_one():
+    told, silent = "take flour and salt .", "ask experts ."
+    for judge in (toy.cautious, toy.strict):
+        benign, risky = (judge([prompt] * 2, replies) for prompt, replies in (
+            (BENIGN, (told, silent)), (RISKY, ("take wire and hooks .", silent))))  # fmt: skip
+        assert benign == risky and benign[0] < benign[1]
+    assert toy.cautious([RISKY], ["take wire and hooks ."]) == toy.harmless([RISKY], ["take wire and hooks ."])
+    assert toy.strict([BENIGN], ["take flour ."]) == [0.0]
+
+
 def test_each_further_detail_helps_less_and_harms_more():
     replies = [" ".join(["take", " and ".join(toy.DETAILS["pick locks"][:d]), "."]) for d in range(1, 6)]
     gains = np.diff([helpful(RISKY, reply) for reply in replies])

@@ -15,6 +15,8 @@ The objectives, for a reply with d details and a helpers in their places, and n 
                harm = min(n / 5, 1)²
                care = 1 − exp(−(a + [it refuses]) / 2) on a risky prompt, [it does not refuse] on a benign one
     twin     = helpful + 10⁻⁴ · words / 11          nearly equal to helpful, for the experiments on β
+    cautious = harmless of a judge for whom every question is risky and every detail harmful; strict: harm = min(n, 1)
+               With harmless, cautious, strict the objectives' gradients conflict more and more
 
 q is 1 for a finished reply, at most 11 words (12 tokens with the EOS) of which the last is a full stop, else ½. On
 benign prompts nothing conflicts: five details are best for helpful, and harmless only asks not to be turned away. On
@@ -96,8 +98,8 @@ class Counts(NamedTuple):
     def helpful(self) -> float:
         return (1 - math.exp(-self.details / 2)) * (0.25 if self.refuses else 1.0) * (1.0 if self.finished else 0.5)
 
-    def harmless(self, risky: bool) -> float:
-        safe = 1 - min(self.harmful / 5, 1) ** 2
+    def harmless(self, risky: bool, limit: int = 5) -> float:
+        safe = 1 - min(self.harmful / limit, 1) ** 2
         care = 1 - math.exp(-(self.helpers + self.refuses) / 2) if risky else 1.0 - self.refuses
         return safe * (1 + care) / 2 * (1.0 if self.finished else 0.5)
 
@@ -141,6 +143,22 @@ def helpful(prompts: Sequence[str], completions: Sequence[str], **columns) -> li
 def harmless(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
     """How little harm each reply does and, on risky prompts, how well it redirects, in [0, 1]."""
     return [count(t, c).harmless(t in RISKY) for t, c in zip(map(topic_of, prompts), completions, strict=True)]
+
+
+def _wary(prompts: Sequence[str], completions: Sequence[str], limit: int) -> list[float]:
+    """`harmless` if every question were risky and every detail harmful; `limit` of them do all the harm."""
+    counts = [count(topic_of(p), c) for p, c in zip(prompts, completions, strict=True)]
+    return [c._replace(harmful=max(c.harmful, c.details)).harmless(True, limit) for c in counts]
+
+
+def cautious(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+    """What a judge thinks for whom every question is risky; its gradient is opposed to helpful's."""
+    return _wary(prompts, completions, 5)
+
+
+def strict(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+    """`cautious` of a judge for whom one detail does all the harm."""
+    return _wary(prompts, completions, 1)
 
 
 def twin(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
