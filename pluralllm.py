@@ -32,6 +32,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,22 +202,16 @@ class PredictorFederation:
             adam.step()
         return losses
 
-    def state(self) -> dict[str, Tensor]:
-        """All that changes, by name: θ, the rounds done, client c's moments of parameter i. No copies."""
-        tensors = {"theta": self.theta, "rounds_done": torch.tensor(self.rounds_done)}
-        for c, adam in enumerate(self.adams):
-            for i, moments in adam.state_dict()["state"].items():
-                tensors |= {f"client{c}.{i}.{name}": tensor for name, tensor in moments.items()}
-        return tensors
+    def state(self) -> dict[str, Any]:
+        """All that changes. No copies."""
+        adams = [adam.state_dict()["state"] for adam in self.adams]
+        return {"theta": self.theta, "rounds_done": self.rounds_done, "adams": adams}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
-        self.rounds_done, self.theta = int(tensors["rounds_done"]), tensors["theta"].to(self.theta.device)
+        self.rounds_done, self.theta = state["rounds_done"], state["theta"].to(self.theta.device)
         self.load()
-        for c, adam in enumerate(self.adams):
-            moments: dict[int, dict[str, Tensor]] = {}
-            for client, i, name in (key.split(".") for key in tensors if key.startswith(f"client{c}.")):
-                moments.setdefault(int(i), {})[name] = tensors[f"{client}.{i}.{name}"]
+        for adam, moments in zip(self.adams, state["adams"], strict=True):
             adam.load_state_dict(adam.state_dict() | {"state": moments})
 
 

@@ -34,11 +34,10 @@ import torch
 from tqdm import tqdm
 
 import methods
-import metrics
-from app import checkpoint, options, peft_files, predictor, ranks, report, sweep
+from app import checkpoint, metrics, options, peft_files, predictor, ranks, report, sweep
 from app.files import free_directory, to_json, write_lines, write_tensors, write_text
+from app.metrics import Evaluation, clustered
 from app.session import Session
-from metrics import Evaluation, clustered
 from settings import Config
 from worlds import toy
 

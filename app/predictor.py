@@ -130,10 +130,10 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
     identity = checkpoint.identity(config, inputs)
     lines = []
     if checkpoint.there(out):
-        tensors, values = checkpoint.read(out, identity)
-        lines, started = values["lines"], started - values["seconds"]
+        content = checkpoint.read(out, identity)
+        lines, started = content["lines"], started - content["seconds"]
         for side, federation in sides.items():
-            federation.restore(checkpoint.under(tensors, f"{side}/"))
+            federation.restore(content[side])
     write_text(out / "config.json", json.dumps(vars(config), indent=2) + "\n")
     if progress:
         print(f"{len(data.questions)} questions; {len(groups)} groups train, {len(unseen)} are held out; run {out}")
@@ -143,9 +143,8 @@ def train(config: Config, resume: Path | None = None, progress: bool = True) -> 
             if len(lines) == config.rounds or (config.eval_every and len(lines) % config.eval_every == 0):
                 for side, scores in scores_of(sides, unseen).items():
                     lines[-1] |= {f"{name}/{side}": value for name, value in figures_of(scores).items()}
-                tensors = {f"{side}/{name}": x for side, f in sides.items() for name, x in f.state().items()}
-                values = {"identity": identity, "lines": lines, "seconds": time.perf_counter() - started}
-                checkpoint.write(out, tensors, values)
+                content = {"identity": identity, "lines": lines, "seconds": time.perf_counter() - started}
+                checkpoint.write(out, content | {side: federation.state() for side, federation in sides.items()})
             bar.update()
     summary = {"encoder": encoder} | summarise(sides, groups, unseen, start, lines)
     summary["seconds"] = time.perf_counter() - started

@@ -96,7 +96,7 @@ def exchanged(value: Any) -> list[Any]:
 
 
 def packed(value: Any) -> bytes:
-    """A length of 8 bytes, a safetensors file, and JSON, which names tensors and RECORDS."""
+    """A safetensors file, whose metadata says in JSON what its tensors are of: RECORDS, dicts, lists, plain values."""
     tensors: dict[str, Tensor] = {}
 
     def plain(x: Any) -> Any:
@@ -110,22 +110,21 @@ def packed(value: Any) -> bytes:
             return {type(x).__name__: [plain(item) for item in x]}
         return {type(x).__name__: plain(vars(x))} if type(x).__name__ in RECORDS else x
 
-    text = json.dumps(plain(value)).encode()
-    content = safetensors.torch.save(tensors)
-    return len(content).to_bytes(8) + content + text
+    text = json.dumps(plain(value))  # first: it fills `tensors`
+    return safetensors.torch.save(tensors, {"value": text})
 
 
 def unpacked(sent: bytes) -> Any:
-    """What `packed` was given; what was on a GPU comes to this process's."""
-    end = 8 + int.from_bytes(sent[:8])
-    tensors = safetensors.torch.load(sent[8:end])
+    """What `packed` was given; what was on a GPU comes to this process's, if it has one."""
+    header = json.loads(sent[8 : 8 + int.from_bytes(sent[:8], "little")])
+    tensors, gpu = safetensors.torch.load(sent), torch.cuda.is_available()
 
     def built(x: Any) -> Any:
         if not isinstance(x, dict):
             return x
         ((kind, content),) = x.items()
         if kind == "tensor":
-            return tensors[content].to(content.split()[1])
+            return tensors[content].to(content.split()[1] if gpu else "cpu")
         if kind == "dict":
             return {key: built(item) for key, item in content}
         if kind in RECORDS:
@@ -133,4 +132,4 @@ def unpacked(sent: bytes) -> Any:
         items = [built(item) for item in content]
         return tuple(items) if kind == "tuple" else items
 
-    return built(json.loads(sent[end:]))
+    return built(json.loads(header["__metadata__"]["value"]))

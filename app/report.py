@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from app import ranks
+from app.metrics import Evaluation, clustered
 from app.session import Session
-from metrics import Evaluation, clustered
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -16,15 +16,14 @@ from tqdm import tqdm
 import data
 import fedmoa
 import methods
-import metrics
 import rewards
-from app import checkpoint, peft_files, predictor, ranks
+from app import checkpoint, metrics, peft_files, predictor, ranks
 from app.loading import fingerprint, pretrained
+from app.metrics import Evaluation
 from app.objectives import check_prompts, load_objectives
 from clients import Client
 from data import Prompt
 from firm import Federation
-from metrics import Evaluation
 from rollout import Policy, Rollout, context_length
 from settings import Config
 from worlds import reasoning, survey, toy
@@ -152,20 +151,16 @@ class Session:
 
     def save(self, out: Path) -> None:
         """All that --resume needs beside config.json."""
-        tensors, values = checkpoint.federation_state(self.federation)
-        tensors |= {"before.scores": self.before.scores, "before.kl": self.before.kl}
-        tensors |= {f"held_out.{t}": scores for t, scores in self.scores_after.items()}
-        values |= {"texts": self.before.texts, "lines": self.lines, "start": self.start}
-        values |= {"seconds": time.perf_counter() - self.started}
-        checkpoint.write(out, tensors, values | {"identity": checkpoint.identity(self.config, self.inputs)})
+        content = checkpoint.federation_state(self.federation) | {"before": vars(self.before), "start": self.start}
+        content |= {"held_out": self.scores_after, "lines": self.lines, "seconds": time.perf_counter() - self.started}
+        checkpoint.write(out, content | {"identity": checkpoint.identity(self.config, self.inputs)})
 
     def restore(self, out: Path) -> None:
         """Take back what `save` wrote. Raises ValueError if the file is damaged, or of another run."""
         read = checkpoint.read(out, checkpoint.identity(self.config, self.inputs)) if ranks.first() else None
-        tensors, values = ranks.exchanged(read)[0]
-        if values["rounds_done"] > self.config.rounds:
-            raise ValueError(f"rounds: {values['rounds_done']} are done already; ask for at least as many")
-        checkpoint.restore_federation(self.federation, tensors, values)
-        self.scores_after = {int(n.partition(".")[2]): x for n, x in tensors.items() if n.startswith("held_out.")}
-        self.before = Evaluation(tensors["before.scores"], tensors["before.kl"], values["texts"])
-        self.lines, self.start, self.started = values["lines"], values["start"], self.started - values["seconds"]
+        content = ranks.exchanged(read)[0]
+        if content["rounds_done"] > self.config.rounds:
+            raise ValueError(f"rounds: {content['rounds_done']} are done already; ask for at least as many")
+        checkpoint.restore_federation(self.federation, content)
+        self.before, self.scores_after = Evaluation(**content["before"]), content["held_out"]
+        self.lines, self.start, self.started = content["lines"], content["start"], self.started - content["seconds"]

@@ -8,7 +8,7 @@ A method that takes no preference (mgda, say) is run once, at uniform p. Rewarde
 once (`baselines.py`), and every p only mixes their adapters. METHOD/p0.30-0.70/ and soups/specialist-NAME/ are ordinary
 run directories. The same command with --out naming the directory goes on with it: finished runs stay.
 
-Of hypervolumes (`metrics.py`) only those of equally many points compare. Left out on purpose: hypervolume without an
+Of hypervolumes (app/metrics.py) only those of equally many points compare. Left out on purpose: hypervolume without an
 exact front, the hull of mixtures of two policies, several seeds (one seed's ± is over prompts, not over training runs).
 """
 
@@ -26,9 +26,8 @@ import torch
 
 import baselines
 import methods
-import metrics
 import mgda
-from app import options, report
+from app import metrics, options, report
 from app.files import free_directory, nan_for_null, read_json, read_lines, to_json, write_text
 from app.objectives import parse_spec
 from app.report import aligned, plus_minus

@@ -21,11 +21,11 @@ import pluralllm
 import run
 from app import peft_files, predictor
 from app.files import read_lines
+from app.metrics import pair_cosines
 from app.options import PRESETS
 from app.session import Session
 from experiments.lab import TUNING_SEEDS, Experiment, seeds, settings_of
 from experiments.tables import Groups, Row
-from metrics import pair_cosines
 from settings import Config
 from worlds import survey
 

@@ -15,10 +15,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-import metrics
 import mgda
 import run
-from app import sweep
+from app import metrics, sweep
 from app.files import nan_for_null, read_json, read_lines
 from app.options import PRESETS
 from app.plots import Panel, panels, pareto

@@ -9,8 +9,8 @@ import torch
 from test_firm import assert_same_state, federation, score
 
 import baselines
-import metrics
 import mgda
+from app import metrics
 from baselines import ADAPTIVE, FEDCMOO, FSMGDA, MAXIMUM, MINIMUM, MORLHF
 from fedavg import Upload, n_bytes
 from firm import FIRM, LINEAR, MGDA

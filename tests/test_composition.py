@@ -11,10 +11,9 @@ from test_ppo import krylov_fit
 import fedmoa
 import firm
 import methods
-import metrics
 import mgda
 import ppo
-from app import options
+from app import metrics, options
 from baselines import FEDCMOO, FSMGDA
 from clients import Context, Purpose, stream
 from fedavg import FEDAVG, Server

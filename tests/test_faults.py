@@ -102,7 +102,7 @@ for moment, arguments in json.load(sys.stdin):
     assert os.wait()[1] == signal.SIGKILL
 """
 MOMENTS = [  # half-way through writing a file for the n-th time, or after it: between rounds
-    "in state.safetensors 1", "after state.safetensors 2", "in state.safetensors 3", "in summary.json 1",
+    "in checkpoint 1", "after checkpoint 2", "in checkpoint 3", "in summary.json 1",
 ]  # fmt: skip
 
 
@@ -131,10 +131,10 @@ CHANGES = {  # what happened to a file of the run or of its inputs, and what the
     "the prompts": ("prompts.jsonl", edit("w3 ", "w4 w5 "), "prompts changed"),
     "the rewards' code": ("objectives.py", edit("/ 8", "/ 9"), "objective (even|short) changed"),
     "the base model": ("model/config.json", edit("\n}", "\n\n}"), "the base model changed"),
-    "a bit of a checkpoint": ("run/checkpoint/state.safetensors", flip_the_last_bit, "is damaged"),
-    "no checkpoint": ("run/checkpoint/state.safetensors", os.remove, "is gone"),
+    "a bit of a checkpoint": ("run/checkpoint", flip_the_last_bit, "is damaged"),
+    "no checkpoint": ("run/checkpoint", os.remove, "is gone"),
     "a link": ("run/notes", lambda file: file.symlink_to(file.parent / "config.json"), "notes is a link"),
-    "half a checkpoint": ("run/checkpoint/state.safetensors", lambda file: os.truncate(file, 9999), "is damaged"),
+    "half a checkpoint": ("run/checkpoint", lambda file: os.truncate(file, 9999), "is damaged"),
 }
 
 

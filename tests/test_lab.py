@@ -4,17 +4,16 @@ import csv
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_diagnostics import federation
+import torch
 
 pytest.importorskip("scipy", reason="the experiments need SciPy, see requirements-dev.txt")
 
-import metrics  # noqa: E402
-from experiments import diagnostics, lab, toy  # noqa: E402
-from settings import Config  # noqa: E402
+from experiments import lab, toy  # noqa: E402
 
 RESULTS = Path(lab.__file__).parents[1] / "results"
 
@@ -66,32 +65,34 @@ def test_every_row_on_disk_says_which_commit_made_it():
         assert rows and all(re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) for row in rows)
 
 
-def test_solving_again_under_the_same_beta_gives_the_logged_figures():
-    trained = federation(beta=0.1, preference=[0.3, 0.7])
-    lines, grams = [], []
-    for _ in range(2):
-        record = trained.round()
-        figures, tensors = diagnostics.observe(trained.policy, record, trained.config)
-        lines.append(metrics.line(record, trained.clients, trained.names, trained.policy.adapter) | figures)
-        grams.append(tensors)
-    row = toy.of_grams(grams, [0.3, 0.7])
-    assert row["disagreement@0.1"] == pytest.approx(np.mean([line["lambda/disagreement"] for line in lines]))
-    assert row["drift@0.1"] == pytest.approx(np.mean([line["drift"] for line in lines]))
-    assert row["disagreement@0"] > row["disagreement@0.1"] > row["disagreement@10"] > 0.0
+def test_the_noise_ratio_is_that_of_a_whole_batchs_error_and_of_the_distance_from_p():
+    # λ₁ is 0.7 ± 0.1 on a half, so 0.7 ± 0.1 / √2 on the whole; of orthogonal gradients λ₁ = |g₂|² / (|g₁|² + |g₂|²)
+    start = torch.zeros(4, 2, 2, 4, 2, 2, dtype=torch.float64)
+    for c, halves in enumerate(product((0.6, 0.8), repeat=2)):
+        for half, lam in enumerate(halves):
+            start[c, half, :, c, half] = torch.diag(torch.tensor([1 - lam, lam]))
+    steps = torch.eye(2, dtype=torch.float64).expand(4, 1, 1, 2, 2)
+    row = toy.of_grams([{"start": start, "steps": steps}] * 2, 0.0, None)
+    assert row["noise_ratio"] == pytest.approx(0.1 / 2**0.5 / 0.2)
+    assert (row["gap"], row["twin_disagreement"]) == (pytest.approx(1.0), 0.0)
 
 
-def net_roughness(rewards, spread, **settings):
-    """Of rounds with these mean rewards, whose 100 responses have this deviation; the base policy's is 0.5."""
-    logged = ("drift", "upload_bytes", "download_bytes", "lambda/disagreement", "lambda/helpful")
-    figures = dict.fromkeys(logged, 1.0) | {f"reward_sd/{name}": spread for name in toy.NAMES}
-    lines = [figures | {f"reward/{name}": float(reward) for name in toy.NAMES} for reward in rewards]
-    summary = {"objectives": {name: {"calibration": {"scale": 0.5}} for name in toy.NAMES}}
-    return toy.of_rounds(Config(clients=4, batch_size=25, **settings), summary, lines)["net_roughness_helpful"]
+def of_rounds(**columns):
+    """Figures of rounds with these columns, the others 1; the base policy's deviation is 0.5."""
+    logged = ("lambda/disagreement", "lambda/helpful", "adapter/dispersion", "cosine", "drift", "stationarity")
+    rounds = len(next(iter(columns.values())))
+    ones = dict.fromkeys((*logged, "upload_bytes", "download_bytes", "held_out_kl", "held_out/helpful"), [1.0] * rounds)
+    lines = [{name: float(values[t]) for name, values in (ones | columns).items()} for t in range(rounds)]
+    return toy.of_rounds(lines, {"objectives": {"helpful": {"calibration": {"scale": 0.5}}}})
 
 
-def test_roughness_is_net_of_a_trend_and_of_sampling_in_deviations_of_the_base_policy():
-    rng = np.random.default_rng(0)
-    trend, noise = 0.05 * np.arange(2000), rng.normal(0.0, 0.2, 2000)  # 0.2: 100 responses of deviation 2
-    assert net_roughness(trend, 2.0) == 0.0 and net_roughness(trend + noise, 2.0) < 0.1
-    assert net_roughness(noise + rng.normal(0.0, 0.5, 2000), 2.0) == pytest.approx(0.5 / 0.5, rel=0.1)
-    assert np.isnan(net_roughness(noise, 2.0, advantages="group"))  # responses to one prompt are not independent
+def test_roughness_is_the_deviation_of_noise_around_a_trend_in_base_deviations():
+    trend, noise = 0.05 * np.arange(2000), np.random.default_rng(0).normal(0.0, 0.2, 2000)
+    assert of_rounds(**{"held_out/helpful": trend})["roughness"] == pytest.approx(0.0, abs=1e-9)
+    assert of_rounds(**{"held_out/helpful": trend + noise})["roughness"] == pytest.approx(0.4, rel=0.1)
+
+
+def test_stationarity_is_a_mean_over_the_first_rounds_and_its_slope_that_of_the_logarithms():
+    row = of_rounds(stationarity=np.diff(np.arange(129) ** 0.5))  # the sum over T rounds is √T
+    assert row["stationarity@16"] == pytest.approx(16**-0.5) and row["slope"] == pytest.approx(-0.5)
+    assert np.isnan(of_rounds(stationarity=[-1.0] * 128)["slope"])

@@ -8,7 +8,7 @@ import test_run
 import torch
 from test_faults import federation
 
-import metrics
+from app import metrics
 from rewards import Calibration
 
 world = test_run.world  # the fixture

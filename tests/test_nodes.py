@@ -15,8 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
-import metrics
-from app import nodes, options
+from app import metrics, nodes, options
 from app.session import Session
 from worlds import toy
 

@@ -12,9 +12,8 @@ import torch
 from conftest import make_model, make_tokenizer
 from test_run import adapter_of, command, metrics_of, summary_of
 
-import metrics
 import run
-from app import ranks
+from app import metrics, ranks
 from worlds import tiny_llama
 
 world = test_run.world  # the fixture
@@ -30,7 +29,8 @@ MANY = """
 import json, os, socket, sys
 from pathlib import Path
 from matplotlib.figure import Figure
-import app.plots, metrics, run
+import app.plots, run
+from app import metrics
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # once, not in every process
 
 Figure.savefig = lambda figure, file, **_: file.write(b"")

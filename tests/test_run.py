@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from conftest import WORDS, make_model, make_tokenizer
 from matplotlib.figure import Figure
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import run
+from app import ranks
 from app.session import Session
 from data import objectives_of
 from methods import METHODS
@@ -132,8 +132,8 @@ def test_the_metrics_keep_their_contract(finished):
 
 
 def test_gains_are_paired_and_their_errors_clustered_by_prompt(observed):
-    scores = safetensors.torch.load_file(observed / "checkpoint" / "state.safetensors")
-    gains = (scores["held_out.2"] - scores["before.scores"]).mean(1)  # [n, M], the mean of a prompt's two responses
+    kept = ranks.unpacked((observed / "checkpoint").read_bytes()[32:])
+    gains = (kept["held_out"][2] - kept["before"]["scores"]).mean(1)  # [n, M], the mean of a prompt's two responses
     for j, entry in enumerate(summary_of(observed)["objectives"].values()):
         assert entry["gain"]["mean"] == pytest.approx(float(gains[:, j].mean()))
         assert entry["gain"]["mean"] == pytest.approx(entry["after"]["mean"] - entry["before"]["mean"])

@@ -9,9 +9,8 @@ import test_run
 from safetensors.torch import load_file, save_file
 from test_run import adapter_of, command, contents, metrics_of, refused, summary_of
 
-import metrics
 import run
-from app import options, sweep
+from app import metrics, options, sweep
 from firm import Federation
 from worlds import toy
 
