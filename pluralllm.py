@@ -298,9 +298,6 @@ def fairness(scores: Tensor, least: int = 3) -> float:
 
 
 def convergence(curve: Sequence[float], level: float, window: int = 3) -> int | None:
-    """The first position of a curve at which its last `window` scores have a mean of level; None if there is none.
-
-    [ours] level: AS₀ + 0.95 (the better final AS − AS₀).
-    """
+    """The first position of a curve at which its last `window` scores have a mean of level; None if there is none."""
     means = [np.mean(curve[i : i + window]) for i in range(len(curve) - window + 1)]
     return next((i + window - 1 for i, mean in enumerate(means) if mean >= level), None)

@@ -127,7 +127,7 @@ def do_round(session: Session, out: Path, t: int) -> tuple[Evaluation | None, di
             score = clustered(after.scores[..., j])
             line |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
     if config.diagnostics:
-        from experiments import diagnostics
+        from app import diagnostics
 
         figures, grams = diagnostics.observe(session.policy, record, config)
         line |= figures

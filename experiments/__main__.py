@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from experiments import chat, extensions, toy
+from experiments import extensions, privacy, toy
 from experiments.lab import conduct
 
-EMBEDDED = toy.EXPERIMENTS | extensions.EXPERIMENTS
-EXPERIMENTS = EMBEDDED | chat.EXPERIMENTS
+EXPERIMENTS = toy.EXPERIMENTS | extensions.EXPERIMENTS | privacy.EXPERIMENTS
+EMBEDDED = [name for name in EXPERIMENTS if not name.startswith(("chat", "privacy"))]  # need nothing further
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="in miniature, to runs/quick: the figures mean nothing")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of one thread each")
     options = parser.parse_args(arguments)
-    for name in dict.fromkeys(chain(*([*EMBEDDED] if name == "all" else [name] for name in options.names))):
+    for name in dict.fromkeys(chain(*(EMBEDDED if name == "all" else [name] for name in options.names))):
         experiment = EXPERIMENTS[name].miniature() if options.quick else EXPERIMENTS[name]
         conduct(name, experiment, Path("runs/quick" if options.quick else "results"), options.workers)
 

@@ -1,16 +1,18 @@
-"""The experiments of the other worlds: FedMOA (reasoning); PluralLLM's predictor and FIRM on it (survey). [ours]
+"""The experiments beyond the toy world: FedMOA, PluralLLM's predictor and FIRM on it, a chat model. [ours]
 
-`fedmoa`: the judge is accuracy on held-out prompts, whose references are right.
+`fedmoa`: two objectives, accuracy and format. The judge is accuracy on held-out prompts, whose references are right.
 `predictor`: federated and central training take equally many optimizer steps; then as many central ones as rounds.
 `plural`: the predictor's shares of four groups are a policy's objectives. It is judged by what the groups truly think,
 on questions that neither the survey nor a client's prompts hold:
 
     share      Σ_o π(o) s_g(o), what an answer is worth to group g on average; greatest if the policy answers the mode
     alignment  1 − the distance of π over the options from s_g
+
+`chat` needs the files that the preset `smollm2` names, on the hub or here, and takes hours: `all` leaves it out.
 """
 
 import math
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,73 +26,67 @@ from app.files import read_lines
 from app.metrics import pair_cosines
 from app.options import PRESETS
 from app.session import Session
-from experiments.lab import TUNING_SEEDS, Experiment, seeds, settings_of
+from experiments.lab import TUNING_SEEDS, Experiment, at_kappas, by_rate, seeds, settings_of
 from experiments.tables import Groups, Row
+from experiments.toy import measure
 from settings import Config
 from worlds import survey
 
 SEVERITIES = (0.0, 0.7)  # shares of wrong references in the data of the four poor clients
-UNIFORM, MOSTLY, PRIMARY = [1 / 3] * 3, [0.8, 0.2, 0.0], [1.0, 0.0, 0.0]
-FEDMOA = {"preset": "fedmoa-tiny", "personal_rounds": 0, "method": "fedmoa"}
-LINEAR, FIRM = (FEDMOA | {"method": method, "advantages": "grpo"} for method in ("linear", "firm"))
-MIXES = (UNIFORM, [0.5, 0.25, 0.25], [0.7, 0.15, 0.15], [0.5, 0.5, 0.0], MOSTLY, PRIMARY)
-GRID = {  # six settings for each method
-    **{f"fedmoa rate {rate:g} γ {power:g}": FEDMOA | {"hyper_rate": rate, "accuracy_power": power}
-       for rate, power in product((1.0, 2.0, 4.0), (1.0, 2.0))},
-    **{f"linear p {p[0]:.2f} {p[1]:.2f}": LINEAR | {"preference": p} for p in MIXES},
-    **{f"firm β {beta:g} p {p[0]:.2f} {p[1]:.2f}": FIRM | {"beta": beta, "preference": p}
-       for beta, p in product((0.1, 1.0, 10.0), (UNIFORM, MOSTLY))},
+FEDMOA = {
+    "preset": "fedmoa-tiny", "objectives": PRESETS["fedmoa-tiny"]["objectives"][:2], "client_objectives": [],
+    "personal_rounds": 0, "method": "fedmoa",
 }  # fmt: skip
-TUNED = [GRID[best] for best in ("fedmoa rate 4 γ 1", "linear p 0.50 0.50", "firm β 10 p 0.80 0.20")]
+LINEAR, FIRM = (FEDMOA | {"method": method, "advantages": "grpo"} for method in ("linear", "firm"))
+GRID = {  # six settings for each method
+    **{f"fedmoa, rate {rate:g} p {p:g}": FEDMOA | {"hyper_rate": rate, "preference": [p, round(1 - p, 1)]}
+       for rate, p in product((1.0, 2.0, 4.0), (0.5, 0.8))},
+    **{f"linear, p {p:g}": LINEAR | {"preference": [p, round(1 - p, 1)]} for p in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)},
+    **{f"firm, β {beta:g} p {p:g}": FIRM | {"beta": beta, "preference": [p, round(1 - p, 1)]}
+       for beta, p in product((0.1, 1.0, 10.0), (0.5, 0.8))},
+}  # fmt: skip
+FEDMOA_BEST = {"fedmoa": "fedmoa, rate 4 p 0.5", "linear": "linear, p 0.8", "firm": "firm, β 10 p 0.8"}
+TUNED = {method: GRID[label] for method, label in FEDMOA_BEST.items()}
 METHODS = {
-    "fedmoa": TUNED[0] | {"personal_rounds": 4},
+    "fedmoa": TUNED["fedmoa"] | {"personal_rounds": 4},
     "linear": LINEAR,
-    "linear primary": LINEAR | {"preference": PRIMARY},
-    "linear tuned": TUNED[1] | {"personal_rounds": 4},
-    "firm": TUNED[2],
-    "fedmoa weights alone": TUNED[0] | {"aggregation": "fedavg"},
-    "fedmoa average alone": TUNED[0] | {"weights": "fixed"},
-    "fedmoa average and primary": TUNED[0] | {"weights": "fixed", "preference": PRIMARY},
-    "fedmoa groups": TUNED[0] | {"advantages": "group"},
+    "linear tuned": TUNED["linear"],
+    "firm tuned": TUNED["firm"],
+    "fedmoa weights alone": TUNED["fedmoa"] | {"aggregation": "fedavg"},
+    "fedmoa average alone": TUNED["fedmoa"] | {"weights": "fixed"},
 }
 DIFFERENCES = {
-    "FedMOA less other weights": [("fedmoa", label) for label in ("linear", "linear primary", "linear tuned", "firm")],
-    "With a part less without it": [
-        ("fedmoa average alone", "linear"), ("fedmoa average and primary", "linear primary"),
-        ("fedmoa", "fedmoa weights alone"), ("fedmoa weights alone", "linear"), ("fedmoa", "fedmoa average alone"),
-        ("fedmoa weights alone", "linear tuned"), ("fedmoa", "fedmoa average and primary"), ("fedmoa", "fedmoa groups"),
-    ],
-}  # fmt: skip
+    "FedMOA less other weights": [("fedmoa", label) for label in ("linear", "linear tuned", "firm tuned")],
+    "A part alone less equal weights": [(f"fedmoa {part} alone", "linear") for part in ("weights", "average")],
+}
 
 
 def measure_fedmoa(job: dict, directory: Path) -> list[Row]:
-    """Held-out means of one job in raw units, those of the clients' kinds, and λ in the last eighth of the rounds."""
+    """Held-out means of one job in raw units, those of the clients' kinds, and how λ ends and has moved."""
     out = directory / "run"
     summary = run.train(Config(**PRESETS["fedmoa-tiny"] | job | {"out": str(out)}), progress=False)
     lines = read_lines(out / "metrics.jsonl")
-    row = {"kl": summary["kl"]["mean"]}
+    row, eighth = {"kl": summary["kl"]["mean"]}, max(len(lines) // 8, 1)
     for name, figures in summary["objectives"].items():
-        row[name] = figures["after"]["mean"]
-        row[f"lambda_{name}"] = float(np.mean([line[f"lambda/{name}"] for line in lines[-max(len(lines) // 8, 1) :]]))
+        first, last = (
+            float(np.mean([m[f"lambda/{name}"] for m in part])) for part in (lines[:eighth], lines[-eighth:])
+        )
+        row |= {name: figures["after"]["mean"], f"base_{name}": figures["before"]["mean"]}
+        row |= {f"lambda_{name}": last, f"shift_{name}": last - first}
     clients = summary.get("by_client", [])
-    for stage, (i, data) in product(("after", "personal"), enumerate(("careful", "poor"))):  # clients alternate
-        means = [client["primary"][stage]["mean"] for client in clients[i::2] if stage in client["primary"]]
-        row[f"{data}_{stage}"] = float(np.mean(means)) if means else math.nan
+    for i, data in enumerate(("careful", "poor")):  # clients alternate
+        own = [c["primary"]["personal"]["mean"] - c["primary"]["after"]["mean"]
+               for c in clients[i::2] if "personal" in c["primary"]]  # fmt: skip
+        row[f"{data}_gain"] = float(np.mean(own)) if own else math.nan
     return [row]
-
-
-def with_gains(groups: Groups) -> Groups:
-    """Adds what the clients of either kind gain by adapters of their own over the global one."""
-    for row in chain.from_iterable(groups.values()):
-        row |= {f"{data}_gain": row[f"{data}_personal"] - row[f"{data}_after"] for data in ("careful", "poor")}
-    return groups
 
 
 SIDES = ("federated", "centralised")
 EQUAL, COUNTED = "equal steps", "a central step a round"  # the second is the public code's counting
 SCORES = ("alignment", "worst", "fairness", "jain_over_groups")
 GUESSES = ("own_context", "other_context", "uniform", "mean answer")
-PREDICTOR = {"preset": "pluralllm-tiny", "eval_every": 2, "lr": 1e-3}  # the rate as tuned, on either side
+PREDICTOR = {"preset": "pluralllm-tiny", "eval_every": 2}
+LEVELS = (0.7, 0.75)  # of alignment, for convergence
 
 
 def measure_predictor(job: dict, directory: Path) -> list[Row]:
@@ -107,33 +103,24 @@ def measure_predictor(job: dict, directory: Path) -> list[Row]:
 
 
 def by_side(groups: Groups) -> Groups:
-    """A row per seed and side: scores, and the rounds until 0.95 of the way from the mean start to the better end."""
-    result: Groups = {f"{side}, {counting}": [] for counting in (EQUAL, COUNTED) for side in SIDES}
-    for counting in (EQUAL, COUNTED):
-        for pair in zip(groups[EQUAL], groups[counting], strict=True):  # federated training is the same in both
-            rows = dict(zip(SIDES, pair, strict=True))
-            start = np.mean([row[f"{side}_start"] for side, row in rows.items()])
-            end = max(row[f"{side}_alignment"] for side, row in rows.items())
-            for side, row in rows.items():
-                rounds = sorted(int(name.partition("@")[2]) for name in row if name.startswith(f"{side}@"))
-                curve = [row[f"{side}@{t}"] for t in rounds]
-                at = pluralllm.convergence(curve, start + 0.95 * (end - start))
-                figures = {name: row[f"{side}_{name}"] for name in SCORES} | {name: row[name] for name in GUESSES}
-                figures |= {"seed": row["seed"], "convergence": math.nan if at is None else rounds[at]}
-                result[f"{side}, {counting}"].append(figures)
+    """A row per seed and side: scores, and the rounds to fixed levels of alignment."""
+    result: Groups = {f"{side}, {label}": [] for label in groups for side in SIDES}
+    for (label, rows), side in product(groups.items(), SIDES):
+        for row in rows:
+            rounds = sorted(int(name.partition("@")[2]) for name in row if name.startswith(f"{side}@"))
+            figures = {name: row[f"{side}_{name}"] for name in SCORES} | {name: row[name] for name in GUESSES}
+            for level in LEVELS:
+                at = pluralllm.convergence([row[f"{side}@{t}"] for t in rounds], level)
+                figures[f"rounds_to_{level}"] = math.nan if at is None else rounds[at]
+            result[f"{side}, {label}"].append(figures | {"seed": row["seed"]})
     return result
 
 
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
-POLICIES = ("firm β=0.01", "firm β=1", "firm β=10", "mgda", "linear", "morlhf", "minimum", "maximum", "adaptive",
-            "firm β=0.01 groups", "linear groups", "minimum groups", "adaptive groups")  # fmt: skip
-BEST_RATE = {"firm β=0.01": 3e-3, "adaptive": 3e-3, "firm β=0.01 groups": 6e-3, "adaptive groups": 3e-3}  # of three
-WORST = ["worst_share", "mean_share", "worst_alignment", "kl"]
-PAIRS = [
-    *((name, "linear") for name in POLICIES[:9] if name != "linear"),
-    *((f"{name} groups", "linear groups") for name in ("firm β=0.01", "minimum", "adaptive")),
-    ("firm β=0.01", "adaptive"), ("mgda", "adaptive"), ("firm β=0.01 groups", "adaptive groups"),
-]  # fmt: skip
+POLICIES = {
+    label: {"preset": "plural-firm-tiny"} | settings_of(label) for label in ("firm", "mgda", "linear", "adaptive")
+}
+PLURAL_BEST = {"firm": 3e-3, "mgda": 1.5e-3, "linear": 1.5e-3, "adaptive": 3e-3}
 
 
 def measure_policy(job: dict, directory: Path) -> list[Row]:
@@ -179,7 +166,21 @@ def with_base(groups: Groups) -> Groups:
     return groups | {"base model": [row | {"seed": i, "kl": 0.0} for i, row in enumerate(base)]}
 
 
+CHAT = {"preset": "smollm2", "threads": 1}
+
 EXPERIMENTS = {
+    "chat_tuning": Experiment(
+        measure, by_rate({"linear": CHAT | {"method": "linear"}}, (5e-4, 1e-3, 2e-3)), TUNING_SEEDS[:1],
+        ["gain_helpful", "gain_harmless", "kl"], note="The rate of the greatest worst gain is the preset's.",
+    ),
+    "chat": Experiment(
+        measure, {label: CHAT | settings_of(label) | {"held_out": 256} for label in ("firm", "linear")},
+        at_kappas(3, (0.003, 0.01, 0.03)),
+        ["gain_helpful", "error_helpful", "gain_harmless", "error_harmless", "kl", "cosine", "lambda_helpful",
+         "disagreement", "seconds"],
+        {"FIRM less fixed weights": [("firm", "linear")]}, ["gain_helpful", "gain_harmless", "worst_gain"],
+        drawn=("kl", "gain_helpful", "gain_harmless"), note="Errors are standard errors over the held-out prompts.",
+    ),
     "fedmoa_tuning": Experiment(
         measure_fedmoa, GRID, [{"severity": severity} | seed for severity, seed in product(SEVERITIES, TUNING_SEEDS)],
         ["accuracy"], note="Means over both severities.",
@@ -187,27 +188,37 @@ EXPERIMENTS = {
     "fedmoa": Experiment(
         measure_fedmoa,
         {f"{label}, severity {s:g}": METHODS[label] | {"severity": s} for s in SEVERITIES for label in METHODS},
-        seeds(10, 10),
-        ["accuracy", "format", "length", "kl", "lambda_accuracy", "lambda_format", "lambda_length", "careful_personal",
-         "careful_gain", "poor_personal", "poor_gain"],
+        at_kappas(8, (0.003, 0.03, 0.1)),
+        ["base_accuracy", "accuracy", "accuracy:least", "format", "kl", "lambda_format", "shift_format", "careful_gain",
+         "poor_gain"],
         {title: [(f"{a}, severity {s:g}", f"{b}, severity {s:g}") for s in SEVERITIES for a, b in pairs]
          for title, pairs in DIFFERENCES.items()},
-        ["accuracy"], derive=with_gains,
-        note="λ is that of the last eighth of the rounds. Personal: accuracy of clients with careful and poor data, on "
-        "held-out prompts of their kind, after four rounds alone; gain: that less the global adapter's.",
+        ["accuracy"],
+        drawn=("kl", "accuracy"),
+        note="λ is that of the last eighth of the rounds, its shift is since the first. Careful and poor gain: what "
+        "clients of either kind gain in accuracy by four rounds alone.",
+    ),
+    "predictor_tuning": Experiment(
+        measure_predictor, by_rate({"both": PREDICTOR}, (3e-4, 1e-3, 3e-3)), TUNING_SEEDS,
+        [f"{side}_alignment" for side in SIDES],
     ),
     "predictor": Experiment(
-        measure_predictor, {EQUAL: PREDICTOR, COUNTED: PREDICTOR | {"local_steps": 1}}, seeds(10, 10),
-        [*SCORES, "convergence", *GUESSES],
+        measure_predictor, {EQUAL: PREDICTOR | {"lr": 1e-3}, COUNTED: PREDICTOR | {"lr": 1e-3, "local_steps": 1}},
+        seeds(8), [*SCORES, *(f"rounds_to_{level}" for level in LEVELS), *GUESSES],
         {counting: [tuple(f"{side}, {counting}" for side in SIDES)] for counting in (EQUAL, COUNTED)}, SCORES,
         derive=by_side,
-        note="Unseen groups. Convergence, in rounds: the first mean of three evaluations past start + 0.95 (the better "
-        "end − start). Own context: 15 answers of the group itself; other: of one with another centre.",
+        note="Unseen groups. Rounds to a level: until the mean of three evaluations is past it. Own context: 15 "
+        "answers of the group itself; other: of one with another centre.",
+    ),
+    "plural_tuning": Experiment(
+        measure_policy, by_rate(POLICIES, (1.5e-3, 3e-3, 6e-3)), TUNING_SEEDS, ["worst_share", "kl"],
     ),
     "plural": Experiment(
-        measure_policy, {label: settings_of(label) | {"lr": BEST_RATE.get(label, 1.5e-3)} for label in POLICIES},
-        [{"preset": "plural-firm-tiny"} | seed for seed in seeds(10, 10)],
-        [*WORST, "jain_share", "mean_alignment", "lowest_cosine"],
-        {"Less fixed weights, and gradients balanced less the adaptive reward": PAIRS}, WORST, derive=with_base,
+        measure_policy, {label: POLICIES[label] | {"lr": lr} for label, lr in PLURAL_BEST.items()},
+        at_kappas(12, (0.003, 0.01, 0.03)),
+        ["worst_share", "mean_share", "worst_alignment", "kl", "jain_share", "lowest_cosine"],
+        {"Gradients balanced less fixed weights and less the adaptive reward": [
+            (a, b) for a in ("firm", "mgda") for b in ("linear", "adaptive")]},
+        ["worst_share", "mean_share", "worst_alignment"], derive=with_base, drawn=("kl", "worst_share"),
     ),
 }  # fmt: skip

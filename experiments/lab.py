@@ -46,7 +46,8 @@ class Experiment:
     families: dict[str, Sequence[tuple[str, str]]] = field(default_factory=dict)  # title -> differences a − b, by label
     compared: Sequence[str] = ()  # figures whose differences are tested
     derive: Callable[[Groups], Groups] = lambda groups: groups  # rows of the runs -> rows of the tables
-    more: Callable[[Groups, Path], str] | None = None  # a further table from the runs' rows, and pictures: PATH.png
+    drawn: Sequence[str] = ()  # x and one or more y of a picture
+    more: Callable[[Groups, Path], str] | None = None  # a further table from the runs' rows, and a picture: PATH.png
     note: str = ""
 
     def miniature(self) -> "Experiment":
@@ -57,9 +58,19 @@ class Experiment:
         return replace(self, variants=some, repeats=first[:2])
 
 
-def seeds(n: int, first: int = 40) -> list[dict[str, int]]:
-    """The n seeds that are reported. Designs were chosen on seeds below 40."""
-    return [{"seed": seed} for seed in range(first, first + n)]
+def seeds(n: int) -> list[dict[str, int]]:
+    """The n seeds that are reported. Designs were chosen on seeds below 40, rates on TUNING_SEEDS."""
+    return [{"seed": seed} for seed in range(40, 40 + n)]
+
+
+def at_kappas(n: int, kappas: Sequence[float] = KAPPAS) -> list[dict[str, Any]]:
+    """The n seeds that are reported, each at several KL coefficients."""
+    return [seed | {"kl_coef": kappa} for seed in seeds(n) for kappa in kappas]
+
+
+def by_rate(variants: dict[str, dict], rates: Sequence[float]) -> dict[str, dict]:
+    """Every variant at each of these rates."""
+    return {f"{label}, rate {lr:g}": v | {"lr": lr} for label, v in variants.items() for lr in rates}
 
 
 def settings_of(label: str) -> dict[str, Any]:
@@ -83,7 +94,10 @@ def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
     keys = {label: dict.fromkeys(map(key, some)) for label, some in jobs.items()}  # equal jobs count once
     groups = {label: [row for text in some for row in rows[text]] for label, some in keys.items()}
     shown = e.derive(groups)
-    page = [tables.means(tables.by_kappa(shown), e.figures)]
+    apart = tables.by_kappa(shown)
+    page = [tables.means(apart, e.figures)]
+    if e.drawn:
+        tables.picture(apart, e.drawn[0], e.drawn[1:], results / f"{name}.png")
     for title, pairs in e.families.items():
         present = [pair for pair in pairs if shown.keys() >= set(pair)]
         page += [f"{title}:", tables.differences(shown, e.compared, present)] if present else []

@@ -9,10 +9,14 @@ middle of the KLs that both methods reached, by linear interpolation between run
 
 import math
 from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from app import plots
 
 NOTE = (
     "± is half a 95 % interval over the seeds. In brackets: p of the paired t-test, p after Holm over the lines of a "
@@ -102,10 +106,30 @@ def by_kappa(groups: Groups) -> Groups:
     """A group for each κ of a label that has several."""
     apart: Groups = {}
     for label, rows in groups.items():
-        kappas = {row.get("kl_coef"): None for row in rows}
+        kappas = {row.get("kl_coef") for row in rows}
         for row in rows:
-            apart.setdefault(f"{label}, κ = {row['kl_coef']:g}" if len(kappas) > 1 else label, []).append(row)
+            apart.setdefault(f"{label} @ κ = {row['kl_coef']:g}" if len(kappas) > 1 else label, []).append(row)
     return apart
+
+
+def mean_line(points: Sequence[Sequence[Row]], x: str, y: str) -> tuple:
+    """A line of a `Panel`: the means over the seeds of x and y, with half the 95 % interval of y."""
+    means = [(np.mean([row[x] for row in rows]), *interval([row[y] for row in rows])) for rows in points if rows]
+    return tuple(np.reshape(means, (-1, 3)).T)
+
+
+def picture(groups: Groups, x: str, ys: Sequence[str], path: Path) -> None:
+    """Figures by another: a panel for each y and eight lines. Labels that differ behind " @ " are a line's points."""
+    lines: dict[str, list] = {}
+    for label, rows in groups.items():
+        lines.setdefault(label.partition(" @ ")[0], []).append([row for row in rows if x in row])
+    some = [list(lines.items())[i : i + 8] for i in range(0, len(lines), 8)]
+    names = {figure: figure.replace("_", " ") for figure in (x, *ys)}
+    contents = [
+        plots.Panel(names[x], names[y], "", {label: mean_line(points, x, y) for label, points in each})
+        for y, each in product(ys, some)
+    ]
+    plots.panels(contents, path)
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -20,9 +20,9 @@ import run
 from app import metrics, sweep
 from app.files import nan_for_null, read_json, read_lines
 from app.options import PRESETS
-from app.plots import Panel, panels, pareto
-from experiments.lab import COMMON, KAPPAS, TUNING_SEEDS, Experiment, seeds, settings_of
-from experiments.tables import Groups, Row, interval, markdown
+from app.plots import FRONT, Panel, panels
+from experiments.lab import COMMON, KAPPAS, TUNING_SEEDS, Experiment, at_kappas, by_rate, seeds, settings_of
+from experiments.tables import Groups, Row, interval, markdown, mean_line
 from settings import Config
 from worlds import toy
 
@@ -39,40 +39,37 @@ SPLITS = {"iid": {"split": "iid"}, "α = 0.1": {"dirichlet_alpha": 0.1}}
 
 
 def measure(job: dict, directory: Path) -> list[Row]:
-    """Train and measure one job: a row, for soups one per preference."""
+    """Train and measure one job, of the preset `tiny` with --diagnostics if it names none. Soups: a row for each p."""
+    settings = (PRESETS[job["preset"]] if "preset" in job else BASE) | job
     if job["method"] == "soups":
-        return soups(job, directory)
+        return soups(settings, directory)
     out = directory / "run"
-    config = Config(**BASE | job | {"out": str(out)})
+    config = Config(**settings | {"out": str(out)})
     summary = run.train(config, progress=False)
-    row = outcome(config, summary, out) | of_rounds(read_lines(out / "metrics.jsonl"), summary)
-    if config.method in ("firm", "mgda"):
-        grams = map(safetensors.torch.load_file, sorted((out / "grams").iterdir()))
-        row |= of_grams(list(grams), config.beta * (config.method == "firm"), config.preference)
+    row = outcome(config, summary) | of_rounds(read_lines(out / "metrics.jsonl"), summary)
+    if config.diagnostics:
+        row |= of_grams(list(map(safetensors.torch.load_file, sorted((out / "grams").iterdir()))), config)
     return [row]
 
 
-def soups(job: dict, directory: Path) -> list[Row]:
+def soups(settings: dict, directory: Path) -> list[Row]:
     """Rewarded Soups: a specialist per objective, then a row for each of the `preferences` p₁."""
-    settings = BASE | {name: value for name, value in job.items() if name != "preferences"}
-    ones = [Config(**settings | {"preference": [p, round(1.0 - p, 12)]}) for p in job["preferences"]]
+    shared = {name: value for name, value in settings.items() if name != "preferences"}
+    ones = [Config(**shared | {"preference": [p, round(1.0 - p, 12)]}) for p in settings["preferences"]]
     sweep.soups(ones, NAMES, directory, lambda config, resume, title: run.train(config, resume, progress=False))
     mixtures = [directory / sweep.label(one.preference) / "summary.json" for one in ones]
-    summaries = [read_json(file, nan_for_null) for file in mixtures]
-    specialist = directory / f"specialist-{NAMES[0]}"  # it has the same held-out prompts
-    return [outcome(one, summary, specialist) for one, summary in zip(ones, summaries, strict=True)]
+    return [outcome(one, read_json(file, nan_for_null)) for one, file in zip(ones, mixtures, strict=True)]
 
 
-def outcome(config: Config, summary: dict, out: Path) -> Row:
-    """Held-out means in raw units, gains, and the KL. out: a run with the same held-out prompts."""
-    prompts = [sample["prompt"] for sample in read_lines(out / "samples.jsonl")]
-    risky = sum(toy.topic_of(prompt) in toy.RISKY for prompt in prompts)
-    row = {"p": config.preference[0] if config.preference else 1 / len(config.objectives), "kl": summary["kl"]["mean"]}
+def outcome(config: Config, summary: dict) -> Row:
+    """Held-out means in raw units, gains and their errors over the prompts, and the KL."""
+    p = config.preference[0] if config.preference else 1 / len(config.objectives)
+    row = {"p": p, "kl": summary["kl"]["mean"], "seconds": summary["seconds"]}
     for name, figures in summary["objectives"].items():
-        gain = figures["gain"]["mean"] / figures["calibration"]["scale"]
-        row |= {f"base_{name}": figures["before"]["mean"], name: figures["after"]["mean"], f"gain_{name}": gain}
-    gains = [value for name, value in row.items() if name.startswith("gain_")]
-    return row | {"worst_gain": min(gains), "held_out": len(prompts), "risky": risky}
+        gain, error = (figures["gain"][key] / figures["calibration"]["scale"] for key in ("mean", "standard_error"))
+        row |= {f"base_{name}": figures["before"]["mean"], name: figures["after"]["mean"]}
+        row |= {f"gain_{name}": gain, f"error_{name}": error}
+    return row | {"worst_gain": min(row[f"gain_{name}"] for name in summary["objectives"])}
 
 
 def of_rounds(lines: list[dict], summary: dict) -> Row:
@@ -83,55 +80,60 @@ def of_rounds(lines: list[dict], summary: dict) -> Row:
     """
     logged = {"disagreement": "lambda/disagreement", "lambda_helpful": "lambda/helpful"}
     logged |= {"dispersion": "adapter/dispersion"}
-    logged |= {name: name for name in ("cosine", "drift", "stationarity", "upload_bytes", "download_bytes")}
-    row = {name: float(np.mean([line[key] for line in lines])) for name, key in logged.items()}
+    logged |= {name: name for name in ("cosine", "drift", "upload_bytes", "download_bytes")}
+    row = {name: float(np.mean([line[key] for line in lines])) for name, key in logged.items() if key in lines[0]}
     if len(lines) > 2 and "held_out_kl" in lines[0]:
         curves = {name: [line[f"held_out/{name}"] for line in lines] for name in summary["objectives"]}
         scales = {name: figures["calibration"]["scale"] for name, figures in summary["objectives"].items()}
         squares = [np.mean((np.diff(curve, 2) / scales[name]) ** 2) / 6 for name, curve in curves.items()]
         row["roughness"] = float(np.mean(squares)) ** 0.5
-    means = {T: np.mean([line["stationarity"] for line in lines[:T]]) for T in HORIZONS if len(lines) >= T}
     if len(lines) >= HORIZONS[-1]:
-        positive = min(means.values()) > 0
-        row["slope"] = float(np.polyfit(*np.log([*zip(*means.items(), strict=True)]), 1)[0]) if positive else math.nan
-    return row | {f"stationarity@{T}": float(mean) for T, mean in means.items()}
+        means = [float(np.mean([line["stationarity"] for line in lines[:T]])) for T in HORIZONS]
+        row |= {f"stationarity@{T}": mean for T, mean in zip(HORIZONS, means, strict=True)}
+        row["slope"] = float(np.polyfit(np.log(HORIZONS), np.log(means), 1)[0]) if min(means) > 0 else math.nan
+    return row
 
 
-def of_grams(grams: list[dict[str, Tensor]], beta: float, preference: list[float] | None) -> Row:
-    """From the Grams of T rounds: the gap ‖g₁ − g_M‖² / tr G, how clients differ in λ₁ − λ_M, and λ's noise ratio.
+def of_grams(grams: list[dict[str, Tensor]], config: Config) -> Row:
+    """From the Grams of T rounds: figures of the objectives' gradients, and of min-norm weights λ, their noise ratio.
 
-    The ratio is that of two distances (root mean squares) from the λ of a client without noise: that of the λ solved on
-    its batch, half the distance between the halves' λ_a and λ_b; and that of p, from (λ_a − p)·(λ_b − p), in which the
-    halves' noise cancels. Above 1 a batch says less about its client's λ than p does; NaN if p cannot be told from it.
+    length_ratio         of the first gradient over the second, geometric mean
+    gap                  ‖g₁ − g_M‖² / tr G
+    twin_disagreement    how clients differ in λ₁ − λ_M
+    noise_ratio          that of two distances (root mean squares) from the λ of a client without noise: that of the λ
+        solved on its batch, half the distance between the halves' λ_a and λ_b; and that of p, from (λ_a − p)·(λ_b − p),
+        in which the halves' noise cancels. Above 1 a batch says less about λ than p; NaN if p cannot be told from it
     """
     G = torch.stack([gram["steps"][:, 0] for gram in grams])  # [T, C, K, M, M]
-    gaps = (G[..., 0, 0] - 2 * G[..., 0, -1] + G[..., -1, -1]) / G.diagonal(dim1=-2, dim2=-1).sum(-1)
+    squares = G.diagonal(dim1=-2, dim2=-1)
+    ratio = (squares[..., 0] / squares[..., min(1, G.shape[-1] - 1)]).sqrt().log().mean().exp()
+    gap = ((squares[..., 0] - 2 * G[..., 0, -1] + squares[..., -1]) / squares.sum(-1)).mean()
+    row = {"gap": float(gap), "length_ratio": float(ratio)}
+    if config.method not in ("firm", "mgda"):
+        return row
     halves = torch.stack([torch.einsum("chmchn->chmn", gram["start"]) for gram in grams])  # [T, C, 2, M, M]
-    lam, of_half = (solved(each, beta, preference) for each in (G, halves))  # [T, C, K, M], [T, C, 2, M]
+    lam, of_half = (solved(each, config) for each in (G, halves))  # [T, C, K, M], [T, C, 2, M]
     apart = lam - lam.mean(1, keepdim=True)
-    p = mgda.preference_vector(preference, lam.shape[-1])
     error = (of_half[:, :, 0] - of_half[:, :, 1]).square().sum(-1).mean() / 4
-    from_p = (of_half - p).prod(2).sum(-1).mean()
-    return {
-        "gap": float(gaps.mean()), "twin_disagreement": float((apart[..., 0] - apart[..., -1]).abs().mean()),
-        "noise_ratio": float((error / from_p).sqrt()),
-    }  # fmt: skip
+    from_p = (of_half - mgda.preference_vector(config.preference, lam.shape[-1])).prod(2).sum(-1).mean()
+    row["twin_disagreement"] = float((apart[..., 0] - apart[..., -1]).abs().mean())
+    return row | {"noise_ratio": float((error / from_p).sqrt())}
 
 
-def solved(grams: Tensor, beta: float, preference: list[float] | None) -> Tensor:
+def solved(grams: Tensor, config: Config) -> Tensor:
     """λ [..., M] of Gram matrices [..., M, M]."""
-    weights = [mgda.solve(mgda.normalise(gram), beta, preference) for gram in grams.flatten(0, -3)]
+    beta = config.beta * (config.method == "firm")
+    weights = [mgda.solve(mgda.normalise(gram), beta, config.preference) for gram in grams.flatten(0, -3)]
     return torch.stack(weights).view(grams.shape[:-1])
 
 
 def volumes(groups: Groups) -> Groups:
     """Each seed's sweep of preferences at each κ as one row: its normalised hypervolume and mean KL."""
-    result: Groups = {label: [] for label in groups}
+    result, front = {}, toy.pareto_front()  # half of the held-out prompts are risky, as it takes for granted
     for label, rows in groups.items():
+        result[label] = []
         for seed, kappa in dict.fromkeys((row["seed"], row["kl_coef"]) for row in rows):
             points = [row for row in rows if (row["seed"], row["kl_coef"]) == (seed, kappa)]
-            n, risky = (int(points[0][name]) for name in ("held_out", "risky"))  # all that matters of the prompts
-            front = toy.pareto_front([toy.RISKY[0]] * risky + [next(iter(toy.TOPICS))] * (n - risky))
             mean, base = (np.array([[row[kind + name] for name in NAMES] for row in points]) for kind in ("", "base_"))
             volume = metrics.normalised_hypervolume(mean, base[0], front)
             kl = float(np.mean([row["kl"] for row in points]))
@@ -141,74 +143,31 @@ def volumes(groups: Groups) -> Groups:
 
 def trade_offs(groups: Groups, path: Path) -> str:
     """The seeds' mean points by preference, at the middle κ: a table, and a picture of them before the exact front."""
-    columns, lines, sweeps, realised = (*NAMES, "kl", "worst_gain", "lambda_helpful"), [], {}, {}
+    lines, drawn = [], {FRONT: (*toy.pareto_front().T, None)}
     kappas = sorted({row["kl_coef"] for rows in groups.values() for row in rows})
-    for label, every in groups.items():
-        rows = [row for row in every if row["kl_coef"] == kappas[len(kappas) // 2]]
-        ps = np.array(sorted({row["p"] for row in rows}))  # [n]
-        values = np.array([[[row.get(c, math.nan) for c in columns] for row in rows if row["p"] == p] for p in ps])
-        mean, error = values.mean(1), values.std(1) / max(values.shape[1] - 1, 1) ** 0.5  # [n, columns], over the seeds
-        kl, lam = mean[:, 2], mean[:, 4]
-        sweeps[label] = {"p": ps, "mean": mean[:, :2], "error": error[:, :2], "kl": kl, "kl_error": error[:, 2]}
-        sweeps[label] |= {"gain": mean[:, 3], "gain_error": error[:, 3]}
-        follows = [spearmanr(ps, sign * mean[:, j]).statistic for j, sign in ((0, 1), (1, -1))]
-        picked = "–" if math.isnan(lam[0]) else f"{lam[0]:.2f} to {lam[-1]:.2f}"  # soups have no λ
-        lines.append([label, *(f"{r:+.3f}" for r in follows), picked, f"{kl.min():.1f} to {kl.max():.1f}"])
-        if label.startswith("firm"):
-            realised[label] = (ps, lam, None)
-    base = np.mean([[row[f"base_{name}"] for name in NAMES] for row in next(iter(groups.values()))], 0)
-    axis = "worst gain (base-policy deviations)"
-    pareto(sweeps, base, toy.pareto_front(), NAMES, Path(f"{path}.png"), axis, over="the seeds")
-    panel = Panel("requested p of helpful", "realised mean λ of helpful", "", realised, diagonal=True)
-    panels([panel], Path(f"{path}_weights.png"))
-    return markdown(["seed means", "Spearman of p₁ and helpful", "of p₂ and harmless", "λ̄ of helpful", "KL"], lines)
-
-
-def mean_line(points: Sequence[Sequence[Row]], x: str, y: str) -> tuple:
-    """A line of a `Panel`: the means over the seeds of x and y, with half the 95 % interval of y."""
-    means = [(np.mean([row[x] for row in rows]), *interval([row[y] for row in rows])) for rows in points if rows]
-    return tuple(np.reshape(means, (-1, 3)).T)
-
-
-def against_kl(groups: Groups, path: Path) -> str:
-    """Pictures of the worst gain by KL, a point for each κ."""
-    sides: dict[str, dict] = {"With a critic": {}, "With groups of responses": {}}
     for label, rows in groups.items():
-        points = [[row for row in rows if row["kl_coef"] == kappa] for kappa in KAPPAS]
-        for title in sides:
-            if label == "firm" or label.endswith(("groups", "grpo")) == (title != "With a critic"):
-                sides[title][label] = mean_line(points, "kl", "worst_gain")
-    axes = ("KL to the base model (nats per response)", "worst gain (base-policy deviations)")
-    panels([Panel(*axes, title, lines) for title, lines in sides.items()], Path(f"{path}.png"), size=4.8)
-    return ""
-
-
-def by_level(groups: Groups, path: Path) -> str:
-    """Pictures of how far clients agree, and of roughness, by the cosine of the gradients."""
-    contents = []
-    for figure in ("disagreement", "drift", "roughness"):
-        points = {(name, split): [groups.get(f"{name}, {level}, {split}", []) for level in LEVELS]
-                  for name, split in product(METHODS, SPLITS)}  # fmt: skip
-        lines = {f"{name}, {split}": mean_line(of, "cosine", figure) for (name, split), of in points.items()}
-        contents.append(Panel("cosine of the gradients", figure, "", lines))
-    panels(contents, Path(f"{path}.png"))
-    return ""
+        ps = sorted({row["p"] for row in rows})
+        points = [[row for row in rows if (row["p"], row["kl_coef"]) == (p, kappas[len(kappas) // 2])] for p in ps]
+        drawn[label] = mean_line(points, *NAMES)
+        columns = (*NAMES, "kl", "lambda_helpful")
+        mean = np.array([[np.mean([row.get(c, math.nan) for row in some]) for c in columns] for some in points])
+        follows = [spearmanr(ps, sign * mean[:, j]).statistic for j, sign in ((0, 1), (1, -1))]
+        cells = [f"{low:.2f} to {high:.2f}" for low, high in zip(mean[:, 2:].min(0), mean[:, 2:].max(0), strict=True)]
+        lines.append([label, *(f"{r:+.3f}" for r in follows), *cells])
+    panel = Panel(*(f"{name} (raw units)" for name in NAMES), "Means over the seeds, p of helpful 0.1 to 0.9", drawn)
+    panels([panel], Path(f"{path}.png"), size=6.0)
+    return markdown(["seed means", "Spearman of p₁ and helpful", "of p₂ and harmless", "KL", "λ̄ of helpful"], lines)
 
 
 def over_rounds(groups: Groups, path: Path) -> str:
     """A picture of mean stationarity over the first T rounds."""
     lines = {}
     for label, rows in groups.items():
-        at = [(T, *interval([row[f"stationarity@{T}"] for row in rows])) for T in HORIZONS if rows[0]["rounds"] >= T]
-        lines[label] = tuple(np.reshape(at, (-1, 3)).T)
+        at = [(T, *interval([row.get(f"stationarity@{T}", math.nan) for row in rows])) for T in HORIZONS]
+        lines[label] = tuple(np.transpose(at))
     axes = ("rounds T", "mean ‖Jᵀλ‖² over T rounds", "On independent halves, ± 95 % over the seeds")
     panels([Panel(*axes, lines, log=True)], Path(f"{path}.png"), size=6.0)
     return ""
-
-
-def at_kappas(n: int) -> list[dict]:
-    """n seeds, each at three KL coefficients."""
-    return [seed | {"kl_coef": kappa} for seed, kappa in product(seeds(n), KAPPAS)]
 
 
 def in_world(level: str, labels: Sequence[str]) -> dict[str, dict]:
@@ -218,26 +177,25 @@ def in_world(level: str, labels: Sequence[str]) -> dict[str, dict]:
     return {label: hard | settings_of(label) | halved.get(label, {}) for label in labels}
 
 
-def tuning(variants: dict[str, dict]) -> Experiment:
-    """Three rates for every method, on seeds of its own."""
-    settings = {f"{label}, rate {lr:g}": v | KAPPA | {"lr": lr} for label, v in variants.items() for lr in RATES}
-    return Experiment(measure, settings, TUNING_SEEDS, ["worst_gain", "kl"])
-
-
 def comparison(variants: dict[str, dict], best: dict[str, float], families: dict) -> Experiment:
-    """Who serves the worst-served objective, at three κ. best: a label's rate if it isn't COMMON's."""
+    """Who serves the worst-served objective, at three κ. best: the label's rate if it isn't COMMON's."""
     settings = {label: v | {"lr": best.get(label, COMMON["lr"])} for label, v in variants.items()}
-    figures = ["worst_gain", "worst_gain:median", "worst_gain:least", "gain_helpful", "gain_harmless", "kl",
-               "lambda_helpful", "cosine", "noise_ratio"]  # fmt: skip
+    figures = ["worst_gain", "worst_gain:median", "worst_gain:least", "gain_helpful", "gain_harmless", "kl", "cosine",
+               "lambda_helpful", "length_ratio", "noise_ratio"]  # fmt: skip
     note = "16 rounds, 4 clients × 64 responses; soups are two trainings of 8 rounds. Rates are tuned."
-    return Experiment(measure, settings, at_kappas(8), figures, families, ["worst_gain"], more=against_kl, note=note)
+    return Experiment(
+        measure, settings, at_kappas(8), figures, families, ["worst_gain"], note=note, drawn=("kl", "worst_gain")
+    )
 
 
 METHODS = ("firm β=0", "firm β=0.01", "firm β=1", "linear")
-CLIENTS, KAPPA = COMMON | {"clients": 4, "batch_size": 64}, {"kl_coef": KAPPAS[1]}
+CLIENTS = COMMON | {"clients": 4, "batch_size": 64}
+KAPPA = {"kl_coef": KAPPAS[1]}
+TUNING = [seed | KAPPA for seed in TUNING_SEEDS]
 RATES = (1.5e-3, 3e-3, 6e-3)
 BASELINES = ("firm β=1", "mgda", "linear", "morlhf", "fsmgda", "fedcmoo")
 TWO = in_world("strict", ("firm", *BASELINES, "soups", "firm groups", "linear groups", "firm grpo"))
+TWO_BEST = {"firm": 6e-3, "firm β=1": 6e-3, "mgda": 1.5e-3, "soups": 1.5e-3, "linear groups": 6e-3, "firm grpo": 1.5e-3}
 THREE = in_world("two against one", ("firm", *BASELINES))
 THREE["linear ¼ ½ ¼"] = THREE["linear"] | {"preference": [0.25, 0.5, 0.25]}
 SGD = {"optimizer": "sgd", "lr": 0.3, "server_lr": 1.0}  # the better of 0.3 and 1 on seed 101
@@ -262,22 +220,24 @@ EXPERIMENTS = {
     ),
     "conflict": Experiment(  # what β does to the clients' agreement and to smoothness
         measure,
-        {f"{name}, {level}, {split}": CLIENTS | KAPPA | {"batch_size": 128, "objectives": LEVELS[level]} | SPLITS[split]
-         | settings_of(name) for split in SPLITS for level in LEVELS for name in METHODS},
+        {f"{name}, {split} @ {level}": CLIENTS | KAPPA | settings_of(name) | SPLITS[split] | {
+            "batch_size": 128, "objectives": LEVELS[level]}
+         for split in SPLITS for level in LEVELS for name in METHODS},
         [{"rounds": 16, "eval_every": 1, "held_out": 64, "eval_samples": 4} | seed for seed in seeds(5)],
-        ["cosine", "noise_ratio", "disagreement", "drift", "dispersion", "roughness", "worst_gain", "kl", "gap"],
-        {f"FIRM at β = {beta} less β = 0": [(f"firm β={beta}, {level}, {split}", f"firm β=0, {level}, {split}")
+        ["cosine", "noise_ratio", "disagreement", "drift", "dispersion", "roughness", "worst_gain", "kl",
+         "lambda_helpful", "length_ratio", "gap", "twin_disagreement"],
+        {f"FIRM at β = {beta} less β = 0": [(f"firm β={beta}, {split} @ {level}", f"firm β=0, {split} @ {level}")
                                           for split in SPLITS for level in LEVELS] for beta in ("0.01", "1")},
-        ["disagreement", "drift", "dispersion", "roughness"], more=by_level,
+        ["disagreement", "drift", "dispersion", "roughness"], drawn=("cosine", "disagreement", "drift", "roughness"),
         note="16 rounds, 4 clients × 128 responses. The gap of two against one is ‖g₁ − g₃‖² / tr G.",
     ),
-    "worst_tuning": tuning(TWO),
-    "worst": comparison(TWO, {}, {
+    "worst_tuning": Experiment(measure, by_rate(TWO, RATES), TUNING, ["worst_gain", "kl"]),
+    "worst": comparison(TWO, TWO_BEST, {
         "FIRM less each method": [("firm", label) for label in (*BASELINES, "soups")],
         "Groups of responses less a critic, GRPO's division less none": [
             ("firm groups", "firm"), ("linear groups", "linear"), ("firm grpo", "firm groups")],
     }),
-    "minority_tuning": tuning(THREE),
+    "minority_tuning": Experiment(measure, by_rate(THREE, RATES), TUNING, ["worst_gain", "kl"]),
     "minority": comparison(THREE, {}, {
         "FIRM less each method": [("firm", label) for label in (*BASELINES, "linear ¼ ½ ¼")]}),
     "stationarity": Experiment(

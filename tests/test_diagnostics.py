@@ -6,8 +6,8 @@ import torch
 from conftest import make_policy
 
 import ppo
+from app import diagnostics
 from data import Prompt
-from experiments import diagnostics
 from firm import Federation
 from methods import method_of
 from settings import Config

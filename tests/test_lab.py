@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("scipy", reason="the experiments need SciPy, see requirements-dev.txt")
 
 from experiments import lab, toy  # noqa: E402
+from settings import Config  # noqa: E402
 
 RESULTS = Path(lab.__file__).parents[1] / "results"
 
@@ -72,9 +73,9 @@ def test_the_noise_ratio_is_that_of_a_whole_batchs_error_and_of_the_distance_fro
         for half, lam in enumerate(halves):
             start[c, half, :, c, half] = torch.diag(torch.tensor([1 - lam, lam]))
     steps = torch.eye(2, dtype=torch.float64).expand(4, 1, 1, 2, 2)
-    row = toy.of_grams([{"start": start, "steps": steps}] * 2, 0.0, None)
+    row = toy.of_grams([{"start": start, "steps": steps}] * 2, Config(method="mgda"))
     assert row["noise_ratio"] == pytest.approx(0.1 / 2**0.5 / 0.2)
-    assert (row["gap"], row["twin_disagreement"]) == (pytest.approx(1.0), 0.0)
+    assert (row["gap"], row["length_ratio"], row["twin_disagreement"]) == (pytest.approx(1.0), 1.0, 0.0)
 
 
 def of_rounds(**columns):

@@ -1,0 +1,82 @@
+"""What differential privacy costs in reward: app/nodes.py with Flower's mechanism, messages in one process. [ours]
+
+It needs requirements-nodes.txt. Every client is a node, on the toy world. ε is of a client's adapters in all rounds.
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import run
+from app.options import PRESETS
+from experiments.lab import COMMON, Experiment, seeds
+from experiments.tables import Row
+from experiments.toy import outcome
+from settings import Config
+from worlds import toy
+
+HELD_OUT, NOISES, CLIENTS = 64, (0.0, 0.03, 0.1, 0.3), (4, 32)
+
+
+class Loopback:
+    """Flower's grid without a network."""
+
+    def __init__(self, homes: dict[int, Path], configuration: dict) -> None:
+        self.homes, self.configuration = homes, configuration
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.homes)
+
+    def send_and_receive(self, messages: list, timeout: float | None = None) -> list:
+        from flwr.app import Context, RecordDict
+
+        from app import nodes
+
+        replies = []
+        for message in messages:
+            home = self.homes[message.metadata.dst_node_id]
+            message.metadata.__dict__["_message_id"] = message.object_id
+            own = {"prompts": str(home / "prompts.jsonl"), "state": str(home)}
+            replies.append(nodes.client(message, Context(1, 1, own, RecordDict(), self.configuration)))
+        return replies
+
+
+def measure(job: dict, directory: Path) -> list[Row]:
+    """Train over nodes: gains, the KL, ε."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from app import nodes
+
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # as Flower does in a process of its own
+    settings = dict(job)
+    run_config = {"patience": 60.0, "secure": False} | {name: settings.pop(name) for name in ("clip", "noise")}
+    rows, homes = list(toy.hh_rows()), {client + 1: directory / f"node{client}" for client in range(job["clients"])}
+    step = len(rows) // HELD_OUT
+    shares = {directory / "server": rows[::step]}
+    rest = [row | {"client": i % job["clients"]} for i, row in enumerate(r for i, r in enumerate(rows) if i % step)]
+    shares |= {home: [row for row in rest if row["client"] == node - 1] for node, home in homes.items()}
+    for home, some in shares.items():
+        home.mkdir()
+        (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
+    settings |= {"prompts": [str(directory / "server" / "prompts.jsonl")], "out": str(directory / "run")}
+    config = Config(**PRESETS["tiny"] | settings)
+    prepare = partial(nodes.prepared, grid=Loopback(homes, run_config), run=run_config)
+    row = outcome(config, run.train(config, progress=False, prepare=prepare))
+    if job["noise"]:
+        row["epsilon"] = nodes.epsilon(job["noise"], config.rounds)
+        row["log_10_epsilon"] = math.log10(row["epsilon"])
+    return [row]
+
+
+EXPERIMENTS = {
+    "privacy": Experiment(
+        measure,
+        {f"{clients} clients @ noise {noise:g}": COMMON | {
+            "rounds": 5, "split": "client", "held_out": HELD_OUT, "clients": clients, "clip": 0.5, "noise": noise}
+         for clients in CLIENTS for noise in NOISES},
+        seeds(3), ["epsilon", "worst_gain", "gain_helpful", "gain_harmless", "kl"],
+        drawn=("log_10_epsilon", "worst_gain"),
+        note="5 rounds; the norm of an update is cut to 0.5, and noise of deviation 0.5 · noise goes on every number.",
+    ),
+}  # fmt: skip
