@@ -39,7 +39,7 @@ def style(label: str, position: int) -> dict[str, Any]:
     """
     if label in BLACK:
         return BLACK[label] | {"label": label}
-    name, _, variant = label.partition(" ")
+    name, _, variant = label.replace(",", "").partition(" ")
     known = name in METHODS
     turn, i = divmod(list(METHODS).index(name) if known else position + len(METHODS), len(COLOURS))
     marker = MARKERS[(i + turn) % len(MARKERS)]
@@ -145,53 +145,35 @@ def predictor(metrics: list[dict], start: dict[str, float], out: Path) -> None:
 
 
 def trade_off(rows: dict[str, list[dict]], front: np.ndarray | None, names: Sequence[str], path: Path) -> None:
-    """Where runs stand, by label, from their summaries; front [K, 2] is the exact one if it is known."""
+    """Where runs stand, by label, from their summaries; front [K, 2] is the exact one if it is known.
+
+    Every other objective against the first one, and the worst-served objective's gain against the KL.
+    """
 
     def of(summaries: Sequence[dict[str, Any]], stage: str, key: str) -> np.ndarray:  # [n, M]
         return np.array([[each["objectives"][name][stage][key] for name in names] for each in summaries])
 
-    first, groups = next(iter(rows.values()))[:1], {}
+    first = next(iter(rows.values()))
     base, unit, axis = of(first, "before", "mean")[0], of(first, "calibration", "scale")[0], "base-policy deviations"
     if front is not None:
         unit, axis = front.max(0) - base, "1 is the ideal point"
+    ps = [summary["preference"] for summary in first] if len(first) > 1 else []
+    shown = {0, len(ps) // 2, len(ps) - 1}
+    notes = {next(iter(rows)): [f"p = {p[0]:g}" if k in shown else "" for k, p in enumerate(ps)]}
+    contents, gains = [], {BASE: ([0.0], [0.0], None)}
     for label, summaries in rows.items():
         gain, error = of(summaries, "gain", "mean") / unit, of(summaries, "gain", "standard_error") / unit  # [n, M]
-        worst, kl = gain.argmin(1)[:, None], [[s["kl"][key] for s in summaries] for key in ("mean", "standard_error")]
-        groups[label] = {
-            "mean": of(summaries, "after", "mean"), "error": of(summaries, "after", "standard_error"),
-            "kl": kl[0], "kl_error": kl[1],
-            "gain": np.take_along_axis(gain, worst, 1)[:, 0], "gain_error": np.take_along_axis(error, worst, 1)[:, 0],
-        }  # fmt: skip
-        if len(summaries) > 1:
-            groups[label]["p"] = [summary["preference"][0] for summary in summaries]
-    pareto(groups, base, front, names, path, f"worst gain ({axis})")
-
-
-def pareto(
-    groups: dict[str, dict[str, np.ndarray]], base: np.ndarray, exact: np.ndarray | None, names: Sequence[str],
-    path: Path, gain: str = "worst normalised gain", over: str = "held-out prompts",
-) -> None:  # fmt: skip
-    """Trade-offs: every other objective against the first one, and the worst-served objective's gain against the KL.
-
-    groups maps a label to its points: p [n] if several; mean and error [n, M] in raw units; kl, gain, kl_error and
-    gain_error [n]. over: what the standard errors are taken over. base [M] is the base model, exact [K, 2] the front.
-    """
-    first, notes = next(iter(groups)), {}
-    if "p" in groups[first]:
-        ps = groups[first]["p"]
-        shown = {0, len(ps) // 2, len(ps) - 1}
-        notes = {first: [f"p = {p:g}" if k in shown else "" for k, p in enumerate(ps)]}
-    contents = []
+        worst = np.arange(len(gain)), gain.argmin(1)
+        kl, kl_error = ([s["kl"][key] for s in summaries] for key in ("mean", "standard_error"))
+        gains[label] = (kl, gain[worst], error[worst], kl_error)
     for j in range(1, len(names)):
-        lines = {} if exact is None else {FRONT: (*exact.T, None)}
+        lines = {} if front is None else {FRONT: (*front.T, None)}
         lines[BASE] = ([base[0]], [base[j]], None)
-        for label, group in groups.items():
-            (x, y), (dx, dy) = (group[key][:, [0, j]].T for key in ("mean", "error"))
-            lines[label] = (x, y, dy, dx)
-        axes = (f"{names[0]} (raw units)", f"{names[j]} (raw units)", f"Bars: one standard error over {over}")
+        for label, summaries in rows.items():
+            mean, error = (of(summaries, "after", key)[:, [0, j]].T for key in ("mean", "standard_error"))
+            lines[label] = (*mean, error[1], error[0])
+        axes = (f"{names[0]} (raw units)", f"{names[j]} (raw units)", "Bars: one standard error over held-out prompts")
         contents.append(Panel(*axes, lines, dots=len(names) > 2, notes=notes))
-    keys = ("kl", "gain", "gain_error", "kl_error")
-    gains = {label: tuple(group[key] for key in keys) for label, group in groups.items()}
-    axes = ("KL to the base model (nats per response)", gain, "What the worst-served objective gains")
-    contents.append(Panel(*axes, {BASE: ([0.0], [0.0], None)} | gains, dots=True, notes=notes))
+    axes = ("KL to the base model (nats per response)", f"worst gain ({axis})", "What the worst-served objective gains")
+    contents.append(Panel(*axes, gains, dots=True, notes=notes))
     panels(contents, path, size=4.8)

@@ -14,11 +14,9 @@ with a bootstrapped 95 % interval that holds for one process. A missing peer lea
 import argparse
 import gc
 import json
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -175,36 +173,13 @@ def a_round(bench: Bench) -> Iterator[Comparison]:
         yield f"a round of {label} / TRL's GRPO + PEFT, client by client", ours, peer, 0
 
 
-def peak(shape: str, device: str, dtype: str, root: Path, ours: bool) -> float:
-    """GiB of a process that makes a round of FIRM with groups, or trains one client by TRL."""
-    bench = Bench(shape, device, dtype, root)
-    bench.session(advantages="group").federation.round() if ours else next(trl_trainers(bench)).train()
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # ru_maxrss would be the parent's, too
-    return int(peak) / 2**20
+PARTS = {"sampler": sampler, "jacobian": jacobian, "round": a_round}
 
 
-def memory(bench: Bench) -> Iterator[dict]:
-    """Peak memory, each side in a process of its own."""
-    for label, ours in (("a round of FIRM with groups", True), ("TRL's GRPO + PEFT, one client", False)):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            dtype = str(bench.dtype).removeprefix("torch.")
-            value = pool.submit(peak, bench.shape, bench.device, dtype, bench.root, ours).result()
-        yield {"name": f"{label}, peak memory", "value": value, "unit": "GiB"}
-
-
-PARTS = {"sampler": sampler, "jacobian": jacobian, "round": a_round, "memory": memory}
-
-
-def measured(comparisons: Iterable[Comparison | dict], pairs: int) -> Iterator[dict]:
+def measured(comparisons: Iterable[Comparison], pairs: int) -> Iterator[dict]:
     """A row per comparison: pairs of runs in turn, after one of each to warm up; the first place alternates."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for comparison in comparisons:
-        if isinstance(comparison, dict):
-            yield comparison  # a row already
-            continue
-        name, ours, peer, tokens = comparison
+    for name, ours, peer, tokens in comparisons:
         ours(), peer(), wait()
         seconds = np.empty((pairs, 2))
         for i, j in product(range(pairs), (0, 1)):

@@ -1,6 +1,5 @@
 """The pictures: a method has one colour and one marker everywhere, and labels of one picture stay apart."""
 
-import numpy as np
 import pytest
 
 from app import plots
@@ -24,9 +23,10 @@ def test_a_method_looks_the_same_everywhere_and_unlike_all_others():
 
 @pytest.mark.parametrize("M", [1, 2, 3])
 def test_pictures_are_pngs_for_any_number_of_objectives(M, tmp_path):
-    points = {key: np.full((2, M), 0.5) for key in ("mean", "error")} | {"p": [0.2, 0.8]}
-    points |= {key: np.ones(2) for key in ("kl", "kl_error", "gain", "gain_error")}
-    plots.pareto({"firm": points}, np.zeros(M), None, ["a", "b", "c"][:M], tmp_path / "pareto.png")
+    figure, names = {"mean": 0.5, "standard_error": 0.1}, ["a", "b", "c"][:M]
+    objective = dict.fromkeys(("before", "after", "gain"), figure) | {"calibration": {"scale": 2.0}}
+    summary = {"kl": figure, "objectives": dict.fromkeys(names, objective), "preference": [0.2, 0.8, 0.0][:M]}
+    plots.trade_off({"firm": [summary, summary], "mgda": [summary]}, None, names, tmp_path / "pareto.png")
     line = ([0, 1], [0.5, 0.7], [0.1, 0.1])
     plots.panels([Panel("x", "y", f"{i}", {"firm": line, "mgda": line}) for i in range(M)], tmp_path / "panels.png")
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("pareto", "panels"))
