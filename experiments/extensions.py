@@ -155,15 +155,7 @@ def truth(session: Session, seed: int) -> dict[str, float]:
     for kind, means in zip(("share", "alignment"), values.mean(1), strict=True):
         figures |= {f"{kind}_{group}": float(mean) for group, mean in zip(GROUPS, means, strict=True)}
         figures |= {f"worst_{kind}": float(means.min()), f"mean_{kind}": float(means.mean())}
-        figures[f"jain_{kind}"] = pluralllm.jain(torch.tensor(means))
     return figures
-
-
-def with_base(groups: Groups) -> Groups:
-    """Adds the base model as a label of its own."""
-    rows = next(iter(groups.values()))
-    base = [{name.removeprefix("base_"): x for name, x in row.items() if name.startswith("base_")} for row in rows]
-    return groups | {"base model": [row | {"seed": i, "kl": 0.0} for i, row in enumerate(base)]}
 
 
 CHAT = {"preset": "smollm2", "threads": 1}
@@ -216,9 +208,9 @@ EXPERIMENTS = {
     "plural": Experiment(
         measure_policy, {label: POLICIES[label] | {"lr": lr} for label, lr in PLURAL_BEST.items()},
         at_kappas(12, (0.003, 0.01, 0.03)),
-        ["worst_share", "mean_share", "worst_alignment", "kl", "jain_share", "lowest_cosine"],
+        ["base_worst_share", "worst_share", "mean_share", "worst_alignment", "kl", "lowest_cosine"],
         {"Gradients balanced less fixed weights and less the adaptive reward": [
             (a, b) for a in ("firm", "mgda") for b in ("linear", "adaptive")]},
-        ["worst_share", "mean_share", "worst_alignment"], derive=with_base, drawn=("kl", "worst_share"),
+        ["worst_share", "mean_share", "worst_alignment"], drawn=("kl", "worst_share"),
     ),
 }  # fmt: skip

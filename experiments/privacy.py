@@ -3,12 +3,12 @@
 It needs requirements-nodes.txt. Every client is a node, on the toy world. ε is of a client's adapters in all rounds.
 """
 
-import json
 import math
 from functools import partial
 from pathlib import Path
 
 import run
+from app.files import write_lines
 from app.options import PRESETS
 from experiments.lab import COMMON, Experiment, seeds
 from experiments.tables import Row
@@ -16,11 +16,11 @@ from experiments.toy import outcome
 from settings import Config
 from worlds import toy
 
-HELD_OUT, NOISES, CLIENTS = 64, (0.0, 0.03, 0.1, 0.3), (4, 32)
+NOISES, CLIENTS = (0.0, 0.03, 0.1, 0.3), (4, 32)
 
 
 class Loopback:
-    """Flower's grid without a network."""
+    """Flower's grid without a network. homes: each node's folder."""
 
     def __init__(self, homes: dict[int, Path], configuration: dict) -> None:
         self.homes, self.configuration = homes, configuration
@@ -49,19 +49,19 @@ def measure(job: dict, directory: Path) -> list[Row]:
     from app import nodes
 
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # as Flower does in a process of its own
-    settings = dict(job)
-    run_config = {"patience": 60.0, "secure": False} | {name: settings.pop(name) for name in ("clip", "noise")}
-    rows, homes = list(toy.hh_rows()), {client + 1: directory / f"node{client}" for client in range(job["clients"])}
-    step = len(rows) // HELD_OUT
-    shares = {directory / "server": rows[::step]}
-    rest = [row | {"client": i % job["clients"]} for i, row in enumerate(r for i, r in enumerate(rows) if i % step)]
-    shares |= {home: [row for row in rest if row["client"] == node - 1] for node, home in homes.items()}
-    for home, some in shares.items():
+    homes = {node: directory / f"node{node}" for node in range(job["clients"] + 1)}  # 0: the server's
+    rows: dict[int, list] = {node: [] for node in homes}
+    for i, row in enumerate(toy.hh_rows()):
+        client = (i + i // 32) % job["clients"]
+        rows[client + 1 if i % 32 else 0].append(row | ({"client": client} if i % 32 else {}))
+    for node, home in homes.items():
         home.mkdir()
-        (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
-    settings |= {"prompts": [str(directory / "server" / "prompts.jsonl")], "out": str(directory / "run")}
-    config = Config(**PRESETS["tiny"] | settings)
-    prepare = partial(nodes.prepared, grid=Loopback(homes, run_config), run=run_config)
+        write_lines(home / "prompts.jsonl", rows[node])
+    prompts = [str(homes.pop(0) / "prompts.jsonl")]
+    asked = {"patience": 60.0, "secure": False} | {name: job[name] for name in ("clip", "noise")}
+    settings = {name: value for name, value in job.items() if name not in asked}
+    config = Config(**PRESETS["tiny"] | settings | {"prompts": prompts, "out": str(directory / "run")})
+    prepare = partial(nodes.prepared, grid=Loopback(homes, asked), run=asked)
     row = outcome(config, run.train(config, progress=False, prepare=prepare))
     if job["noise"]:
         row["epsilon"] = nodes.epsilon(job["noise"], config.rounds)
@@ -73,7 +73,7 @@ EXPERIMENTS = {
     "privacy": Experiment(
         measure,
         {f"{clients} clients @ noise {noise:g}": COMMON | {
-            "rounds": 5, "split": "client", "held_out": HELD_OUT, "clients": clients, "clip": 0.5, "noise": noise}
+            "rounds": 5, "split": "client", "held_out": 64, "clients": clients, "clip": 0.5, "noise": noise}
          for clients in CLIENTS for noise in NOISES},
         seeds(3), ["epsilon", "worst_gain", "gain_helpful", "gain_harmless", "kl"],
         drawn=("log_10_epsilon", "worst_gain"),
