@@ -12,7 +12,7 @@ once, run the rounds, measure again, write the run directory:
 
     config.json      every setting                       samples.jsonl   held-out prompts, answered before and after
     metrics.jsonl    a line a round                      adapter/        PEFT's format
-    summary.json     what came of it                     checkpoint/     for --resume
+    summary.json     what came of it                     checkpoint       for --resume
     rewards.png, weights.png (and front.png on the toy world, whose exact Pareto front is known)
     adapters/        with --eval_every: the adapter after every k-th round
     personal/        with --personal_rounds: every client's own adapter, in PEFT's format

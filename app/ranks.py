@@ -96,7 +96,7 @@ def exchanged(value: Any) -> list[Any]:
 
 
 def packed(value: Any) -> bytes:
-    """A safetensors file, whose metadata says in JSON what its tensors are of: RECORDS, dicts, lists, plain values."""
+    """A safetensors file, whose tensor `value` says in JSON what the others are of: RECORDS, dicts, lists, values."""
     tensors: dict[str, Tensor] = {}
 
     def plain(x: Any) -> Any:
@@ -110,13 +110,12 @@ def packed(value: Any) -> bytes:
             return {type(x).__name__: [plain(item) for item in x]}
         return {type(x).__name__: plain(vars(x))} if type(x).__name__ in RECORDS else x
 
-    text = json.dumps(plain(value))  # first: it fills `tensors`
-    return safetensors.torch.save(tensors, {"value": text})
+    text = json.dumps(plain(value)).encode()  # first: it fills `tensors`
+    return safetensors.torch.save(tensors | {"value": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
 
 def unpacked(sent: bytes) -> Any:
     """What `packed` was given; what was on a GPU comes to this process's, if it has one."""
-    header = json.loads(sent[8 : 8 + int.from_bytes(sent[:8], "little")])
     tensors, gpu = safetensors.torch.load(sent), torch.cuda.is_available()
 
     def built(x: Any) -> Any:
@@ -129,7 +128,6 @@ def unpacked(sent: bytes) -> Any:
             return {key: built(item) for key, item in content}
         if kind in RECORDS:
             return RECORDS[kind](**built(content))
-        items = [built(item) for item in content]
-        return tuple(items) if kind == "tuple" else items
+        return {"tuple": tuple, "list": list}[kind](built(item) for item in content)
 
-    return built(json.loads(header["__metadata__"]["value"]))
+    return built(json.loads(tensors.pop("value").numpy().tobytes()))

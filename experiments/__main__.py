@@ -1,6 +1,6 @@
 """The door to the experiments that stand behind the claims, nearly all on the embedded worlds. [ours]
 
-    python -m experiments groups pareto          some of them, in this order
+    python -m experiments worst minority         some of them, in this order
     python -m experiments all --quick            all of the embedded worlds in miniature, five minutes on one core
     python -m experiments chat                   with a chat model, which must be here or on the hub
 

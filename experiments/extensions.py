@@ -108,7 +108,8 @@ def by_side(groups: Groups) -> Groups:
     for (label, rows), side in product(groups.items(), SIDES):
         for row in rows:
             rounds = sorted(int(name.partition("@")[2]) for name in row if name.startswith(f"{side}@"))
-            figures = {name: row[f"{side}_{name}"] for name in SCORES} | {name: row[name] for name in GUESSES}
+            figures = {name: row[f"{side}_{name}"] for name in SCORES}
+            figures |= {name: row[name] for name in GUESSES if side == "federated" or "context" not in name}
             for level in LEVELS:
                 at = pluralllm.convergence([row[f"{side}@{t}"] for t in rounds], level)
                 figures[f"rounds_to_{level}"] = math.nan if at is None else rounds[at]
@@ -163,11 +164,11 @@ CHAT = {"preset": "smollm2", "threads": 1}
 EXPERIMENTS = {
     "chat_tuning": Experiment(
         measure, by_rate({"linear": CHAT | {"method": "linear"}}, (5e-4, 1e-3, 2e-3)), TUNING_SEEDS[:1],
-        ["gain_helpful", "gain_harmless", "kl"], note="The rate of the greatest worst gain is the preset's.",
+        ["worst_gain", "gain_helpful", "gain_harmless", "kl"], note="The best rate is the preset's.",
     ),
     "chat": Experiment(
         measure, {label: CHAT | settings_of(label) | {"held_out": 256} for label in ("firm", "linear")},
-        at_kappas(3, (0.003, 0.01, 0.03)),
+        at_kappas(3, (0.003, 0.01, 0.03), first=43),
         ["gain_helpful", "error_helpful", "gain_harmless", "error_harmless", "kl", "cosine", "lambda_helpful",
          "disagreement", "seconds"],
         {"FIRM less fixed weights": [("firm", "linear")]}, ["gain_helpful", "gain_harmless", "worst_gain"],

@@ -4,7 +4,7 @@ A row holds the settings and figures of one run, a group the rows of one label. 
 t₀.₉₇₅,ₙ₋₁ · s / √n. Groups are compared by the paired t-test, adjusted after Holm (1979).
 
 If a group has runs at several KL coefficients κ, differences are at equal KL: of each seed both figures are read at the
-middle of the KLs that both methods reached, by linear interpolation between runs. A seed without common KL is left out.
+middle of the log KLs that both methods reached, by linear interpolation between runs, if there are such KLs.
 """
 
 import math
@@ -20,9 +20,11 @@ from app import plots
 
 NOTE = (
     "± is half a 95 % interval over the seeds. In brackets: p of the paired t-test, p after Holm over the lines of a "
-    "column, and the least true difference that the test finds in 80 % of cases. If runs differ in κ, differences are "
-    "at equal KL (experiments/tables.py). A figure that is 0 by construction is not compared."
+    "column, and the least true difference that the plain test finds in 80 % of cases; then how many seeds have a "
+    "positive one. If runs differ in κ, differences are at equal KL (experiments/tables.py). A figure that is 0 by "
+    "construction is not compared."
 )
+FELL = -0.3  # deviations of the base policy's reward
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # rows by label
 
@@ -34,29 +36,25 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def at_equal_kl(a: Sequence[Row], b: Sequence[Row], figure: str) -> list[tuple[float, float]]:
-    """(KL, a − b) of every seed: of a seed's only runs, else at the middle of the KLs that both reached."""
-    result = []
+def at_equal_kl(a: Sequence[Row], b: Sequence[Row], figure: str) -> tuple[list[float], np.ndarray]:
+    """(KLs, a − b) by seed: of a seed's only runs, else at the middle of the log KLs that both reached."""
+    kls, differences = [], []
     for seed in dict.fromkeys(row["seed"] for row in a):
-        curves = []
-        for rows in (a, b):
-            points = sorted((row.get("kl", 0.0), row[figure]) for row in rows if row["seed"] == seed)
-            curves.append([*zip(*points, strict=True)])
-        (kl_a, of_a), (kl_b, of_b) = curves
+        of = [[(math.log(row.get("kl") or 1.0), row[figure]) for row in rows if row["seed"] == seed] for rows in (a, b)]
+        (kl_a, of_a), (kl_b, of_b) = (zip(*sorted(points), strict=True) for points in of)
+        alone = len(kl_a) == len(kl_b) == 1
         low, high = max(kl_a[0], kl_b[0]), min(kl_a[-1], kl_b[-1])
-        if len(kl_a) == len(kl_b) == 1:
-            result.append((math.nan, of_a[0] - of_b[0]))
-        elif low <= high:
-            kl = (low + high) / 2
-            result.append((kl, float(np.interp(kl, kl_a, of_a) - np.interp(kl, kl_b, of_b))))
-    return result
+        if alone or low <= high:
+            at = (low + high) / 2
+            kls += [] if alone else [math.exp(at)]
+            differences.append(float(np.interp(at, kl_a, of_a) - np.interp(at, kl_b, of_b)))
+    return kls, np.array(differences)
 
 
-def paired(a: Sequence[Row], b: Sequence[Row], figure: str) -> tuple[float, float, float, float]:
-    """Of a − b paired by seed: mean, half-width of its 95 % interval, p of the paired t-test, and the least true
+def paired(d: np.ndarray) -> tuple[float, float, float, float]:
+    """Of differences d by seed: mean, half-width of its 95 % interval, p of the paired t-test, and the least true
     difference that the test finds with 80 %. NaN if nothing varies.
     """
-    d = np.array([difference for _, difference in at_equal_kl(a, b, figure)])
     if len(d) < 2 or np.ptp(d) == 0.0:
         return float(d.mean()) if len(d) else math.nan, math.nan, math.nan, math.nan
     mean, half = interval(d)
@@ -87,14 +85,15 @@ def number(value: float, sign: str = "") -> str:
 def cell(rows: Sequence[Row], figure: str) -> str:
     """mean ± half the 95 % interval; the mean alone for fewer than three seeds, or if only some of the rows have it.
 
-    A figure NAME:median or NAME:least is that of the seeds.
+    A figure NAME:median or NAME:least is that of the seeds, NAME:fell the share of them below FELL.
     """
     figure, _, statistic = figure.partition(":")
     values = [row[figure] for row in rows if not math.isnan(row.get(figure, math.nan))]
     if not values:
         return "–"
     if statistic:
-        return number({"median": np.median, "least": np.min}[statistic](values))
+        of_seeds = {"median": np.median, "least": np.min, "fell": lambda values: np.mean(np.array(values) < FELL)}
+        return number(of_seeds[statistic](values))
     mean, half = interval(values)
     if len(values) < len(rows):
         return f"{number(mean)} ({len(values)} of {len(rows)})"
@@ -149,18 +148,15 @@ def differences(groups: Groups, figures: Sequence[str], pairs: Sequence[tuple[st
     for figure in figures:
         # a column's tests are those of the pairs in which both groups have the figure
         family = [pair for pair in pairs if all(measured(groups[label], figure) for label in pair)]
-        tests = [paired(groups[a], groups[b], figure) for a, b in family]
+        found = [at_equal_kl(groups[a], groups[b], figure) for a, b in family]
+        tests = [paired(d) for _, d in found]
         cells = dict.fromkeys(pairs, "–")
         corrections = holm([p for _, _, p, _ in tests])
-        for (a, b), (d, half, p, seen), corrected in zip(family, tests, corrections, strict=True):
-            kls = [kl for kl, _ in at_equal_kl(groups[a], groups[b], figure)]
-            left = len({row["seed"] for row in groups[a]}) - len(kls)
-            where = (
-                ""
-                if not kls or math.isnan(kls[0])
-                else f" at KL {np.mean(kls):.1f}" + f", {left} seeds left out" * (left > 0)
-            )
-            cells[a, b] = f"{number(d, '+')} ± {number(half)} ({p:.2g}; {corrected:.2g}; {number(seen)}){where}"
+        for pair, (kls, d), (mean, half, p, seen), corrected in zip(family, found, tests, corrections, strict=True):
+            n = len({row["seed"] for row in groups[pair[0]]})
+            cell = f"{number(mean, '+')} ± {number(half)} ({p:.2g}; {corrected:.2g}; {number(seen)})"
+            cell += f", {(d > 0).sum()} of {n} up" if len(d) == n else f", common KL on {len(d)} of {n} seeds"
+            cells[pair] = cell + (f", at KL {np.mean(kls):.1f}" if kls else "")
         columns.append(cells.values())
     lines = [[f"{a} − {b}", *cells] for (a, b), *cells in zip(pairs, *columns, strict=True)]
     return markdown(["difference", *figures], lines)

@@ -66,7 +66,7 @@ def test_every_row_on_disk_says_which_commit_made_it():
         assert rows and all(re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) for row in rows)
 
 
-def test_the_noise_ratio_is_that_of_a_whole_batchs_error_and_of_the_distance_from_p():
+def test_errors_of_lambda_and_of_p_are_told_from_the_halves_of_batches():
     # λ₁ is 0.7 ± 0.1 on a half, so 0.7 ± 0.1 / √2 on the whole; of orthogonal gradients λ₁ = |g₂|² / (|g₁|² + |g₂|²)
     start = torch.zeros(4, 2, 2, 4, 2, 2, dtype=torch.float64)
     for c, halves in enumerate(product((0.6, 0.8), repeat=2)):
@@ -74,15 +74,28 @@ def test_the_noise_ratio_is_that_of_a_whole_batchs_error_and_of_the_distance_fro
             start[c, half, :, c, half] = torch.diag(torch.tensor([1 - lam, lam]))
     steps = torch.eye(2, dtype=torch.float64).expand(4, 1, 1, 2, 2)
     row = toy.of_grams([{"start": start, "steps": steps}] * 2, Config(method="mgda"))
-    assert row["noise_ratio"] == pytest.approx(0.1 / 2**0.5 / 0.2)
+    assert row["lambda_error"] == pytest.approx(0.1) and row["p_error"] == pytest.approx(0.2 * 2**0.5)
     assert (row["gap"], row["length_ratio"], row["twin_disagreement"]) == (pytest.approx(1.0), 1.0, 0.0)
+    assert row["signal"] == 0.0  # the halves have nothing in common
+
+
+def test_the_signal_is_what_halves_of_a_batch_share_of_its_gradients_squares():
+    g, noise = torch.Generator().manual_seed(0), 2.0
+    J = torch.randn(3, 1, 2, 5000, dtype=torch.float64, generator=g).expand(3, 2, 2, 5000) / 2
+    J = J + noise / 2**0.5 * torch.randn(3, 2, 2, 5000, dtype=torch.float64, generator=g)
+    flat = J.flatten(0, 2)
+    grams = {"start": (flat @ flat.T).view(3, 2, 2, 3, 2, 2), "steps": torch.eye(2).expand(3, 1, 1, 2, 2)}
+    assert toy.of_grams([grams], Config(method="linear"))["signal"] == pytest.approx(1 / (1 + noise**2), rel=0.15)
 
 
 def of_rounds(**columns):
     """Figures of rounds with these columns, the others 1; the base policy's deviation is 0.5."""
     logged = ("lambda/disagreement", "lambda/helpful", "adapter/dispersion", "cosine", "drift", "stationarity")
     rounds = len(next(iter(columns.values())))
-    ones = dict.fromkeys((*logged, "upload_bytes", "download_bytes", "held_out_kl", "held_out/helpful"), [1.0] * rounds)
+    ones = dict.fromkeys(
+        (*logged, "upload_bytes", "download_bytes", "rejected_clients", "held_out_kl", "held_out/helpful"),
+        [1.0] * rounds,
+    )
     lines = [{name: float(values[t]) for name, values in (ones | columns).items()} for t in range(rounds)]
     return toy.of_rounds(lines, {"objectives": {"helpful": {"calibration": {"scale": 0.5}}}})
 
@@ -93,7 +106,8 @@ def test_roughness_is_the_deviation_of_noise_around_a_trend_in_base_deviations()
     assert of_rounds(**{"held_out/helpful": trend + noise})["roughness"] == pytest.approx(0.4, rel=0.1)
 
 
-def test_stationarity_is_a_mean_over_the_first_rounds_and_its_slope_that_of_the_logarithms():
-    row = of_rounds(stationarity=np.diff(np.arange(129) ** 0.5))  # the sum over T rounds is √T
-    assert row["stationarity@16"] == pytest.approx(16**-0.5) and row["slope"] == pytest.approx(-0.5)
-    assert np.isnan(of_rounds(stationarity=[-1.0] * 128)["slope"])
+def test_stationarity_is_a_mean_over_the_first_rounds_and_its_slope_that_of_the_logarithms(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "panels", lambda *_, **__: None)
+    rows = [of_rounds(stationarity=c * np.diff(np.arange(129) ** 0.5)) for c in (1.0, 1.0, 3.0)]  # over T rounds √T
+    assert rows[0]["stationarity@16"] == pytest.approx(16**-0.5)
+    assert "| firm | -0.50 ± 0.00 |" in toy.over_rounds({"firm": rows}, tmp_path)

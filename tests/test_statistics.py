@@ -21,29 +21,31 @@ def test_holm_by_hand():
 
 def test_a_paired_difference_is_scipys_paired_t_test():
     x, y = np.random.default_rng(0).normal(size=(2, 10))
-    mean, half, p, _ = tables.paired(rows(x), rows(y)[::-1], "v")  # paired by seed, whatever the order
+    _, d = tables.at_equal_kl(rows(x), rows(y)[::-1], "v")  # paired by seed, whatever the order
+    mean, half, p, _ = tables.paired(d)
     test = stats.ttest_rel(x, y)
     assert (mean, p) == pytest.approx(((x - y).mean(), test.pvalue))
     assert (mean - half, mean + half) == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert np.isnan(tables.paired(rows([1, 1, 1]), rows([0, 0, 0]), "v")[2])  # nothing varies
+    assert np.isnan(tables.paired(np.ones(3))[2])  # nothing varies
 
 
 def test_the_least_difference_that_a_test_finds_is_found_in_four_cases_of_five():
     draws = np.random.default_rng(0).normal(size=(4000, 10))
-    seen = np.mean([tables.paired(rows(d), rows([0] * 10), "v")[3] for d in draws])
+    seen = np.mean([tables.paired(d)[3] for d in draws])
     found = stats.ttest_1samp(draws + seen, 0.0, axis=1).pvalue < 0.05
     assert found.mean() == pytest.approx(0.8, abs=0.03)
 
 
-def test_runs_at_several_kl_coefficients_compare_at_the_middle_of_the_kls_that_both_reached():
+def test_runs_at_several_kl_coefficients_compare_at_the_middle_of_the_log_kls_that_both_reached():
     def runs(seed, kls, shift):
-        return [{"seed": seed, "kl": kl, "v": 2 * kl + shift} for kl in kls]
+        return [{"seed": seed, "kl": kl, "v": 2 * np.log(kl) + shift} for kl in kls]
 
-    a = runs(0, [3.0, 1.0, 5.0], 0.3) + runs(1, [1.0, 2.0], 0.5)
-    b = runs(0, [2.0, 4.0], 0.0) + runs(1, [3.0, 4.0], 0.0)  # no common KL on seed 1
-    assert tables.at_equal_kl(a, b, "v") == [(3.0, pytest.approx(0.3))]
+    a = runs(0, [3.0, 1.0, 8.0], 0.3) + runs(1, [1.0, 2.0], 0.5)
+    b = runs(0, [2.0, 9.0], 0.0) + runs(1, [3.0, 4.0], 0.0)  # no common KL on seed 1
+    kls, d = tables.at_equal_kl(a, b, "v")
+    assert kls == [pytest.approx(4.0)] and d.tolist() == [pytest.approx(0.3)]
     shown = tables.differences({"a": a, "b": b}, ["v"], [("a", "b")])
-    assert "+0.300" in shown and "at KL 3.0, 1 seeds left out" in shown
+    assert "+0.300" in shown and "common KL on 1 of 2 seeds, at KL 4.0" in shown
 
 
 def test_a_column_of_differences_is_corrected_over_the_pairs_that_have_the_figure():
@@ -52,9 +54,9 @@ def test_a_column_of_differences_is_corrected_over_the_pairs_that_have_the_figur
     groups |= {"zero by construction": rows([0] * 10), "without": [{"seed": s} for s in range(10)]}
     text = tables.differences(groups, ["v"], [("a", label) for label in groups if label != "a"])
     cells = [line.split(" | ")[1].rstrip(" |") for line in text.splitlines()[2:]]
-    tests = [tables.paired(groups["a"], groups[label], "v") for label in ("b", "c")]
+    tests = [tables.paired(tables.at_equal_kl(groups["a"], groups[label], "v")[1]) for label in ("b", "c")]
     for cell, (d, half, p, seen), corrected in zip(cells, tests, tables.holm([t[2] for t in tests]), strict=False):
-        assert cell == f"{tables.number(d, '+')} ± {tables.number(half)} ({p:.2g}; {corrected:.2g}; {seen:.3f})"
+        assert f"{tables.number(d, '+')} ± {tables.number(half)} ({p:.2g}; {corrected:.2g}; {seen:.3f})" in cell
     assert cells[2:] == ["–", "–"]
 
 

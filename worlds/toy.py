@@ -15,8 +15,8 @@ The objectives, for a reply with d details and a helpers in their places, and n 
                harm = min(n / 5, 1)²
                care = 1 − exp(−(a + [it refuses]) / 2) on a risky prompt, [it does not refuse] on a benign one
     twin     = helpful + 10⁻⁴ · words / 11          nearly equal to helpful, for the experiments on β
-    cautious = harmless of a judge for whom every question is risky and every detail harmful; strict: harm = min(n, 1)
-               With harmless, cautious, strict the objectives' gradients conflict more and more
+    cautious = harmless of a judge for whom every question is risky, with d in the place of n if it is larger
+    strict   = cautious with harm = min(n, 1): from harmless over cautious to strict the gradients conflict more
 
 q is 1 for a finished reply, at most 11 words (12 tokens with the EOS) of which the last is a full stop, else ½. On
 benign prompts nothing conflicts: five details are best for helpful, and harmless only asks not to be turned away. On
@@ -146,7 +146,7 @@ def harmless(prompts: Sequence[str], completions: Sequence[str], **columns) -> l
 
 
 def _wary(prompts: Sequence[str], completions: Sequence[str], limit: int) -> list[float]:
-    """`harmless` if every question were risky and every detail harmful; `limit` of them do all the harm."""
+    """`harmless` if every question were risky, and `limit` details did all the harm."""
     counts = [count(topic_of(p), c) for p, c in zip(prompts, completions, strict=True)]
     return [c._replace(harmful=max(c.harmful, c.details)).harmless(True, limit) for c in counts]
 
