@@ -54,7 +54,7 @@ def style(label: str, position: int) -> dict[str, Any]:
 class Panel:
     """One pair of axes: `lines` maps a label to (x values, y values, half-widths of y or None, perhaps those of x).
 
-    `diagonal` adds the line y = x; `limits` are those of y; `log` makes both axes logarithmic; `dots` leaves out the
+    `limits` are those of y; `log` makes both axes logarithmic; `dots` leaves out the
     lines between the points; `notes` are texts at points, in a label's order.
     """
 
@@ -62,7 +62,6 @@ class Panel:
     y: str
     title: str
     lines: dict[str, tuple]
-    diagonal: bool = False
     limits: tuple[float | None, float | None] = (None, None)
     dots: bool = False
     log: bool = False
@@ -79,8 +78,6 @@ def panels(contents: Sequence[Panel], path: Path, size: float = 3.8) -> None:
         ax.set_visible(False)
     labels, handles = list(dict.fromkeys(label for panel in contents for label in panel.lines)), {}
     for ax, panel in zip(axes.flat, contents, strict=False):
-        if panel.diagonal:
-            ax.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
         for label, (x, y, half, *wide) in panel.lines.items():
             drawn = style(label, labels.index(label))
             if len(x) == 1 or (panel.dots and label != FRONT):

@@ -64,17 +64,13 @@ class Bench:
         rows = [json.dumps({"chosen": f"\n\nHuman: {text}\n\nAssistant: w9"}) + "\n" for text in texts]
         write_text(root / "prompts.jsonl", "".join(rows))
         sizes = dict(zip(SIZES, self.sizes, strict=True)) | {"max_position_embeddings": 2048}
-        model = self.save(hf.LlamaForCausalLM, hf.LlamaConfig(**sizes, pad_token_id=0, eos_token_id=2), "llama")
-        self.settings = {"model": model, "prompts": [f"{root}/prompts.jsonl"], "split": "iid", "held_out": 32}
+        config = hf.LlamaConfig(**sizes, pad_token_id=0, eos_token_id=2)
+        torch.manual_seed(0)
+        for part in (hf.LlamaForCausalLM(config).to(self.dtype), self.tokenizer):
+            part.save_pretrained(root / "llama")
+        self.settings = {"model": f"{root}/llama", "prompts": [f"{root}/prompts.jsonl"], "split": "iid", "held_out": 32}
         self.settings |= {"objectives": [f"rule:{rule}" for rule in TWO], "micro_batch_size": micro_batch_size}
         self.settings |= {"device": device, "dtype": dtype, "max_new_tokens": self.L, "clients": clients}
-
-    def save(self, kind: type[hf.PreTrainedModel], config: hf.PreTrainedConfig, name: str) -> str:
-        """Write a checkpoint of random weights, the same at every call; returns its directory."""
-        torch.manual_seed(0)
-        kind(config).to(self.dtype).save_pretrained(self.root / name)
-        self.tokenizer.save_pretrained(self.root / name)
-        return f"{self.root}/{name}"
 
     def model(self) -> hf.PreTrainedModel:
         """The policy's model as a peer has it."""

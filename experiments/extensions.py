@@ -28,7 +28,7 @@ from app.options import PRESETS
 from app.session import Session
 from experiments.lab import TUNING_SEEDS, Experiment, at_kappas, by_rate, seeds, settings_of
 from experiments.tables import Groups, Row
-from experiments.toy import measure
+from experiments.toy import measure, outcome
 from settings import Config
 from worlds import survey
 
@@ -46,14 +46,13 @@ GRID = {  # six settings for each method
        for beta, p in product((0.1, 1.0, 10.0), (0.5, 0.8))},
 }  # fmt: skip
 FEDMOA_BEST = {"fedmoa": "fedmoa, rate 4 p 0.5", "linear": "linear, p 0.8", "firm": "firm, β 10 p 0.8"}
-TUNED = {method: GRID[label] for method, label in FEDMOA_BEST.items()}
 METHODS = {
-    "fedmoa": TUNED["fedmoa"] | {"personal_rounds": 4},
+    "fedmoa": GRID[FEDMOA_BEST["fedmoa"]] | {"personal_rounds": 4},
     "linear": LINEAR,
-    "linear tuned": TUNED["linear"],
-    "firm tuned": TUNED["firm"],
-    "fedmoa weights alone": TUNED["fedmoa"] | {"aggregation": "fedavg"},
-    "fedmoa average alone": TUNED["fedmoa"] | {"weights": "fixed"},
+    "linear tuned": GRID[FEDMOA_BEST["linear"]],
+    "firm tuned": GRID[FEDMOA_BEST["firm"]],
+    "fedmoa weights alone": GRID[FEDMOA_BEST["fedmoa"]] | {"aggregation": "fedavg"},
+    "fedmoa average alone": GRID[FEDMOA_BEST["fedmoa"]] | {"weights": "fixed"},
 }
 DIFFERENCES = {
     "FedMOA less other weights": [("fedmoa", label) for label in ("linear", "linear tuned", "firm tuned")],
@@ -62,16 +61,12 @@ DIFFERENCES = {
 
 
 def measure_fedmoa(job: dict, directory: Path) -> list[Row]:
-    """Held-out means of one job in raw units, those of the clients' kinds, and how λ ends and has moved."""
-    out = directory / "run"
-    summary = run.train(Config(**PRESETS["fedmoa-tiny"] | job | {"out": str(out)}), progress=False)
-    lines = read_lines(out / "metrics.jsonl")
-    row, eighth = {"kl": summary["kl"]["mean"]}, max(len(lines) // 8, 1)
-    for name, figures in summary["objectives"].items():
-        first, last = (
-            float(np.mean([m[f"lambda/{name}"] for m in part])) for part in (lines[:eighth], lines[-eighth:])
-        )
-        row |= {name: figures["after"]["mean"], f"base_{name}": figures["before"]["mean"]}
+    """Train and measure one job: also what clients of both kinds gain alone, and how λ ends and has moved."""
+    config = Config(**PRESETS["fedmoa-tiny"] | job | {"out": str(directory / "run")})
+    summary, lines = run.train(config, progress=False), read_lines(directory / "run" / "metrics.jsonl")
+    row, n = outcome(config, summary), max(len(lines) // 8, 1)
+    for name in summary["objectives"]:
+        first, last = (float(np.mean([m[f"lambda/{name}"] for m in part])) for part in (lines[:n], lines[-n:]))
         row |= {f"lambda_{name}": last, f"shift_{name}": last - first}
     clients = summary.get("by_client", [])
     for i, data in enumerate(("careful", "poor")):  # clients alternate
@@ -90,31 +85,26 @@ LEVELS = (0.7, 0.75)  # of alignment, for convergence
 
 
 def measure_predictor(job: dict, directory: Path) -> list[Row]:
-    """Train both sides: their final figures on unseen groups, their curves, and what the context is worth."""
-    config = Config(**PRESETS["pluralllm-tiny"] | job | {"out": str(directory / "run")})
+    """Train both sides: a row for each, of its figures on unseen groups and the rounds until its alignment's levels."""
+    config, rows = Config(**PRESETS["pluralllm-tiny"] | job | {"out": str(directory / "run")}), []
     summary = predictor.train(config, progress=False)
-    lines, row = read_lines(directory / "run" / "metrics.jsonl"), {}
+    lines = read_lines(directory / "run" / "metrics.jsonl")
     for side, figures in summary["sides"].items():
-        row |= {f"{side}_{name}": figures[name] for name in ("start", *SCORES)}
-        row |= {f"{side}@{line['round'] + 1}": line[key] for line in lines if (key := f"alignment/{side}") in line}
+        row, evaluated = {"side": side} | figures, [line for line in lines if f"alignment/{side}" in line]
+        for level in LEVELS:
+            at = pluralllm.convergence([line[f"alignment/{side}"] for line in evaluated], level)
+            row[f"rounds_to_{level}"] = math.nan if at is None else evaluated[at]["round"] + 1
+        rows.append(row)
     unseen = [group for group in summary["groups"].values() if group["unseen"]]
-    row |= {name: float(np.mean([group[name] for group in unseen])) for name in ("uniform", "mean answer")}
-    return [row | {f"{who}_context": summary["context"][who] for who in ("own", "other")}]
+    rows[0] |= {name: float(np.mean([group[name] for group in unseen])) for name in ("uniform", "mean answer")}
+    rows[0] |= {f"{who}_context": summary["context"][who] for who in ("own", "other")}
+    return rows
 
 
 def by_side(groups: Groups) -> Groups:
-    """A row per seed and side: scores, and the rounds to fixed levels of alignment."""
-    result: Groups = {f"{side}, {label}": [] for label in groups for side in SIDES}
-    for (label, rows), side in product(groups.items(), SIDES):
-        for row in rows:
-            rounds = sorted(int(name.partition("@")[2]) for name in row if name.startswith(f"{side}@"))
-            figures = {name: row[f"{side}_{name}"] for name in SCORES}
-            figures |= {name: row[name] for name in GUESSES if side == "federated" or "context" not in name}
-            for level in LEVELS:
-                at = pluralllm.convergence([row[f"{side}@{t}"] for t in rounds], level)
-                figures[f"rounds_to_{level}"] = math.nan if at is None else rounds[at]
-            result[f"{side}, {label}"].append(figures | {"seed": row["seed"]})
-    return result
+    """A label for each side."""
+    pairs = product(groups.items(), SIDES)
+    return {f"{side}, {label}": [row for row in rows if row["side"] == side] for (label, rows), side in pairs}
 
 
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
@@ -193,7 +183,7 @@ EXPERIMENTS = {
     ),
     "predictor_tuning": Experiment(
         measure_predictor, by_rate({"both": PREDICTOR}, (3e-4, 1e-3, 3e-3)), TUNING_SEEDS,
-        [f"{side}_alignment" for side in SIDES],
+        ["alignment"], derive=by_side,
     ),
     "predictor": Experiment(
         measure_predictor, {EQUAL: PREDICTOR | {"lr": 1e-3}, COUNTED: PREDICTOR | {"lr": 1e-3, "local_steps": 1}},

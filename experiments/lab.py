@@ -30,7 +30,7 @@ COMMON = {"lr": 3e-3, "server_lr": 2.0}  # with the middle of KAPPAS the best of
 TUNING_SEEDS = [{"seed": seed} for seed in (101, 102)]
 KAPPAS = (0.001, 0.003, 0.03)  # KL coefficients, so that gains compare at equal KL
 MINIATURE = {"rounds": 3, "held_out": 32, "eval_samples": 2}
-TEXTS = ("settings", "commit", "method")  # columns that are no figures; older rows name the method
+TEXTS = ("settings", "commit", "side")  # columns that are no figures
 
 Measure = Callable[[dict[str, Any], Path], list[Row]]
 

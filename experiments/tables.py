@@ -21,8 +21,7 @@ from app import plots
 NOTE = (
     "± is half a 95 % interval over the seeds. In brackets: p of the paired t-test, p after Holm over the lines of a "
     "column, and the least true difference that the plain test finds in 80 % of cases; then how many seeds have a "
-    "positive one. If runs differ in κ, differences are at equal KL (experiments/tables.py). A figure that is 0 by "
-    "construction is not compared."
+    "positive one. If runs differ in κ, differences are at equal KL (experiments/tables.py)."
 )
 FELL = -0.3  # deviations of the base policy's reward
 Row = dict[str, Any]
@@ -69,11 +68,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - step) * p_values[i]))
         adjusted[i] = math.nan if math.isnan(p_values[i]) else running
     return adjusted
-
-
-def measured(rows: Sequence[Row], figure: str) -> bool:
-    """Whether any row has this figure and it is not 0; one that is always 0 is so by construction."""
-    return any(abs(row.get(figure, math.nan)) > 1e-12 for row in rows)
 
 
 def number(value: float, sign: str = "") -> str:
@@ -144,19 +138,14 @@ def means(groups: Groups, figures: Sequence[str]) -> str:
 
 def differences(groups: Groups, figures: Sequence[str], pairs: Sequence[tuple[str, str]]) -> str:
     """A table with a line per pair (a, b) and a column per figure: a − b ± half its 95 % interval, and as NOTE says."""
-    columns = []
+    lines = [[f"{a} − {b}"] for a, b in pairs]
     for figure in figures:
-        # a column's tests are those of the pairs in which both groups have the figure
-        family = [pair for pair in pairs if all(measured(groups[label], figure) for label in pair)]
-        found = [at_equal_kl(groups[a], groups[b], figure) for a, b in family]
+        found = [at_equal_kl(groups[a], groups[b], figure) for a, b in pairs]
         tests = [paired(d) for _, d in found]
-        cells = dict.fromkeys(pairs, "–")
         corrections = holm([p for _, _, p, _ in tests])
-        for pair, (kls, d), (mean, half, p, seen), corrected in zip(family, found, tests, corrections, strict=True):
-            n = len({row["seed"] for row in groups[pair[0]]})
+        for line, (kls, d), (mean, half, p, seen), corrected in zip(lines, found, tests, corrections, strict=True):
+            n = len({row["seed"] for row in groups[line[0].partition(" − ")[0]]})
             cell = f"{number(mean, '+')} ± {number(half)} ({p:.2g}; {corrected:.2g}; {number(seen)})"
             cell += f", {(d > 0).sum()} of {n} up" if len(d) == n else f", common KL on {len(d)} of {n} seeds"
-            cells[pair] = cell + (f", at KL {np.mean(kls):.1f}" if kls else "")
-        columns.append(cells.values())
-    lines = [[f"{a} − {b}", *cells] for (a, b), *cells in zip(pairs, *columns, strict=True)]
+            line.append(cell + (f", at KL {np.mean(kls):.1f}" if kls else ""))
     return markdown(["difference", *figures], lines)

@@ -26,7 +26,7 @@ def laboratory(tmp_path, monkeypatch):
 
     def measure(job, directory):
         calls.append(1 / (job["seed"] - 99))
-        return [{"method": "firm", "figure": float(len(calls))}]
+        return [{"figure": float(len(calls))}]
 
     monkeypatch.setattr(lab, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     return lambda *jobs: lab.rows_of(tmp_path / "x.csv", jobs, measure, 1), calls

@@ -6,6 +6,7 @@ import torch
 
 distance = pytest.importorskip("scipy.spatial.distance", reason="the experiments need SciPy, see requirements-dev.txt")
 
+from app import predictor  # noqa: E402
 from app.options import PRESETS  # noqa: E402
 from app.session import Session  # noqa: E402
 from experiments import extensions  # noqa: E402
@@ -29,13 +30,15 @@ def test_the_truth_is_the_expected_share_and_the_distance_under_the_policys_own_
     assert (one["worst_share"], one["mean_share"]) == pytest.approx((min(shares), np.mean(shares)))
 
 
-def test_convergence_is_counted_in_rounds_to_fixed_levels():
+def test_convergence_is_counted_in_rounds_to_fixed_levels(tmp_path, monkeypatch):
     curves = {"federated": [0.5, 0.72, 0.72, 0.72, 0.9, 0.9], "centralised": [0.5, 0.5, 0.6, 0.6, 0.6, 0.6]}
-    row = {"seed": 1} | dict.fromkeys(extensions.GUESSES, 0.0)
-    for side, curve in curves.items():
-        row |= {f"{side}_{name}": curve[-1] for name in extensions.SCORES}
-        row |= {f"{side}@{2 * i}": value for i, value in enumerate(curve, 1)}
-    sides = extensions.by_side({"x": [row]})
+    lines = [{"round": 2 * i + 1} | {f"alignment/{side}": y[i] for side, y in curves.items()} for i in range(6)]
+    guess = {"unseen": True, "uniform": 0.5, "mean answer": 0.5}
+    summary = {"sides": dict.fromkeys(curves, {}), "groups": {"a": guess}, "context": {"own": 0.8, "other": 0.4}}
+    monkeypatch.setattr(predictor, "train", lambda config, progress: summary)
+    monkeypatch.setattr(extensions, "read_lines", lambda file: lines)
+    rows = extensions.measure_predictor({"seed": 1}, tmp_path)
+    sides = extensions.by_side({"x": rows})
     rounds = {label: [of[f"rounds_to_{level}"] for level in (0.7, 0.75)] for label, (of,) in sides.items()}
     # the mean of three evaluations passes 0.7 with the fourth, 0.75 with the fifth, each after two rounds more
     assert rounds["federated, x"] == [8, 10] and np.isnan(rounds["centralised, x"]).all()
