@@ -10,13 +10,18 @@ tables again costs nothing. requirements-dev.txt is needed (SciPy).
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-from experiments import extensions, privacy, toy
+from experiments import extensions, toy
 from experiments.lab import conduct
 
-EXPERIMENTS = toy.EXPERIMENTS | extensions.EXPERIMENTS | privacy.EXPERIMENTS
+EXPERIMENTS = toy.EXPERIMENTS | extensions.EXPERIMENTS
+with suppress(ImportError):  # requirements-nodes.txt
+    from experiments import privacy
+
+    EXPERIMENTS |= privacy.EXPERIMENTS
 EMBEDDED = [name for name in EXPERIMENTS if not name.startswith(("chat", "privacy"))]  # need nothing further
 
 

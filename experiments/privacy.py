@@ -7,7 +7,11 @@ import math
 from functools import partial
 from pathlib import Path
 
+from flwr.app import Context, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
 import run
+from app import nodes
 from app.files import write_lines
 from app.options import PRESETS
 from experiments.lab import COMMON, Experiment, seeds
@@ -29,10 +33,6 @@ class Loopback:
         return list(self.homes)
 
     def send_and_receive(self, messages: list, timeout: float | None = None) -> list:
-        from flwr.app import Context, RecordDict
-
-        from app import nodes
-
         replies = []
         for message in messages:
             home = self.homes[message.metadata.dst_node_id]
@@ -44,10 +44,6 @@ class Loopback:
 
 def measure(job: dict, directory: Path) -> list[Row]:
     """Train over nodes: gains, the KL, ε."""
-    from flwr.supercore.task_identity import TaskIdentity
-
-    from app import nodes
-
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # as Flower does in a process of its own
     homes = {node: directory / f"node{node}" for node in range(job["clients"] + 1)}  # 0: the server's
     rows: dict[int, list] = {node: [] for node in homes}

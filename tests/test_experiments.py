@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("scipy", reason="the experiments need SciPy, see requirements-dev.txt")
 
 from app import plots  # noqa: E402
-from experiments import lab, toy  # noqa: E402
+from experiments import extensions, lab, toy  # noqa: E402
 from experiments.__main__ import EXPERIMENTS  # noqa: E402
 from methods import METHODS  # noqa: E402
 
@@ -36,18 +36,36 @@ def test_an_experiment_names_methods_that_are_registered_and_is_short_in_miniatu
     assert len(small.variants) * len(small.repeats) <= 8 and all(s["rounds"] == 3 for s in small.variants.values())
 
 
-@pytest.mark.parametrize("name", [name for name in DONE if name.endswith("_tuning")])
-def test_what_is_used_is_the_best_of_equally_many_settings(name):
-    tuning, used, figure = EXPERIMENTS[name], EXPERIMENTS[name.removesuffix("_tuning")], EXPERIMENTS[name].figures[0]
-    rows, scores = lab.read_rows(RESULTS / f"{name}.csv"), {}
-    for label, settings in tuning.variants.items():
-        score = np.mean([rows[lab.key(repeat | settings)][0][figure] for repeat in tuning.repeats])
-        scores.setdefault(label.partition(", ")[0], {})[label] = score
-    assert len({len(of_method) for of_method in scores.values()}) == 1
-    for of_method in scores.values():
-        best = tuning.variants[max(of_method, key=of_method.get)].items()
-        assert any(best <= settings.items() for settings in used.variants.values())
-    assert not {repeat["seed"] for repeat in tuning.repeats} & {repeat["seed"] for repeat in used.repeats}
+def scores_of(name):
+    """Of a tuning: each label's score, by method."""
+    e, rows, scores = EXPERIMENTS[name], lab.read_rows(RESULTS / f"{name}.csv"), {}
+    for label, settings in e.variants.items():
+        runs = [row for repeat in e.repeats for row in rows[lab.key(repeat | settings)]]
+        scores.setdefault(label.partition(", ")[0], {})[label] = np.mean([row[e.figures[0]] for row in runs])
+    assert len({len(of_method) for of_method in scores.values()}) == 1  # equally many settings for each
+    return scores
+
+
+CHOSEN = {
+    "fedmoa_tuning": {*extensions.FEDMOA_BEST.values()},
+    "plural_tuning": {f"{label}, rate {lr:g}" for label, lr in extensions.PLURAL_BEST.items()},
+    "predictor_tuning": {"both, rate 0.001"},
+    "chat_tuning": {"linear, rate 0.001"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in DONE if name in CHOSEN])
+def test_what_is_used_is_the_best_of_equally_many_settings_on_other_seeds(name):
+    assert {max(of_method, key=of_method.get) for of_method in scores_of(name).values()} == CHOSEN[name]
+    seeds = [{r["seed"] for r in EXPERIMENTS[each].repeats} for each in (name, name.removesuffix("_tuning"))]
+    assert not seeds[0] & seeds[1]
+
+
+@pytest.mark.parametrize("name", ["worst", "minority"])
+def test_no_rate_is_better_on_average_than_the_one_that_all_methods_have(name):
+    low, common, high = np.mean([[*of_method.values()] for of_method in scores_of(f"{name}_tuning").values()], 0)
+    assert low < common - 0.1 and abs(common - high) < 0.02
+    assert {settings["lr"] for settings in EXPERIMENTS[name].variants.values()} == {lab.COMMON["lr"]}
 
 
 def test_the_common_setting_is_the_best_on_average_of_the_tuning():
