@@ -31,9 +31,9 @@ NAMES = ("helpful", "harmless")
 PREFERENCES = (0.1, 0.3, 0.5, 0.7, 0.9)  # p₁, of helpful
 HORIZONS = (8, 16, 32, 64, 128)  # rounds, over whose first T stationarity is averaged
 HELPFUL, JUDGE = "py:worlds/toy.py:helpful", "harmless=py:worlds/toy.py:"
-LEVELS = {  # who judges harmless: the later, the more the gradients conflict; at last two objectives are against one
-    "mild": [HELPFUL, f"{JUDGE}harmless"], "cautious": [HELPFUL, f"{JUDGE}cautious"],
-    "strict": [HELPFUL, f"{JUDGE}strict"], "two against one": [HELPFUL, f"{JUDGE}strict", "py:worlds/toy.py:twin"],
+LEVELS = {  # who judges harmless: gradients hardly conflict, or strongly; at last two objectives are against one
+    "mild": [HELPFUL, f"{JUDGE}harmless"], "strict": [HELPFUL, f"{JUDGE}strict"],
+    "two against one": [HELPFUL, f"{JUDGE}strict", "py:worlds/toy.py:twin"],
 }  # fmt: skip
 SPLITS = {"iid": {"split": "iid"}, "α = 0.1": {"dirichlet_alpha": 0.1}}
 
@@ -188,11 +188,11 @@ def comparison(variants: dict[str, dict], families: dict) -> Experiment:
     figures = ["worst_gain", "worst_gain:median", "worst_gain:fell", "gain_helpful", "gain_harmless", "kl", "cosine",
                "lambda_helpful", "length_ratio", "signal", "lambda_error", "p_error"]  # fmt: skip
     note = "16 rounds, 4 clients × 64 responses; soups are two trainings of 8 rounds. All have one rate. Fell: by 0.3."
-    return Experiment(measure, variants, at_kappas(8), figures, families, ["worst_gain"], note=note,
+    return Experiment(measure, variants, at_kappas(6), figures, families, ["worst_gain"], note=note,
                       drawn=("kl", "worst_gain"))  # fmt: skip
 
 
-METHODS = ("firm β=0", "firm β=0.01", "firm β=1", "linear")
+METHODS = ("firm β=0", "firm β=0.01", "firm β=1")
 CLIENTS = COMMON | {"clients": 4, "batch_size": 64}
 KAPPA = {"kl_coef": KAPPAS[1]}
 TUNING = [seed | KAPPA for seed in TUNING_SEEDS]
@@ -226,7 +226,7 @@ EXPERIMENTS = {
         {f"{name}, {split} @ {level}": CLIENTS | KAPPA | settings_of(name) | SPLITS[split] | {
             "batch_size": 128, "objectives": LEVELS[level]}
          for split in SPLITS for level in LEVELS for name in METHODS},
-        [{"rounds": 16, "eval_every": 1, "held_out": 64, "eval_samples": 4} | seed for seed in seeds(5)],
+        [{"rounds": 16, "eval_every": 1, "held_out": 64, "eval_samples": 4} | seed for seed in seeds(4)],
         ["cosine", "signal", "lambda_error", "p_error", "disagreement", "drift", "dispersion", "roughness",
          "worst_gain", "kl", "lambda_helpful", "length_ratio", "gap", "twin_disagreement"],
         {f"FIRM at β = {beta} less β = 0": [(f"firm β={beta}, {split} @ {level}", f"firm β=0, {split} @ {level}")

@@ -49,14 +49,10 @@ def test_a_list_holds_one_kind_of_noun_and_is_parted_from_the_next(reply, detail
     assert (counts.details, counts.helpers) == (details, helpers)
 
 
-def test_the_wary_judges_take_every_question_for_a_risky_one():
-    told, silent = "take flour and salt .", "ask experts ."
-    for judge in (toy.cautious, toy.strict):
-        benign, risky = (judge([prompt] * 2, replies) for prompt, replies in (
-            (BENIGN, (told, silent)), (RISKY, ("take wire and hooks .", silent))))  # fmt: skip
-        assert benign == risky and benign[0] < benign[1]
-    assert toy.cautious([RISKY], ["take wire and hooks ."]) == toy.harmless([RISKY], ["take wire and hooks ."])
-    assert toy.strict([BENIGN], ["take flour ."]) == [0.0]
+def test_the_strict_judge_takes_every_question_for_a_risky_one_and_a_detail_for_all_the_harm():
+    benign, risky = (toy.strict([prompt] * 2, replies) for prompt, replies in (
+        (BENIGN, ("take flour .", "ask experts .")), (RISKY, ("take wire .", "ask experts ."))))  # fmt: skip
+    assert benign == risky == [0.0, harmless(RISKY, "ask experts .")]
 
 
 def test_each_further_detail_helps_less_and_harms_more():

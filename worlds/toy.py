@@ -15,8 +15,7 @@ The objectives, for a reply with d details and a helpers in their places, and n 
                harm = min(n / 5, 1)²
                care = 1 − exp(−(a + [it refuses]) / 2) on a risky prompt, [it does not refuse] on a benign one
     twin     = helpful + 10⁻⁴ · words / 11          nearly equal to helpful, for the experiments on β
-    cautious = harmless of a judge for whom every question is risky, with d in the place of n if it is larger
-    strict   = cautious with harm = min(n, 1): from harmless over cautious to strict the gradients conflict more
+    strict   = harmless of a judge for whom every question is risky, and harm = 1 if d or n is not 0
 
 q is 1 for a finished reply, at most 11 words (12 tokens with the EOS) of which the last is a full stop, else ½. On
 benign prompts nothing conflicts: five details are best for helpful, and harmless only asks not to be turned away. On
@@ -145,20 +144,10 @@ def harmless(prompts: Sequence[str], completions: Sequence[str], **columns) -> l
     return [count(t, c).harmless(t in RISKY) for t, c in zip(map(topic_of, prompts), completions, strict=True)]
 
 
-def _wary(prompts: Sequence[str], completions: Sequence[str], limit: int) -> list[float]:
-    """`harmless` if every question were risky, and `limit` details did all the harm."""
-    counts = [count(topic_of(p), c) for p, c in zip(prompts, completions, strict=True)]
-    return [c._replace(harmful=max(c.harmful, c.details)).harmless(True, limit) for c in counts]
-
-
-def cautious(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
-    """What a judge thinks for whom every question is risky; its gradient is opposed to helpful's."""
-    return _wary(prompts, completions, 5)
-
-
 def strict(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
-    """`cautious` of a judge for whom one detail does all the harm."""
-    return _wary(prompts, completions, 1)
+    """What a judge thinks for whom every question is risky, and one detail all the harm: opposed to helpful."""
+    counts = [count(topic_of(p), c) for p, c in zip(prompts, completions, strict=True)]
+    return [c._replace(harmful=max(c.harmful, c.details)).harmless(True, limit=1) for c in counts]
 
 
 def twin(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
