@@ -83,7 +83,7 @@ def panels(contents: Sequence[Panel], path: Path, size: float = 3.8) -> None:
             if len(x) == 1 or (panel.dots and label != FRONT):
                 drawn |= {"linestyle": ""}
             bars = {"yerr": half, "xerr": wide[0] if wide else None, "capsize": 2, "elinewidth": 0.8}
-            handles[label] = ax.errorbar(x, y, **bars, clip_on=False, **drawn)  # whole at the limits
+            handles[label] = ax.errorbar(x, y, **bars, clip_on=panel.log, **drawn)  # else whole at the limits
             for text, *point in zip(panel.notes.get(label, ()), x, y, strict=False):
                 ax.annotate(text, point, xytext=(5, 5), textcoords="offset points", fontsize=7, color=drawn["color"])
         if panel.x.startswith("round"):

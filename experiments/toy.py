@@ -165,14 +165,15 @@ def over_rounds(groups: Groups, path: Path) -> str:
     """The slopes of log mean stationarity over T rounds in log T, of the seeds' mean, with jackknife intervals."""
     lines, drawn = [], {}
     for label, rows in groups.items():
+        name, _, batch = label.partition(", ")
         values = np.array([[row.get(f"stationarity@{T}", math.nan) for T in HORIZONS] for row in rows])  # [n, T]
-        drawn[label] = (HORIZONS, values.mean(0), [interval(column)[1] for column in values.T])
+        drawn.setdefault(batch, {})[name] = (HORIZONS, values.mean(0), [interval(column)[1] for column in values.T])
         without = [np.delete(values, i, 0).mean(0) for i in range(len(rows))] if len(rows) > 1 else [values[0]]
         slope, *slopes = (np.polyfit(np.log(HORIZONS), np.log(mean), 1)[0] for mean in (values.mean(0), *without))
         half = (len(rows) - 1) * interval(slopes)[1]  # the jackknife's error is (n − 1) that of a mean
         lines.append([label, f"{slope:+.2f} ± {half:.2f}"])
-    axes = ("rounds T", "mean ‖Jᵀλ‖² over T rounds", "On independent halves, ± 95 % over the seeds")
-    panels([Panel(*axes, drawn, log=True)], Path(f"{path}.png"), size=6.0)
+    axes = ("rounds T", "mean ‖Jᵀλ‖² over T rounds")
+    panels([Panel(*axes, batch, some, log=True) for batch, some in drawn.items()], Path(f"{path}.png"), size=4.8)
     return markdown(["", "slope"], lines)
 
 
