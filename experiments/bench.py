@@ -104,9 +104,7 @@ def sampler(bench: Bench) -> Iterator[Comparison]:
 
 
 def jacobian(bench: Bench) -> Iterator[Comparison]:
-    """J on a client's groups of 4: of M objectives in passes of one; a prompt read once against with every response;
-    and against the products of the frozen layers alone, the least that J costs.
-    """
+    """J on a client's groups of 4: of M objectives in passes of one; a prompt read once against with every response."""
     session = bench.session(advantages="group")
     session.federation.calibrate()
     ((_, batch, _),) = session.federation.batches(session.federation.clients[:1])
@@ -126,18 +124,6 @@ def jacobian(bench: Bench) -> Iterator[Comparison]:
         policy.shares_prompts = True
 
     yield "J on groups, a prompt read once / with every response", ours, plain, 0
-    pieces = rollout.micro_batches(session.config.micro_batch_size)
-    rows = sum(piece.prompts[:: piece.group_size].numel() + piece.mask[:, 1:].numel() for _, piece in pieces)
-    passes = [(layer.base.weight, rows, 1 + 2) for layer in policy.adapter.layers.values()]  # forward, twice backward
-    passes.append((policy.model.get_output_embeddings().weight, rollout.mask.numel(), 1 + 1))  # `TokenLogProbs`
-
-    def products() -> None:
-        for weight, n, times in passes:
-            x = weight.new_ones(n, weight.shape[1])
-            for _ in range(times):
-                x @ weight.T
-
-    yield "J on groups, our time / its frozen layers' products alone", ours, products, 0
 
 
 def trl_trainers(bench: Bench) -> Iterator:
