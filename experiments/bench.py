@@ -191,7 +191,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["tiny", "stories260k"], choices=SHAPES)
     parser.add_argument("--only", nargs="+", choices=PARTS, help="else all")
     parser.add_argument("--pairs", type=int, default=30, help="pairs of runs per comparison")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "bench.json")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     about = {"device": chosen.device, "dtype": chosen.dtype, "commit": commit()}
@@ -200,7 +199,10 @@ def main() -> None:
             bench = Bench(shape, chosen.device, chosen.dtype, Path(root))
             try:
                 for row in measured(PARTS[part](bench), chosen.pairs):
-                    save(row | about | {"name": f"{row['name']}, {shape}"}, chosen.out)
+                    save(
+                        row | about | {"name": f"{row['name']}, {shape}"},
+                        Path(__file__).parents[1] / "results" / "bench.json",
+                    )
                     print(row, flush=True)
             except ImportError as error:
                 print(f"{part}: {error}; pip install -r requirements-bench.txt")

@@ -78,8 +78,7 @@ def measure_fedmoa(job: dict, directory: Path) -> list[Row]:
 
 SIDES = ("federated", "centralised")
 EQUAL, COUNTED = "equal steps", "a central step a round"  # the second is the public code's counting
-SCORES = ("alignment", "worst", "fairness", "jain_over_groups")
-GUESSES = ("own_context", "other_context", "uniform", "mean answer")
+SCORES = ["alignment", "worst", "fairness", "jain_over_groups"]
 PREDICTOR = {"preset": "pluralllm-tiny", "eval_every": 2}
 LEVELS = (0.7, 0.75)  # of alignment, for convergence
 
@@ -158,9 +157,8 @@ EXPERIMENTS = {
     ),
     "chat": Experiment(
         measure, {label: CHAT | settings_of(label) | {"held_out": 256} for label in ("firm", "linear")},
-        at_kappas(3, (0.003, 0.01, 0.03), first=43),
-        ["gain_helpful", "error_helpful", "gain_harmless", "error_harmless", "kl", "cosine", "lambda_helpful",
-         "disagreement", "seconds"],
+        at_kappas(3, (0.003, 0.01, 0.03), first=43), ["gain_helpful", "error_helpful", "gain_harmless",
+        "error_harmless", "kl", "cosine", "lambda_helpful", "disagreement", "seconds"],
         {"FIRM less fixed weights": [("firm", "linear")]}, ["gain_helpful", "gain_harmless", "worst_gain"],
         drawn=("kl", "gain_helpful", "gain_harmless"), note="Errors are standard errors over the held-out prompts.",
     ),
@@ -171,30 +169,27 @@ EXPERIMENTS = {
     "fedmoa": Experiment(
         measure_fedmoa,
         {f"{label}, severity {s:g}": METHODS[label] | {"severity": s} for s in SEVERITIES for label in METHODS},
-        at_kappas(8, (0.003, 0.03, 0.1)),
-        ["base_accuracy", "accuracy", "accuracy:least", "format", "kl", "lambda_format", "shift_format", "careful_gain",
-         "poor_gain"],
+        at_kappas(8, (0.003, 0.03, 0.1)), ["base_accuracy", "accuracy", "accuracy:least", "format", "kl",
+        "lambda_format", "shift_format", "careful_gain", "poor_gain"],
         {title: [(f"{a}, severity {s:g}", f"{b}, severity {s:g}") for s in SEVERITIES for a, b in pairs]
          for title, pairs in DIFFERENCES.items()},
-        ["accuracy"],
-        drawn=("kl", "accuracy"),
+        ["accuracy"], drawn=("kl", "accuracy"),
         note="λ is that of the last eighth of the rounds, its shift is since the first. Careful and poor gain: what "
         "clients of either kind gain in accuracy by four rounds alone.",
     ),
     "predictor_tuning": Experiment(
-        measure_predictor, by_rate({"both": PREDICTOR}, (3e-4, 1e-3, 3e-3)), TUNING_SEEDS,
-        ["alignment"], derive=by_side,
+        measure_predictor, by_rate({"both": PREDICTOR}, (3e-4, 1e-3, 3e-3)), TUNING_SEEDS, ["alignment"], derive=by_side
     ),
     "predictor": Experiment(
         measure_predictor, {EQUAL: PREDICTOR | {"lr": 1e-3}, COUNTED: PREDICTOR | {"lr": 1e-3, "local_steps": 1}},
-        seeds(8), [*SCORES, *(f"rounds_to_{level}" for level in LEVELS), *GUESSES],
+        seeds(8), [*SCORES, *(f"rounds_to_{level}" for level in LEVELS), "own_context", "other_context", "uniform",
+                   "mean answer"],
         {counting: [tuple(f"{side}, {counting}" for side in SIDES)] for counting in (EQUAL, COUNTED)}, SCORES,
-        derive=by_side,
-        note="Unseen groups. Rounds to a level: until the mean of three evaluations is past it. Own context: 15 "
-        "answers of the group itself; other: of one with another centre.",
+        derive=by_side, note="Unseen groups. Rounds to a level: until the mean of three evaluations is past it. "
+        "Own context: 15 answers of the group itself; other: of one with another centre.",
     ),
     "plural_tuning": Experiment(
-        measure_policy, by_rate(POLICIES, (1.5e-3, 3e-3, 6e-3)), TUNING_SEEDS, ["worst_share", "kl"],
+        measure_policy, by_rate(POLICIES, (1.5e-3, 3e-3, 6e-3)), TUNING_SEEDS, ["worst_share", "kl"]
     ),
     "plural": Experiment(
         measure_policy, {label: POLICIES[label] | {"lr": lr} for label, lr in PLURAL_BEST.items()},

@@ -29,17 +29,13 @@ UPDATE = 2  # raise it with every change that alters more than the rounding of a
 COMMON = {"lr": 3e-3, "server_lr": 2.0}  # with the middle of KAPPAS the best of results/tuning.md, over 7 methods
 TUNING_SEEDS = [{"seed": seed} for seed in (101, 102)]
 KAPPAS = (0.001, 0.003, 0.03)  # KL coefficients, so that gains compare at equal KL
-MINIATURE = {"rounds": 3, "held_out": 32, "eval_samples": 2}
-TEXTS = ("settings", "commit", "side")  # columns that are no figures
-
-Measure = Callable[[dict[str, Any], Path], list[Row]]
 
 
 @dataclass(frozen=True)
 class Experiment:
     """Variants that are run on the same repeats, and what is shown of their rows."""
 
-    measure: Measure
+    measure: Callable[[dict[str, Any], Path], list[Row]]
     variants: dict[str, dict[str, Any]]  # label -> settings; one of None leaves out that of the repeat
     repeats: Sequence[dict[str, Any]]
     figures: Sequence[str]  # columns of the table of means
@@ -52,7 +48,8 @@ class Experiment:
 
     def miniature(self) -> "Experiment":
         """The same with short runs: the first and the last variant, one seed."""
-        some = {label: self.variants[label] | MINIATURE for label in ([*self.variants][0], [*self.variants][-1])}
+        small, (one, *_, other) = {"rounds": 3, "held_out": 32, "eval_samples": 2}, [*self.variants] * 2
+        some = {label: self.variants[label] | small for label in (one, other)}
         first = [repeat | {"seed": 0} for repeat in self.repeats if repeat["seed"] == self.repeats[0]["seed"]]
         return replace(self, variants=some, repeats=first[:2])
 
@@ -106,7 +103,7 @@ def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
     print(f"\n{name}\n\n{text}")
 
 
-def rows_of(path: Path, jobs: Sequence[dict], measure: Measure, workers: int) -> dict[str, list[Row]]:
+def rows_of(path: Path, jobs: Sequence[dict], measure: Callable, workers: int) -> dict[str, list[Row]]:
     """The rows of a file by the keys of their jobs, after the missing jobs have run. Stops at the first that fails."""
     present, version = read_rows(path), commit()
     missing = {key(job): job for job in jobs if key(job) not in present}
@@ -122,7 +119,7 @@ def rows_of(path: Path, jobs: Sequence[dict], measure: Measure, workers: int) ->
     return read_rows(path)
 
 
-def run_job(measure: Measure, job: dict) -> list[Row]:
+def run_job(measure: Callable, job: dict) -> list[Row]:
     """The rows of one job. Its directory is gone afterwards."""
     Path("runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="experiment-", dir="runs") as directory:
@@ -161,6 +158,8 @@ def read_rows(path: Path) -> dict[str, list[Row]]:
     """Rows by the key of their job: its settings, and figures as numbers."""
     rows: dict[str, list[Row]] = {}
     for row in texts(path):
-        figures = {name: value if name in TEXTS else float(value) for name, value in row.items()}
+        figures = {
+            name: value if name in ("settings", "commit", "side") else float(value) for name, value in row.items()
+        }
         rows.setdefault(row["settings"], []).append(figures | json.loads(row["settings"]))
     return rows

@@ -79,8 +79,8 @@ def of_rounds(lines: list[dict], summary: dict) -> Row:
     objectives: 0 for a line, σ² for white noise around one. Every round answers from the same random numbers.
     """
     logged = {"disagreement": "lambda/disagreement", "lambda_helpful": "lambda/helpful"}
-    logged |= {"dispersion": "adapter/dispersion"}
-    logged |= {name: name for name in ("cosine", "drift", "upload_bytes", "download_bytes", "rejected_clients")}
+    logged |= {"dispersion": "adapter/dispersion", "cosine": "cosine", "drift": "drift"}
+    logged |= {name: name for name in ("upload_bytes", "download_bytes", "rejected_clients")}
     row = {name: float(np.mean([line[key] for line in lines])) for name, key in logged.items() if key in lines[0]}
     if len(lines) > 2 and "held_out_kl" in lines[0]:
         curves = {name: [line[f"held_out/{name}"] for line in lines] for name in summary["objectives"]}
@@ -115,18 +115,17 @@ def of_grams(grams: list[dict[str, Tensor]], config: Config) -> Row:
     if config.method not in ("firm", "mgda"):
         return row
     halves = torch.stack([start[:, :, half, :, half] for half in (0, 1)])  # [2, T, C, M, M]
-    lam, (a, b) = (solved(each, config) for each in (G, halves))  # [T, C, K, M]; [T, C, M] each
-    p, apart = mgda.preference_vector(config.preference, lam.shape[-1]), lam - lam.mean(1, keepdim=True)
+    beta, preference = config.beta * (config.method == "firm"), config.preference
+
+    def solved(grams: Tensor) -> Tensor:  # [..., M, M] -> [..., M]
+        weights = [mgda.solve(mgda.normalise(gram), beta, preference) for gram in grams.flatten(0, -3)]
+        return torch.stack(weights).view(grams.shape[:-1])
+
+    lam, (a, b) = map(solved, (G, halves))  # [T, C, K, M]; [T, C, M] each
+    p, apart = mgda.preference_vector(preference, lam.shape[-1]), lam - lam.mean(1, keepdim=True)
     squared = {"lambda_error": (a - b).square() / 4, "p_error": (a - p) * (b - p)}
     row |= {name: float(x.sum(-1).mean().clamp_min(0.0).sqrt()) for name, x in squared.items()}
     return row | {"twin_disagreement": float((apart[..., 0] - apart[..., -1]).abs().mean())}
-
-
-def solved(grams: Tensor, config: Config) -> Tensor:
-    """λ [..., M] of Gram matrices [..., M, M]."""
-    beta = config.beta * (config.method == "firm")
-    weights = [mgda.solve(mgda.normalise(gram), beta, config.preference) for gram in grams.flatten(0, -3)]
-    return torch.stack(weights).view(grams.shape[:-1])
 
 
 def volumes(groups: Groups) -> Groups:
@@ -179,9 +178,8 @@ def over_rounds(groups: Groups, path: Path) -> str:
 
 def in_world(level: str, labels: Sequence[str]) -> dict[str, dict]:
     """Methods where gradients conflict and clients differ, at equal rollouts: soups are two trainings of 8 rounds."""
-    halved = {"soups": {"preferences": [0.5], "rounds": 8}}
-    hard = CLIENTS | SPLITS["α = 0.1"] | {"objectives": LEVELS[level], "rounds": 16}
-    return {label: hard | settings_of(label) | halved.get(label, {}) for label in labels}
+    hard, halved = CLIENTS | SPLITS["α = 0.1"] | {"objectives": LEVELS[level]}, {"preferences": [0.5], "rounds": 8}
+    return {label: hard | settings_of(label) | (halved if label == "soups" else {"rounds": 16}) for label in labels}
 
 
 def comparison(variants: dict[str, dict], families: dict) -> Experiment:
@@ -189,8 +187,8 @@ def comparison(variants: dict[str, dict], families: dict) -> Experiment:
     figures = ["worst_gain", "worst_gain:median", "worst_gain:fell", "gain_helpful", "gain_harmless", "kl", "cosine",
                "lambda_helpful", "length_ratio", "signal", "lambda_error", "p_error"]  # fmt: skip
     note = "16 rounds, 4 clients × 64 responses; soups are two trainings of 8 rounds. All have one rate. Fell: by 0.3."
-    return Experiment(measure, variants, at_kappas(6), figures, families, ["worst_gain"], note=note,
-                      drawn=("kl", "worst_gain"))  # fmt: skip
+    drawn = ("kl", "worst_gain")
+    return Experiment(measure, variants, at_kappas(6), figures, families, drawn[1:], note=note, drawn=drawn)
 
 
 METHODS = ("firm β=0", "firm β=0.01", "firm β=1")
@@ -217,8 +215,7 @@ EXPERIMENTS = {
         {label: COMMON | {"rounds": 16} | settings_of(label) for label in ("firm β=10", "firm", "linear", "morlhf")}
         | {"soups": COMMON | {"rounds": 16, "method": "soups", "preference": None, "preferences": list(PREFERENCES)}},
         [job | {"preference": [p, round(1.0 - p, 1)]} for job, p in product(at_kappas(5), PREFERENCES)],
-        ["hypervolume", "kl"],
-        {"FIRM at β = 10 less each": [("firm β=10", label) for label in ("firm", "linear", "morlhf", "soups")]},
+        ["hypervolume", "kl"], {"FIRM, β = 10, less": [("firm β=10", x) for x in ("firm", "linear", "morlhf", "soups")]},
         ["hypervolume"], derive=volumes, more=trade_offs,
         note="16 rounds, five preferences. Soups are two trainings a seed, the others five.",
     ),
@@ -238,12 +235,10 @@ EXPERIMENTS = {
     "worst_tuning": Experiment(measure, by_rate(TWO, RATES), TUNING, ["worst_gain", "kl"]),
     "worst": comparison(TWO, {
         "FIRM less each method": [("firm", label) for label in (*BASELINES, "soups")],
-        "Groups of responses less a critic, GRPO's division less none": [
-            ("firm groups", "firm"), ("linear groups", "linear"), ("firm grpo", "firm groups")],
+        "Groups, not a critic": [("firm groups", "firm"), ("linear groups", "linear"), ("firm grpo", "firm groups")],
     }),
     "minority_tuning": Experiment(measure, by_rate(THREE, RATES), TUNING, ["worst_gain", "kl"]),
-    "minority": comparison(THREE, {
-        "FIRM less each method": [("firm", label) for label in (*BASELINES, "linear ¼ ½ ¼")]}),
+    "minority": comparison(THREE, {"FIRM less each": [("firm", label) for label in (*BASELINES, "linear ¼ ½ ¼")]}),
     "stationarity": Experiment(
         measure,
         {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
