@@ -215,7 +215,7 @@ EXPERIMENTS = {
         {label: COMMON | {"rounds": 16} | settings_of(label) for label in ("firm β=10", "firm", "linear", "morlhf")}
         | {"soups": COMMON | {"rounds": 16, "method": "soups", "preference": None, "preferences": list(PREFERENCES)}},
         [job | {"preference": [p, round(1.0 - p, 1)]} for job, p in product(at_kappas(5), PREFERENCES)],
-        ["hypervolume", "kl"], {"FIRM, β = 10, less": [("firm β=10", x) for x in ("firm", "linear", "morlhf", "soups")]},
+        ["hypervolume", "kl"], {"FIRM at 10 less": [("firm β=10", x) for x in ("firm", "linear", "morlhf", "soups")]},
         ["hypervolume"], derive=volumes, more=trade_offs,
         note="16 rounds, five preferences. Soups are two trainings a seed, the others five.",
     ),
