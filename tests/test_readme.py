@@ -45,6 +45,16 @@ def test_every_command_is_one_that_run_py_takes(words, tmp_path, monkeypatch):
         methods.check(config)
 
 
+def test_every_figure_of_a_claim_stands_in_the_page_that_it_links_to():
+    rows = re.findall(r"\| ([^|]*) \(\[runs\]\((\S+)\)\)", README.read_text("utf-8"))
+    assert len(rows) > 8
+    for measured, page in rows:
+        there = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-\d+)?", (ROOT / page).read_text("utf-8"))
+        for figure in re.findall(r"\d+\.\d+", measured):
+            form = f".{len(figure.partition('.')[2])}f"
+            assert any(f"{float(x):{form}}" == figure for x in there), (figure, page)
+
+
 def test_the_readme_is_short():
     lines = README.read_text("utf-8").splitlines()
     assert len(lines) <= 110 and max(map(len, lines)) <= 120 and sum(len(line.split()) for line in lines) <= 1000
