@@ -98,7 +98,9 @@ def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
         page += [f"{title}:", tables.differences(shown, e.compared, present)] if present else []
     if e.more:
         page.append(e.more(groups, results / name))
-    text = "\n\n".join([*page, f"{e.note} {tables.NOTE}".strip()]) + "\n"
+    n = len({repeat["seed"] for repeat in e.repeats})
+    page.append(f"{e.note} {n} seeds; ± is half a 95 % interval over them. {tables.NOTE if e.families else ''}".strip())
+    text = "\n\n".join(page) + "\n"
     write_text(results / f"{name}.md", text)
     print(f"\n{name}\n\n{text}")
 

@@ -19,9 +19,8 @@ from scipy import stats
 from app import plots
 
 NOTE = (
-    "± is half a 95 % interval over the seeds. In brackets: p of the paired t-test, p after Holm over the lines of a "
-    "column, and the least true difference that the plain test finds in 80 % of cases; then how many seeds have a "
-    "positive one. If runs differ in κ, differences are at equal KL (experiments/tables.py)."
+    "In brackets: p of the paired t-test, p after Holm over the lines of a column, and the least true difference that "
+    "the plain test finds in 80 % of cases; then how many seeds have a positive one."
 )
 FELL = -0.3  # deviations of the base policy's reward
 Row = dict[str, Any]
