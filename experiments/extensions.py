@@ -76,11 +76,10 @@ def measure_fedmoa(job: dict, directory: Path) -> list[Row]:
     return [row]
 
 
-SIDES = ("federated", "centralised")
+SIDES, LEVELS = ("federated", "centralised"), (0.7, 0.75)  # levels of alignment, for convergence
 EQUAL, COUNTED = "equal steps", "a central step a round"  # the second is the public code's counting
 SCORES = ["alignment", "worst", "fairness", "jain_over_groups"]
 PREDICTOR = {"preset": "pluralllm-tiny", "eval_every": 2}
-LEVELS = (0.7, 0.75)  # of alignment, for convergence
 
 
 def measure_predictor(job: dict, directory: Path) -> list[Row]:
@@ -189,7 +188,7 @@ EXPERIMENTS = {
         "Own context: 15 answers of the group itself; other: of one with another centre.",
     ),
     "plural_tuning": Experiment(
-        measure_policy, by_rate(POLICIES, (1.5e-3, 3e-3, 6e-3)), TUNING_SEEDS, ["worst_share", "kl"]
+        measure_policy, by_rate(POLICIES), TUNING_SEEDS, ["worst_share", "kl"]
     ),
     "plural": Experiment(
         measure_policy, {label: POLICIES[label] | {"lr": lr} for label, lr in PLURAL_BEST.items()},

@@ -64,7 +64,7 @@ def at_kappas(n: int, kappas: Sequence[float] = KAPPAS, first: int = 40) -> list
     return [seed | {"kl_coef": kappa} for seed in seeds(n, first) for kappa in kappas]
 
 
-def by_rate(variants: dict[str, dict], rates: Sequence[float]) -> dict[str, dict]:
+def by_rate(variants: dict[str, dict], rates: Sequence[float] = (1.5e-3, 3e-3, 6e-3)) -> dict[str, dict]:
     """Every variant at each of these rates."""
     return {f"{label}, rate {lr:g}": v | {"lr": lr} for label, v in variants.items() for lr in rates}
 
@@ -98,8 +98,8 @@ def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
         page += [f"{title}:", tables.differences(shown, e.compared, present)] if present else []
     if e.more:
         page.append(e.more(groups, results / name))
-    n = len({repeat["seed"] for repeat in e.repeats})
-    page.append(f"{e.note} {n} seeds; ± is half a 95 % interval over them. {tables.NOTE if e.families else ''}".strip())
+    about = f"{len({r['seed'] for r in e.repeats})} seeds; ± is half a 95 % interval over them."
+    page.append(" ".join([e.note, about, tables.NOTE if e.families else ""]).strip())
     text = "\n\n".join(page) + "\n"
     write_text(results / f"{name}.md", text)
     print(f"\n{name}\n\n{text}")
