@@ -229,7 +229,7 @@ EXPERIMENTS = {
          "worst_gain", "kl", "lambda_helpful", "length_ratio", "gap", "twin_disagreement"],
         {f"FIRM at β = {beta} less β = 0": [(f"firm β={beta}, {split} @ {level}", f"firm β=0, {split} @ {level}")
                                           for split in SPLITS for level in LEVELS] for beta in ("0.01", "1")},
-        ["disagreement", "drift", "dispersion", "roughness"], drawn=("cosine", "disagreement", "drift", "roughness"),
+        ["disagreement", "drift", "dispersion", "roughness"],
         note="16 rounds, 4 clients × 128 responses. The gap of two against one is ‖g₁ − g₃‖² / tr G.",
     ),
     "worst_tuning": Experiment(measure, by_rate(TWO), TUNING, ["worst_gain", "kl"]),
