@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 import methods
-from app import checkpoint, metrics, options, peft_files, predictor, ranks, report, sweep
+from app import checkpoint, diagnostics, metrics, options, peft_files, predictor, ranks, report, sweep
 from app.files import free_directory, to_json, write_lines, write_tensors, write_text
 from app.metrics import Evaluation, clustered
 from app.session import Session
@@ -127,8 +127,6 @@ def do_round(session: Session, out: Path, t: int) -> tuple[Evaluation | None, di
             score = clustered(after.scores[..., j])
             line |= {f"held_out/{name}": score["mean"], f"held_out_error/{name}": score["standard_error"]}
     if config.diagnostics:
-        from app import diagnostics
-
         figures, grams = diagnostics.observe(session.policy, record, config)
         line |= figures
     session.lines.append(line)

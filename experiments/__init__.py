@@ -1,1 +1,1 @@
-"""What measures the rest: diagnostics of a round, experiments for the claims, and a bench against well-known peers."""
+"""What measures the rest: experiments for the claims, and a bench against well-known peers."""

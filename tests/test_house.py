@@ -37,7 +37,7 @@ def floor(module: str) -> str:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_from_its_own_floor_and_those_below(name):
-    imported = {floor(module) for module, _ in imports_of(name) - {("app.diagnostics", True)}}
+    imported = {floor(module) for module, _ in imports_of(name)}
     assert all(FLOORS.get(each, 0) <= FLOORS[floor(name)] for each in imported)
     if name in ROOT:
         libraries = {"torch", "numpy", "transformers"} if name in KNOW_MODELS else {"torch", "numpy"}
@@ -51,9 +51,8 @@ def test_no_imports_go_in_a_circle():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_late_imports_are_of_pictures_and_libraries_and_in_run_of_diagnostics(name):
-    allowed = {"app.plots", "app.diagnostics"} if name == "run" else {"app.plots"}
-    assert not {module for module, late in imports_of(name) if late and floor(module) in FLOORS} - allowed
+def test_late_imports_are_of_pictures_and_libraries(name):
+    assert not {module for module, late in imports_of(name) if late and floor(module) in FLOORS} - {"app.plots"}
 
 
 def test_importing_firm_loads_at_most_ten_modules_of_the_project():
