@@ -168,7 +168,7 @@ EXPERIMENTS = {
     "fedmoa": Experiment(
         measure_fedmoa,
         {f"{label}, severity {s:g}": METHODS[label] | {"severity": s} for s in SEVERITIES for label in METHODS},
-        at_kappas(8, (0.003, 0.03, 0.1)), ["base_accuracy", "accuracy", "accuracy:least", "format", "kl",
+        at_kappas(6, (0.003, 0.03, 0.1)), ["base_accuracy", "accuracy", "accuracy:least", "format", "kl",
         "lambda_format", "shift_format", "careful_gain", "poor_gain"],
         {title: [(f"{a}, severity {s:g}", f"{b}, severity {s:g}") for s in SEVERITIES for a, b in pairs]
          for title, pairs in DIFFERENCES.items()},
@@ -192,7 +192,7 @@ EXPERIMENTS = {
     ),
     "plural": Experiment(
         measure_policy, {label: POLICIES[label] | {"lr": lr} for label, lr in PLURAL_BEST.items()},
-        at_kappas(12, (0.003, 0.01, 0.03)),
+        at_kappas(10, (0.003, 0.01, 0.03)),
         ["base_worst_share", "worst_share", "mean_share", "worst_alignment", "kl", "lowest_cosine"],
         {"Gradients balanced less fixed weights and less the adaptive reward": [
             (a, b) for a in ("firm", "mgda") for b in ("linear", "adaptive")]},
