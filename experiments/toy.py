@@ -6,8 +6,10 @@ A gain is in standard deviations of the base policy's rewards, the worst is that
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import safetensors.torch
@@ -15,14 +17,19 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+import baselines
+import fedavg
+import firm
 import mgda
 import run
 from app import metrics, sweep
 from app.files import nan_for_null, read_json, read_lines
 from app.options import PRESETS
 from app.plots import FRONT, Panel, panels
+from clients import Context
 from experiments.lab import COMMON, KAPPAS, TUNING_SEEDS, Experiment, at_kappas, by_rate, seeds, settings_of
 from experiments.tables import Groups, Row, interval, markdown, mean_line, number
+from methods import METHODS
 from settings import Config
 from worlds import toy
 
@@ -50,6 +57,38 @@ def measure(job: dict, directory: Path) -> list[Row]:
     if config.diagnostics:
         row |= of_grams(list(map(safetensors.torch.load_file, sorted((out / "grams").iterdir()))), config)
     return [row]
+
+
+class OneLambda(baselines.FedCMOOServer):
+    """FedCMOO's exchange, uncompressed, for FIRM's λ: one for a round, from the mean of the gradients at θ_t. Not billed."""
+
+    def broadcast(self, *given) -> dict[str, Tensor]:
+        """The λ [M] of a round."""
+        J, config = baselines.gradients_at_start(*given), self.config
+        n = torch.tensor([len(given[0].clients[c].prompts) for c in J])
+        mean = fedavg.average(torch.stack([each.flatten() for each in J.values()]), n).view(len(config.objectives), -1)
+        return {"lambda": mgda.solve(mgda.normalise(mgda.gram(mean)), config.beta, config.preference)}
+
+
+def of_first_step(context: Context) -> Tensor:
+    """FIRM's λ of a client's first step, for all its steps of the round."""
+    if context.epoch == 0:
+        context.state["lambda"] = firm.min_norm(context)
+    return context.state["lambda"]
+
+
+SCOPES = {  # for whom and how long FIRM's λ holds
+    "client's step": firm.FIRM,
+    "client's round": replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=of_first_step)),
+    "round": replace(baselines.FEDCMOO, server=OneLambda),
+}
+
+
+def measure_scope(job: dict, directory: Path) -> list[Row]:
+    """`measure` with the FIRM of a scope."""
+    settings = {"scope": "client's step"} | job
+    with patch.dict(METHODS, firm=SCOPES[settings.pop("scope")]):
+        return measure(settings, directory)
 
 
 def soups(settings: dict, directory: Path) -> list[Row]:
@@ -192,7 +231,7 @@ def comparison(variants: dict[str, dict], families: dict) -> Experiment:
     return Experiment(measure, variants, at_kappas(6), figures, families, drawn[1:], note=note, drawn=drawn)
 
 
-METHODS = ("firm β=0", "firm β=0.01", "firm β=1")
+BETAS = ("firm β=0", "firm β=0.01", "firm β=1")
 CLIENTS = COMMON | {"clients": 4, "batch_size": 64}
 KAPPA = {"kl_coef": KAPPAS[1]}
 TUNING = [seed | KAPPA for seed in TUNING_SEEDS]
@@ -223,7 +262,7 @@ EXPERIMENTS = {
         measure,
         {f"{name}, {split} @ {level}": CLIENTS | KAPPA | settings_of(name) | SPLITS[split] | {
             "batch_size": 128, "objectives": LEVELS[level]}
-         for split in SPLITS for level in LEVELS for name in METHODS},
+         for split in SPLITS for level in LEVELS for name in BETAS},
         [{"rounds": 16, "eval_every": 1, "held_out": 64, "eval_samples": 4} | seed for seed in seeds(4)],
         ["cosine", "signal", "lambda_error", "p_error", "disagreement", "drift", "dispersion", "roughness",
          "worst_gain", "kl", "lambda_helpful", "length_ratio", "gap", "twin_disagreement"],
@@ -239,6 +278,15 @@ EXPERIMENTS = {
     }),
     "minority_tuning": Experiment(measure, by_rate(THREE), TUNING, ["worst_gain", "kl"]),
     "minority": comparison(THREE, {"FIRM less each": [("firm", label) for label in (*BASELINES, "linear ¼ ½ ¼")]}),
+    "scope": replace(  # planned when `minority` was known, on seeds of its own
+        comparison(
+            {f"a λ for a {scope}": THREE["firm"] | {"scope": scope} for scope in SCOPES}
+            | {label: THREE[label] for label in ("fedcmoo", "linear ¼ ½ ¼")},
+            {"Less FIRM as it is": [(label, "a λ for a client's step") for label in (
+                "a λ for a client's round", "a λ for a round", "fedcmoo", "linear ¼ ½ ¼")]},
+        ),
+        measure=measure_scope, repeats=at_kappas(6, first=46),
+    ),
     "stationarity": Experiment(
         measure,
         {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes

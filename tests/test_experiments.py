@@ -61,6 +61,14 @@ def test_what_is_used_is_the_best_of_equally_many_settings_on_other_seeds(name):
     assert not seeds[0] & seeds[1]
 
 
+def test_the_scope_of_lambda_makes_no_difference_to_one_client_of_one_step(tmp_path):
+    few = {"seed": 3, "clients": 1, "epochs": 1, "rounds": 2, "batch_size": 16, "held_out": 32, "diagnostics": False}
+    rows = []
+    for scope in toy.SCOPES:
+        rows += toy.measure_scope(toy.THREE["firm"] | few | {"scope": scope}, tmp_path / scope)
+    assert rows[0]["kl"] > 0.01 and len({(row["kl"], row["worst_gain"]) for row in rows}) == 1
+
+
 @pytest.mark.parametrize("name", ["worst", "minority"])
 def test_no_rate_is_better_on_average_than_the_one_that_all_methods_have(name):
     low, common, high = np.mean([[*of_method.values()] for of_method in scores_of(f"{name}_tuning").values()], 0)
