@@ -45,7 +45,7 @@ GRID = {  # six settings for each method
     **{f"firm, β {beta:g} p {p:g}": FIRM | {"beta": beta, "preference": [p, round(1 - p, 1)]}
        for beta, p in product((0.1, 1.0, 10.0), (0.5, 0.8))},
 }  # fmt: skip
-FEDMOA_BEST = {"fedmoa": "fedmoa, rate 4 p 0.5", "linear": "linear, p 0.8", "firm": "firm, β 10 p 0.8"}
+FEDMOA_BEST = {"fedmoa": "fedmoa, rate 2 p 0.5", "linear": "linear, p 1", "firm": "firm, β 1 p 0.8"}
 METHODS = {
     "fedmoa": GRID[FEDMOA_BEST["fedmoa"]] | {"personal_rounds": 4},
     "linear": LINEAR,
