@@ -289,9 +289,7 @@ def split_by(
         shares.setdefault(prompt.owner(name), []).append(prompt)
     if len(shares) != n_clients:
         choices = ", ".join(["iid, dirichlet, files, subset", *prompts[0].columns])
-        raise ValueError(
-            f"split: {len(shares)} clients hold prompts by {name}, not {n_clients}; set clients, or split by {choices}"
-        )
+        raise ValueError(f"split: {len(shares)} clients by {name}, not {n_clients}; set clients, or split by {choices}")
     if len(held_out) < n and not (apart and owned):
         raise ValueError(f"held_out: {n} prompts, but only {len(free)} have no {name}; lower it or pass more")
     owners = sorted(shares, key=lambda owner: (0, int(owner), owner) if owner.isdecimal() else (1, 0, owner))

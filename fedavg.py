@@ -5,7 +5,7 @@
 n_c is the number of prompts that client c holds, unless a method weighs clients in its own way (`fedmoa.py`).
 η_s = 1 is plain FedAvg, Σ_c w_c θ_c. [paper: FedAvg. ours: η_s, w_c]
 
-Averaging A and B separately loses mean(BA) − mean(B) mean(A), which the log shows as `adapter/averaging_residual`.
+Averaging A and B separately loses mean(BA) − mean(B) mean(A).
 
 Left out on purpose: compression, asynchrony.
 """

@@ -233,11 +233,9 @@ class Federation:
             self.clients[c].state = part.state
 
         uploads = [part.upload for part in arrived.values()]
-        self.theta, shares, training_shares = self.server.step(self.theta, uploads)
+        self.theta, shares, mixing = self.server.step(self.theta, uploads)
         self.policy.adapter.assign(self.theta)
-        record = Round(
-            t, message, arrived, faults, dropped, shares, training_shares, self.kl_coef, self.server.exchanged
-        )
+        record = Round(t, message, arrived, faults, dropped, shares, mixing, self.kl_coef, self.server.exchanged)
         kl = float(np.mean([upload.numbers["kl"] for upload in uploads]))
         self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(uploads) * config.batch_size, config.kl_target)
         self.rounds_done += 1
@@ -265,18 +263,16 @@ class Federation:
         staying = fedavg.staying(chosen, config.client_dropout, stream(config.seed, Purpose.DROPOUT, t))
         return [self.clients[c] for c in staying], len(chosen) - len(staying)
 
-    def respond(
-        self, client: Client, purpose: Purpose, group_size: int = 1, t: int | None = None
-    ) -> tuple[Rollout, Tensor]:
-        """A client's responses from the adapter as it stands, and their raw rewards [B, M].
+    def respond(self, client: Client, purpose: Purpose, S: int = 1, t: int | None = None) -> tuple[Rollout, Tensor]:
+        """A client's responses from the adapter as it stands, S to a prompt, and their raw rewards [B, M].
 
         t: what the draws depend on, the round if not given.
         """
         size, t = self.config.batch_size, self.rounds_done if t is None else t
         rng = stream(self.config.seed, purpose, t, client.index)
-        prompts = [p for p in client.draw(size // group_size, rng) for _ in range(group_size)]
+        prompts = [p for p in client.draw(size // S, rng) for _ in range(S)]
         rollout = self.policy.sample([p.token_ids for p in prompts], rng.random((size, self.policy.max_new_tokens)))
-        return replace(rollout, group_size=group_size), self.score(prompts, rollout, client)
+        return replace(rollout, group_size=S), self.score(prompts, rollout, client)
 
     def batches(
         self, cohort: Sequence[Client], purpose: Purpose = Purpose.TRAINING, t: int | None = None

@@ -85,12 +85,6 @@ def solve(Ghat: Tensor, beta: float = 0.0, p: Sequence[float] | Tensor | None = 
     return _solve_two(Ghat.double(), beta, p) if M == 2 else _solve_faces(Ghat.double(), beta, p)
 
 
-def residual(Ghat: Tensor, lam: Tensor, beta: float = 0.0, p: Sequence[float] | Tensor | None = None) -> float:
-    """How far λ [M] is from optimal: the Frank–Wolfe gap λᵀ∇f − min_j ∇_j f, which is at least f(λ) − f(λ*). [ours]"""
-    slope = 2.0 * (Ghat.double() @ lam) + beta * (lam - preference_vector(p, len(lam)))  # ∇f [M]
-    return float(lam @ slope - slope.min())
-
-
 def project_simplex(v: Tensor) -> Tensor:
     """Euclidean projection of v [M] onto {λ : λ ≥ 0, Σλ = 1}, by sorting (Held et al. 1974; Duchi et al. 2008)."""
     u = v.sort(descending=True).values

@@ -203,15 +203,10 @@ CRITIC = Estimator(
 # ---- the gradients -------------------------------------------------------------------------------------------
 
 
-def clip(ratio: Tensor, clip_range: float) -> Tensor:
-    """The ratio ρ, kept within [1 − ε, 1 + ε]."""
-    return ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-
-
 def surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """The clipped objective per token, negated. ratio [B, L], advantages [B, L, k] -> [B, L, k]."""
     ratio = ratio[..., None]
-    return -torch.minimum(ratio * advantages, clip(ratio, clip_range) * advantages)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages)
 
 
 def jacobian(losses: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -258,7 +253,7 @@ def policy_gradients(policy: Policy, batch: Batch, advantages: Tensor, config: U
     return Gradients(
         J,
         entropy=float(assemble(rollout, entropies).sum() / tokens),
-        clip_fraction=float((clip(ratio, config.clip_range) != ratio).sum() / tokens),
+        clip_fraction=float(((ratio - 1.0).abs() > config.clip_range).sum() / tokens),
         approx_kl=float((ratio - 1.0 - ratio.log()).sum() / tokens),
     )
 

@@ -29,7 +29,7 @@ Left out on purpose: asynchronous functions, and TRL's None for "does not apply"
 import copy
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -92,12 +92,6 @@ class RewardModel:
                 rows[i] = first + ids[len(ids) - self.max_length + len(first) :]
         return rows
 
-    def batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
-        """The row numbers of each batch, longest texts first: texts too long for the memory fail at once."""
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
-
     def forward(self, rows: list[list[int]]) -> Tensor:
         """Scores [B], float32, of one batch of token ids, which is padded on the right."""
         texts = [torch.tensor(ids, device=self.model.device) for ids in rows]
@@ -109,7 +103,9 @@ class RewardModel:
     def scores(self, rows: list[list[int]]) -> Tensor:
         """Scores [N] on the CPU, in the order of the rows."""
         scores = torch.empty(len(rows))
-        for batch in self.batches(rows):
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # texts too long for the memory fail at once
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
             scores[batch] = self.forward([rows[i] for i in batch]).cpu()
         return scores
 

@@ -118,7 +118,7 @@ def do_round(session: Session, out: Path, t: int) -> tuple[Evaluation | None, di
     record = federation.round()
     due = config.eval_every and (t + 1) % config.eval_every == 0
     after = session.evaluate(f"after round {t + 1}") if due else None
-    line = metrics.line(record, federation.clients, session.names, adapter)
+    line = metrics.line(record, federation.clients, session.names)
     line["seconds"] = time.perf_counter() - started
     if after:
         session.scores_after[t + 1] = after.scores

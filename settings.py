@@ -98,9 +98,7 @@ class DataSettings(Settings):
     client_objectives: list[str] = setting([], "CLIENT_OR_TASK=NAME,NAME: what some clients hold; all if not given")
     held_out: int = setting(128, "prompts that no client trains on, for evaluation", low=1)
     max_prompt_tokens: int = setting(256, "drop longer prompts [code: RiC]", low=1)
-    split: str = setting(
-        "dirichlet", "who gets which prompts: iid; dirichlet over subsets; files, subset or a column: a client each"
-    )
+    split: str = setting("dirichlet", "deal prompts: iid, dirichlet over subsets; files, subset, COLUMN: a client each")
     dirichlet_alpha: float = setting(1.0, "split=dirichlet: small gives each client one subset, large is iid", above=0)
     severity: float = setting(0.0, "reasoning world: share of wrong references at its poor clients", low=0, high=1)
 
@@ -115,9 +113,7 @@ class FederationSettings(Settings):
     clients_per_round: int | None = setting(None, "clients sampled per round; all if not given", low=1)
     client_dropout: float = setting(0.0, "probability that a sampled client vanishes from the round", low=0, high=1)
     batch_size: int = setting(16, "responses per client and round [paper: 16]", low=1)
-    group_size: int | None = setting(
-        None, "S, responses to one prompt; if not given 4 without a critic, 1 with one [paper: 1]", low=1
-    )
+    group_size: int | None = setting(None, "S, responses to a prompt; if not given 1, or 4 without a critic", low=1)
     beta: float = setting(0.01, "weight of the regulariser [paper: 0.01]; 0 is MGDA", low=0)
     preference: list[float] | None = setting(None, "p, a weight per objective; uniform if not given")
     server_lr: float = setting(1.0, "server rate; 1 is plain FedAvg", above=0)

@@ -6,10 +6,9 @@ loss on several objectives goes by their names joined with +. With --eval_every 
 
 A round's figures are only logged. Of them a real server knows κ, the KLs, shares, bytes, and figures of the adapters.
 
-Means over clients are plain, except in the averaging residual, which weighs clients as the server does. All figures
-are of the clients whose uploads arrived; `rejected` says why others were left out. `zero_spread/NAME` is the share of
-groups whose responses all have the same reward, and so no advantage. `first_order_gain` is what a step promises to the
-loss that gains least (`clients.Step`).
+Means over clients are plain. All figures are of the clients whose uploads arrived; `rejected` says why others were left
+out. `zero_spread/NAME` is the share of groups whose responses all have the same reward, and so no advantage.
+`first_order_gain` is what a step promises to the loss that gains least (`clients.Step`).
 """
 
 import math
@@ -25,7 +24,6 @@ from clients import Client, Purpose, Round, stream
 from data import Prompt
 from fedavg import n_bytes
 from firm import Federation
-from lora import Adapter
 from rewards import Calibration
 
 EVAL_BATCH = 256  # rows
@@ -129,28 +127,6 @@ def disagreement(lambdas: Tensor) -> float:
     return float((lambdas - lambdas.nanmean(0)).nan_to_num().norm(dim=1).mean())
 
 
-def averaging_residual(thetas: Sequence[Sequence[Tensor]], weights: Tensor, scale: float) -> tuple[float, float]:
-    """‖mean(ΔW) − scale · mean(B) mean(A)‖ and ‖mean(ΔW)‖, ΔW = scale · BA, over all layers (Frobenius).
-
-    What averaging A and B separately loses, and what there is to lose. thetas: each client's [A₀, B₀, A₁, B₁, …], A
-    [r, in] and B [out, r]; weights [C], of any sum. With a = A − mean(A) and b = B − mean(B), the residual is
-    scale · mean(ba): matrices of rank C·r, so it needs no [out, in] matrix.
-    """
-    w = (weights / weights.sum()).to(thetas[0][0])
-    residual, norm = torch.zeros(2, dtype=torch.float64, device=thetas[0][0].device).unbind()
-    for layer in range(0, len(thetas[0]), 2):
-        A, B = (torch.stack([theta[layer + i] for theta in thetas]) for i in (0, 1))  # [C, r, in], [C, out, r]
-        a, b = (X - torch.einsum("c,cij->ij", w, X) for X in (A, B))
-        residual += _product_norm(torch.cat(list(w[:, None, None] * b), 1), a.flatten(0, 1))
-        norm += _product_norm(torch.cat(list(w[:, None, None] * B), 1), A.flatten(0, 1))
-    return scale * float(residual) ** 0.5, scale * float(norm) ** 0.5
-
-
-def _product_norm(P: Tensor, Q: Tensor) -> Tensor:
-    """‖PQ‖² of P [out, n] and Q [n, in], through n × n matrices."""
-    return ((P.T @ P) * (Q @ Q.T)).sum().double().clamp_min(0.0)
-
-
 def pair_cosines(G: Tensor) -> Tensor:
     """The cosine of every pair of objectives [M (M − 1) / 2], from their Gram matrix [M, M]; of a zero gradient, 0."""
     norms = G.diagonal().clamp_min(0.0).sqrt()
@@ -201,7 +177,7 @@ def by_loss(record: Round, clients: Sequence[Client], names: Sequence[str]) -> d
     return means
 
 
-def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter: Adapter) -> dict[str, float]:
+def line(record: Round, clients: Sequence[Client], names: Sequence[str]) -> dict[str, float]:
     """A round's line of metrics.jsonl: of clients elsewhere, only what they sent is known."""
     parts = list(record.arrived.values())
     metrics = {"round": record.number, "kl": float(np.mean([part.upload.numbers["kl"] for part in parts]))}
@@ -210,7 +186,8 @@ def line(record: Round, clients: Sequence[Client], names: Sequence[str], adapter
         metrics |= inside(record, clients, names)
     for (c, part), share in zip(record.arrived.items(), record.shares.tolist(), strict=True):
         metrics |= {f"kl/client{c}": part.upload.numbers["kl"], f"share/client{c}": share}
-    metrics |= dispersion(record, adapter) | bill(record)
+    thetas = [record.training_shares.to(x) @ x for x in (part.upload.tensors["theta"] for part in parts)]  # [d] each
+    metrics |= {"adapter/dispersion": disagreement(torch.stack(thetas))} | bill(record)
     metrics |= {"rejected_clients": len(record.faults), "dropped_clients": record.dropped}
     if record.faults:
         metrics["rejected"] = {f"client{c}": fault for c, fault in record.faults.items()}
@@ -238,19 +215,8 @@ def inside(record: Round, clients: Sequence[Client], names: Sequence[str]) -> di
     metrics["ended"] = float(torch.cat([rollout.ended for rollout in rollouts]).double().mean())
     metrics["response_tokens"] = float(torch.cat([rollout.mask.sum(1) for rollout in rollouts]).double().mean())
     lambdas = torch.stack([objective_weights(clients[c], record, c, len(names)) for c in record.arrived])  # [C, K, M]
-    return metrics | agreement(lambdas, names) | by_client(record, clients, lambdas, names)
-
-
-def bill(record: Round) -> dict[str, float]:
-    """Bytes of one client, the mean over clients: tensors as they are, named numbers at 8 bytes."""
-    (up, down), uploads = record.exchanged, [part.upload for part in record.arrived.values()]
-    up += float(np.mean([n_bytes(upload.tensors, len(upload.numbers)) for upload in uploads]))
-    return {"upload_bytes": up, "download_bytes": down + n_bytes(record.message, 1)}  # 1: κ
-
-
-def by_client(record: Round, clients: Sequence[Client], lambdas: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Of every client: its mean reward and mean λ of each objective that it holds."""
-    metrics = {}
+    metrics |= {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
+    metrics["lambda/disagreement"] = float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))
     for (c, part), lam in zip(record.arrived.items(), lambdas.mean(1), strict=True):
         for j in clients[c].objectives:
             metrics[f"reward/{names[j]}/client{c}"] = float(part.raw[:, j].mean())
@@ -258,17 +224,8 @@ def by_client(record: Round, clients: Sequence[Client], lambdas: Tensor, names: 
     return metrics
 
 
-def agreement(lambdas: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """How far the clients agree on λ [C, K, M]."""
-    metrics = {f"lambda/{name}": value for name, value in zip(names, lambdas.nanmean((0, 1)).tolist(), strict=True)}
-    return metrics | {"lambda/disagreement": float(np.mean([disagreement(step) for step in lambdas.unbind(1)]))}
-
-
-def dispersion(record: Round, adapter: Adapter) -> dict[str, float]:
-    """How far the clients agree on the adapter."""
-    uploads = [part.upload.tensors["theta"] for part in record.arrived.values()]  # [trainings, d] each
-    thetas = torch.stack([record.training_shares.to(theta) @ theta for theta in uploads])  # [C, d]
-    residual, norm = averaging_residual([adapter.split(theta) for theta in thetas], record.shares, adapter.scale)
-    return {
-        "adapter/dispersion": disagreement(thetas), "adapter/averaging_residual": residual, "adapter/norm": norm,
-    }  # fmt: skip
+def bill(record: Round) -> dict[str, float]:
+    """Bytes of one client, the mean over clients: tensors as they are, named numbers at 8 bytes."""
+    (up, down), uploads = record.exchanged, [part.upload for part in record.arrived.values()]
+    up += float(np.mean([n_bytes(upload.tensors, len(upload.numbers)) for upload in uploads]))
+    return {"upload_bytes": up, "download_bytes": down + n_bytes(record.message, 1)}  # 1: κ

@@ -35,9 +35,8 @@ def idle(config: Config, given: set[str]) -> set[str]:
     if config.method == PREDICTOR:
         return given - PREDICTOR_READS
     some = set().union(*map(settings_of, METHODS.values())) - settings_of(method_of(config))
-    some |= {f.name for f in fields(PredictorSettings)} | (
-        {"dirichlet_alpha"} if config.split != "dirichlet" else set()
-    )
+    some |= {f.name for f in fields(PredictorSettings)}
+    some |= set() if config.split == "dirichlet" else {"dirichlet_alpha"}
     return given & some
 
 
@@ -121,9 +120,7 @@ def flag_parser() -> Parser:
     commands = parser.add_argument_group("commands")
     commands.add_argument("--resume", metavar="RUN", help="go on with a run directory, with more rounds, say")
     commands.add_argument("--sweep", nargs="+", metavar="P", help="a run per preference: 0.3 is (0.3, 0.7); or a:b:c")
-    commands.add_argument(
-        "--compare", nargs="+", metavar="METHOD", help="side by side: firm linear soups 'firm beta=1'"
-    )
+    commands.add_argument("--compare", nargs="+", metavar="METHOD", help="side by side: firm linear 'firm beta=1'")
     explained = {flag: [f"{p.name}: {p.help}" for p in choices.values()] for flag, (_, choices) in PARTS.items()}
     methods = [f"{method.name}: {method.help}" for method in METHODS.values()]
     explained |= {"method": [*methods, f"{PREDICTOR}: a predictor of preferences"], "preset": [", ".join(PRESETS)]}

@@ -77,10 +77,8 @@ class Session:
             for j in own:
                 check_prompts(self.objectives[j], share)
         self.policy = Policy(model, tokenizer, config, config.seed)
-        method, numbers = methods.method_of(config), [zlib.crc32(task.encode()) for task in self.tasks]
-        self.federation = kind(
-            self.policy, self.prompts_of, self.names, self.score, method, config, held, numbers, ranks
-        )
+        method, codes = methods.method_of(config), [zlib.crc32(task.encode()) for task in self.tasks]
+        self.federation = kind(self.policy, self.prompts_of, self.names, self.score, method, config, held, codes, ranks)
 
     def score(self, prompts: Sequence[Prompt], rollout: Rollout, client: Client | None = None) -> Tensor:
         """Raw rewards [n, M] of a rollout, as `rewards.score` gives them."""
@@ -101,13 +99,10 @@ class Session:
     def begin(self) -> None:
         """Calibrate the rewards on the base model and measure it; then put the adapter that training starts at."""
         fresh = self.federation.theta
-        if self.config.adapter:  # first: it may be refused
-            base, self.start = (
-                peft_files.load(self.policy.adapter, self.config.adapter),
-                fingerprint(self.config.adapter),
-            )
+        if start := self.config.adapter:  # first: it may be refused
+            base, self.start = peft_files.load(self.policy.adapter, start), fingerprint(start)
             if base and Path(base).resolve() != Path(self.base_model).resolve() and self.progress:
-                print(f"warning: {self.config.adapter} was trained on {base}; it means nothing on other weights")
+                print(f"warning: {start} was trained on {base}; it means nothing on other weights")
             self.federation.theta = self.policy.adapter.vector()
             self.policy.adapter.assign(fresh)
         self.federation.calibrate()

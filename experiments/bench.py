@@ -47,6 +47,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary; 
 }
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "vocab_size")  # fmt: skip
+RESULTS = Path(__file__).parents[1] / "results" / "bench.json"
 Comparison = tuple[str, Callable, Callable, int]  # name; ours; the peer; tokens of a run if the value is a rate
 
 
@@ -199,10 +200,7 @@ def main() -> None:
             bench = Bench(shape, chosen.device, chosen.dtype, Path(root))
             try:
                 for row in measured(PARTS[part](bench), chosen.pairs):
-                    save(
-                        row | about | {"name": f"{row['name']}, {shape}"},
-                        Path(__file__).parents[1] / "results" / "bench.json",
-                    )
+                    save(row | about | {"name": f"{row['name']}, {shape}"}, RESULTS)
                     print(row, flush=True)
             except ImportError as error:
                 print(f"{part}: {error}; pip install -r requirements-bench.txt")

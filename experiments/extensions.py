@@ -106,9 +106,7 @@ def by_side(groups: Groups) -> Groups:
 
 
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
-POLICIES = {
-    label: {"preset": "plural-firm-tiny"} | settings_of(label) for label in ("firm", "mgda", "linear", "adaptive")
-}
+POLICIES = {name: {"preset": "plural-firm-tiny"} | settings_of(name) for name in ("firm", "mgda", "linear", "adaptive")}
 PLURAL_BEST = {"firm": 3e-3, "mgda": 1.5e-3, "linear": 1.5e-3, "adaptive": 3e-3}
 
 

@@ -160,8 +160,6 @@ def read_rows(path: Path) -> dict[str, list[Row]]:
     """Rows by the key of their job: its settings, and figures as numbers."""
     rows: dict[str, list[Row]] = {}
     for row in texts(path):
-        figures = {
-            name: value if name in ("settings", "commit", "side") else float(value) for name, value in row.items()
-        }
+        figures = {k: v if k in ("settings", "commit", "side") else float(v) for k, v in row.items()}
         rows.setdefault(row["settings"], []).append(figures | json.loads(row["settings"]))
     return rows

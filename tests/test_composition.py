@@ -220,7 +220,7 @@ def test_two_trainings_on_two_objectives_each_are_logged_as_the_server_mixed_the
     method = replace(FIRM, trainings=Trainings("", lambda p, message: mixes), server=Quarter)
     built = federation(method=method, M=4, beta=0.02)
     record = built.round()
-    line = metrics.line(record, built.clients, built.names, built.policy.adapter)
+    line = metrics.line(record, built.clients, built.names)
     lam = torch.stack([torch.stack([torch.stack([s.lam for s in u.steps]).mean(0) for u in part.updates])
                        for part in record.arrived.values()]).mean(0)  # [trainings, 2]  # fmt: skip
     expected = torch.cat([0.25 * lam[0], 0.75 * lam[1]]).tolist()

@@ -189,8 +189,8 @@ def test_numbers_are_in_their_order_from_json_pandas_or_csv_and_gaps_are_held_ou
 @pytest.mark.parametrize(
     ("prompts", "split", "message"),
     [
-        (owned("a"), "random", "split: 0 clients hold prompts by random, not 2; .* subset, land"),
-        (owned("a", "b", "c"), "land", "split: 3 clients hold prompts by land, not 2"),
+        (owned("a"), "random", "split: 0 clients by random, not 2; .* subset, land"),
+        (owned("a", "b", "c"), "land", "split: 3 clients by land, not 2"),
         (owned("a", "b", free=3), "land", "held_out: 4 prompts, but only 3 have no land"),
         (owned("a")[:5], "iid", "held_out: 4 and 2 clients need more than 5 different"),
     ],

@@ -62,7 +62,7 @@ def federation(kind="llama", method=FIRM, clients=3, M=2, device="cpu", held=Non
 
 def logged(built):
     """A round's line of metrics.jsonl."""
-    return metrics.line(built.round(), built.clients, built.names, built.policy.adapter)
+    return metrics.line(built.round(), built.clients, built.names)
 
 
 def thetas(record):

@@ -21,7 +21,7 @@ def round_of(world):
     built = federation(world, client_objectives=["0=even", "2=short"], beta=0.3)
     built.round(), built.round()
     record = built.round()
-    return built, record, metrics.line(record, built.clients, built.names, built.policy.adapter)
+    return built, record, metrics.line(record, built.clients, built.names)
 
 
 def test_disagreement_is_the_mean_distance_to_the_mean_of_what_clients_hold():
@@ -72,7 +72,7 @@ def test_explained_variance_is_pooled_over_the_real_tokens_of_the_clients(round_
 def test_a_group_of_equal_rewards_is_counted_as_one_without_spread(world):
     built = federation(world, advantages="group", group_size=2)
     record = built.round()
-    line = metrics.line(record, built.clients, built.names, built.policy.adapter)
+    line = metrics.line(record, built.clients, built.names)
     scores = torch.cat([part.raw for part in record.arrived.values()]).reshape(-1, 2, 2)  # [groups, S, M]
     silent = (scores[:, 0] == scores[:, 1]).double().mean(0).tolist()
     assert [line[f"zero_spread/{name}"] for name in built.names] == pytest.approx(silent) and any(silent)
@@ -81,39 +81,10 @@ def test_a_group_of_equal_rewards_is_counted_as_one_without_spread(world):
 @pytest.mark.parametrize(("method", "vectors", "numbers"), [("firm", 1, 2), ("fsmgda", 2, 2), ("adaptive", 1, 4)])
 def test_the_bill_is_four_bytes_a_parameter_and_eight_a_named_number(world, method, vectors, numbers):
     built = federation(world, method=method)
-    line, d = metrics.line(built.round(), built.clients, built.names, built.policy.adapter), built.policy.adapter.size
+    line, d = metrics.line(built.round(), built.clients, built.names), built.policy.adapter.size
     assert line["upload_bytes"] == 4 * vectors * d + 8 * numbers
     assert line["download_bytes"] == 4 * d + 8 + (16 if method == "adaptive" else 0)  # θ, κ, and α
     assert ("advantage_scale/even+short" in line) == (method == "adaptive")  # its one loss is on both objectives
-
-
-def adapters() -> tuple[list, torch.Tensor]:
-    """Four clients' [A₀, B₀, A₁, B₁], two layers of different shapes in float64, and weights of sum 15."""
-    g = torch.Generator().manual_seed(0)
-    shapes = [(3, 7), (5, 3), (3, 4), (9, 3)]
-    thetas = [[torch.randn(shape, dtype=torch.float64, generator=g) for shape in shapes] for _ in range(4)]
-    return thetas, 2.0 ** torch.arange(4, dtype=torch.float64)
-
-
-def test_the_averaging_residual_is_that_of_the_whole_matrices():
-    thetas, weights = adapters()
-    residual = norm = 0.0
-    for A, B in ((0, 1), (2, 3)):
-        mean = sum(w / 15 * 1.7 * theta[B] @ theta[A] for w, theta in zip(weights, thetas, strict=True))
-        apart = [sum(w / 15 * theta[i] for w, theta in zip(weights, thetas, strict=True)) for i in (A, B)]
-        residual += (mean - 1.7 * apart[1] @ apart[0]).square().sum()
-        norm += mean.square().sum()
-    figures = metrics.averaging_residual(thetas, weights, 1.7)
-    assert figures == pytest.approx((math.sqrt(residual), math.sqrt(norm)), rel=1e-12)
-
-
-@pytest.mark.parametrize("shared", [0, 1])
-def test_clients_with_one_factor_in_common_lose_nothing_by_averaging(shared):
-    thetas, weights = adapters()
-    for theta in thetas[1:]:
-        theta[shared::2] = thetas[0][shared::2]
-    residual, norm = metrics.averaging_residual(thetas, weights, 1.7)
-    assert residual == pytest.approx(0.0, abs=1e-12) and norm > 1
 
 
 @pytest.mark.parametrize(
