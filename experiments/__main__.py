@@ -4,8 +4,7 @@
     python -m experiments all --quick            all of the embedded worlds in miniature, five minutes on one core
     python -m experiments chat                   with a chat model, which must be here or on the hub
 
-results/README.md says what they leave and draws conclusions. A stopped experiment goes on where it was, and drawing its
-tables again costs nothing. requirements-dev.txt is needed (SciPy).
+results/README.md draws conclusions. A stopped experiment goes on where it was. requirements-dev.txt is needed (SciPy).
 """
 
 import argparse

@@ -3,8 +3,6 @@
     pip install -r requirements-bench.txt
     python -m experiments.bench                               two small shapes: tiny and stories260k
     python -m experiments.bench --shapes smollm2 --pairs 5    a chat model's: an hour
-    python -m experiments.bench --device cuda --dtype bfloat16 --shapes tinyllama
-    python -m experiments.bench --only sampler round --pairs 5
 
 Weights are random, responses never end early. Ours and the peer run in turn: the machine's other load falls on both.
 A ratio is the median over the pairs of the peer's time over ours (ours over the peer's if the name says "our time /"),
@@ -20,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -120,9 +119,8 @@ def jacobian(bench: Bench) -> Iterator[Comparison]:
     ours = gradients(2)
 
     def plain() -> None:
-        policy.shares_prompts = False
-        ours()
-        policy.shares_prompts = True
+        with patch.object(policy, "shares_prompts", False):
+            ours()
 
     yield "J on groups, a prompt read once / with every response", ours, plain, 0
 

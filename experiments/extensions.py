@@ -33,10 +33,8 @@ from settings import Config
 from worlds import survey
 
 SEVERITIES = (0.0, 0.7)  # shares of wrong references in the data of the four poor clients
-FEDMOA = {
-    "preset": "fedmoa-tiny", "objectives": PRESETS["fedmoa-tiny"]["objectives"][:2], "client_objectives": [],
-    "personal_rounds": 0, "method": "fedmoa",
-}  # fmt: skip
+FEDMOA = {"preset": "fedmoa-tiny", "objectives": PRESETS["fedmoa-tiny"]["objectives"][:2], "client_objectives": [],
+          "personal_rounds": 0, "method": "fedmoa"}  # fmt: skip
 LINEAR, FIRM = (FEDMOA | {"method": method, "advantages": "grpo"} for method in ("linear", "firm"))
 GRID = {  # six settings for each method
     **{f"fedmoa, rate {rate:g} p {p:g}": FEDMOA | {"hyper_rate": rate, "preference": [p, round(1 - p, 1)]}
@@ -111,7 +109,7 @@ PLURAL_BEST = {"firm": 3e-3, "mgda": 1.5e-3, "linear": 1.5e-3, "adaptive": 3e-3}
 
 
 def measure_policy(job: dict, directory: Path) -> list[Row]:
-    """Train a policy: every group's true share and alignment under it, and their worst, mean and Jain's index."""
+    """Train a policy: what the groups' true shares and alignment are under it and the base model."""
     out = directory / "run"
     config = Config(**PRESETS["plural-firm-tiny"] | job | {"out": str(out), "diagnostics": True})
     summary = run.train(config, progress=False)
@@ -138,24 +136,16 @@ def truth(session: Session, seed: int) -> dict[str, float]:
             shares = torch.tensor(opinions.shares(group.replace("-", " "), issue, options))
             distance = pluralllm.distances(pi / pi.sum(), shares, torch.zeros(len(options), dtype=torch.long))
             values[:, i, j] = float(pi @ shares), 1 - float(distance)
-    figures = {}
-    for kind, means in zip(("share", "alignment"), values.mean(1), strict=True):
-        figures |= {f"{kind}_{group}": float(mean) for group, mean in zip(GROUPS, means, strict=True)}
-        figures |= {f"worst_{kind}": float(means.min()), f"mean_{kind}": float(means.mean())}
-    return figures
+    share, alignment = values.mean(1)  # [groups] each
+    row = {"worst_share": share.min(), "mean_share": share.mean(), "worst_alignment": alignment.min()}
+    return {name: float(value) for name, value in row.items()}
 
-
-CHAT = {"preset": "smollm2", "threads": 1}
 
 EXPERIMENTS = {
-    "chat_tuning": Experiment(
-        measure, by_rate({"linear": CHAT | {"method": "linear"}}, (5e-4, 1e-3, 2e-3)), TUNING_SEEDS[:1],
-        ["worst_gain", "gain_helpful", "gain_harmless", "kl"], note="The best rate is the preset's.",
-    ),
     "chat": Experiment(
-        measure, {label: CHAT | settings_of(label) | {"held_out": 256} for label in ("firm", "linear")},
-        at_kappas(3, (0.003, 0.01, 0.03), first=43), ["gain_helpful", "error_helpful", "gain_harmless",
-        "error_harmless", "kl", "cosine", "lambda_helpful", "disagreement", "seconds"],
+        measure, {x: {"preset": "smollm2", "threads": 1, "held_out": 256, "method": x} for x in ("firm", "linear")},
+        at_kappas(3, (0.003, 0.03), first=43), ["gain_helpful", "error_helpful", "gain_harmless", "error_harmless",
+                                                "kl", "cosine", "lambda_helpful", "disagreement", "seconds"],
         {"FIRM less fixed weights": [("firm", "linear")]}, ["gain_helpful", "gain_harmless", "worst_gain"],
         drawn=("kl", "gain_helpful", "gain_harmless"), note="Errors are standard errors over the held-out prompts.",
     ),
@@ -164,8 +154,7 @@ EXPERIMENTS = {
         ["accuracy"], note="Means over both severities.",
     ),
     "fedmoa": Experiment(
-        measure_fedmoa,
-        {f"{label}, severity {s:g}": METHODS[label] | {"severity": s} for s in SEVERITIES for label in METHODS},
+        measure_fedmoa, {f"{x}, severity {s:g}": METHODS[x] | {"severity": s} for s in SEVERITIES for x in METHODS},
         at_kappas(6, (0.003, 0.03, 0.1)), ["base_accuracy", "accuracy", "accuracy:least", "format", "kl",
         "lambda_format", "shift_format", "careful_gain", "poor_gain"],
         {title: [(f"{a}, severity {s:g}", f"{b}, severity {s:g}") for s in SEVERITIES for a, b in pairs]
@@ -185,9 +174,7 @@ EXPERIMENTS = {
         derive=by_side, note="Unseen groups. Rounds to a level: until the mean of three evaluations is past it. "
         "Own context: 15 answers of the group itself; other: of one with another centre.",
     ),
-    "plural_tuning": Experiment(
-        measure_policy, by_rate(POLICIES), TUNING_SEEDS, ["worst_share", "kl"]
-    ),
+    "plural_tuning": Experiment(measure_policy, by_rate(POLICIES), TUNING_SEEDS, ["worst_share", "kl"]),
     "plural": Experiment(
         measure_policy, {label: POLICIES[label] | {"lr": lr} for label, lr in PLURAL_BEST.items()},
         at_kappas(10, (0.003, 0.01, 0.03)),

@@ -96,8 +96,7 @@ def conduct(name: str, e: Experiment, results: Path, workers: int = 1) -> None:
     for title, pairs in e.families.items():
         present = [pair for pair in pairs if shown.keys() >= set(pair)]
         page += [f"{title}:", tables.differences(shown, e.compared, present)] if present else []
-    if e.more:
-        page.append(e.more(groups, results / name))
+    page += [e.more(groups, results / name)] if e.more else []
     about = f"{len({r['seed'] for r in e.repeats})} seeds; ± is half a 95 % interval over them."
     page.append(" ".join([e.note, about, tables.NOTE if e.families else ""]).strip())
     text = "\n\n".join(page) + "\n"

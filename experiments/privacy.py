@@ -16,7 +16,7 @@ from app.files import write_lines
 from app.options import PRESETS
 from experiments.lab import COMMON, Experiment, seeds
 from experiments.tables import Row
-from experiments.toy import NAMES, outcome
+from experiments.toy import outcome
 from settings import Config
 from worlds import toy
 
@@ -65,11 +65,10 @@ def measure(job: dict, directory: Path) -> list[Row]:
 
 EXPERIMENTS = {
     "privacy": Experiment(
-        measure,
-        {f"{clients} clients @ noise {noise:g}": COMMON | {
+        measure, {f"{clients} clients @ noise {noise:g}": COMMON | {
             "rounds": 5, "split": "client", "held_out": 64, "clients": clients, "clip": 0.5, "noise": noise}
          for clients in (4, 32) for noise in (0.0, 0.03, 0.1, 0.3)},
-        seeds(3), ["epsilon", "worst_gain", *(f"gain_{name}" for name in NAMES), "kl"],
+        seeds(3), ["epsilon", "worst_gain", "gain_helpful", "gain_harmless", "kl"],
         drawn=("log_10_epsilon", "worst_gain"),
         note="5 rounds; the norm of an update is cut to 0.5, and noise of deviation 0.5 · noise goes on every number.",
     ),

@@ -22,6 +22,7 @@ NOTE = (
     "In brackets: p of the paired t-test, p after Holm over the lines of a column, and the least true difference that "
     "the plain test finds in 80 % of cases; then how many seeds have a positive one."
 )
+LABELS = {"kl": "KL (nats per response)", "worst_gain": "worst gain (deviations)", "log_10_epsilon": "log₁₀ ε"}
 FELL = -0.3  # deviations of the base policy's reward
 Row = dict[str, Any]
 Groups = dict[str, list[Row]]  # rows by label
@@ -116,12 +117,9 @@ def picture(groups: Groups, x: str, ys: Sequence[str], path: Path) -> None:
     for label, rows in groups.items():
         lines.setdefault(label.partition(" @ ")[0], []).append([row for row in rows if x in row])
     some = [list(lines.items())[i : i + 8] for i in range(0, len(lines), 8)]
-    names = {figure: figure.replace("_", " ") for figure in (x, *ys)}
-    contents = [
-        plots.Panel(names[x], names[y], "", {label: mean_line(points, x, y) for label, points in each})
-        for y, each in product(ys, some)
-    ]
-    plots.panels(contents, path)
+    names = {figure: LABELS.get(figure, figure.replace("_", " ")) for figure in (x, *ys)}
+    contents = [(y, {label: mean_line(points, x, y) for label, points in each}) for y, each in product(ys, some)]
+    plots.panels([plots.Panel(names[x], names[y], "", drawn) for y, drawn in contents], path)
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ A gain is in standard deviations of the base policy's rewards, the worst is that
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import baselines
-import fedavg
 import firm
 import mgda
 import run
@@ -45,6 +44,30 @@ LEVELS = {  # who judges harmless: gradients hardly conflict, or strongly; at la
 SPLITS = {"iid": {"split": "iid"}, "α = 0.1": {"dirichlet_alpha": 0.1}}
 
 
+class SharedLambda(baselines.FedCMOOServer):
+    """FIRM's λ, one for a round, from the uncompressed gradients of all clients at θ_t, which are not billed."""
+
+    def broadcast(self, federation: firm.Federation, work: Iterable, faults: dict) -> dict[str, Tensor]:
+        """The λ [M] of a round."""
+        J = baselines.gradients_at_start(federation, work, faults)
+        total = sum(len(federation.clients[c].prompts) * of_client for c, of_client in J.items())  # [M, d]
+        return {"lambda": mgda.solve(mgda.normalise(mgda.gram(total)), self.config.beta, self.config.preference)}
+
+
+def kept(context: Context) -> Tensor:
+    """FIRM's λ of a client's first step, for all its steps of the round."""
+    if context.epoch == 0:
+        context.state["lambda"] = firm.min_norm(context)
+    return context.state["lambda"]
+
+
+VARIANTS = {
+    "firm-kept": replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=kept)),
+    "firm-shared": replace(baselines.FEDCMOO, server=SharedLambda),
+}
+
+
+@patch.dict(METHODS, VARIANTS)
 def measure(job: dict, directory: Path) -> list[Row]:
     """Train and measure one job, of the preset `tiny` with --diagnostics if it names none. Soups: a row for each p."""
     settings = (PRESETS[job["preset"]] if "preset" in job else BASE) | job
@@ -57,38 +80,6 @@ def measure(job: dict, directory: Path) -> list[Row]:
     if config.diagnostics:
         row |= of_grams(list(map(safetensors.torch.load_file, sorted((out / "grams").iterdir()))), config)
     return [row]
-
-
-class OneLambda(baselines.FedCMOOServer):
-    """FedCMOO's exchange, uncompressed, for FIRM's λ: one for a round, from the mean of the gradients at θ_t. Not billed."""
-
-    def broadcast(self, *given) -> dict[str, Tensor]:
-        """The λ [M] of a round."""
-        J, config = baselines.gradients_at_start(*given), self.config
-        n = torch.tensor([len(given[0].clients[c].prompts) for c in J])
-        mean = fedavg.average(torch.stack([each.flatten() for each in J.values()]), n).view(len(config.objectives), -1)
-        return {"lambda": mgda.solve(mgda.normalise(mgda.gram(mean)), config.beta, config.preference)}
-
-
-def of_first_step(context: Context) -> Tensor:
-    """FIRM's λ of a client's first step, for all its steps of the round."""
-    if context.epoch == 0:
-        context.state["lambda"] = firm.min_norm(context)
-    return context.state["lambda"]
-
-
-SCOPES = {  # for whom and how long FIRM's λ holds
-    "client's step": firm.FIRM,
-    "client's round": replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=of_first_step)),
-    "round": replace(baselines.FEDCMOO, server=OneLambda),
-}
-
-
-def measure_scope(job: dict, directory: Path) -> list[Row]:
-    """`measure` with the FIRM of a scope."""
-    settings = {"scope": "client's step"} | job
-    with patch.dict(METHODS, firm=SCOPES[settings.pop("scope")]):
-        return measure(settings, directory)
 
 
 def soups(settings: dict, directory: Path) -> list[Row]:
@@ -117,9 +108,9 @@ def of_rounds(lines: list[dict], summary: dict) -> Row:
     Roughness² is the mean squared second difference / 6 in variances of the base policy's rewards, the mean over
     objectives: 0 for a line, σ² for white noise around one. Every round answers from the same random numbers.
     """
-    logged = {"disagreement": "lambda/disagreement", "lambda_helpful": "lambda/helpful"}
-    logged |= {"dispersion": "adapter/dispersion", "cosine": "cosine", "drift": "drift"}
-    logged |= {name: name for name in ("upload_bytes", "download_bytes", "rejected_clients")}
+    logged = {name: name for name in ("cosine", "drift", "upload_bytes", "download_bytes")}
+    logged |= {"disagreement": "lambda/disagreement", "lambda_helpful": "lambda/helpful"}
+    logged["dispersion"] = "adapter/dispersion"
     row = {name: float(np.mean([line[key] for line in lines])) for name, key in logged.items() if key in lines[0]}
     if len(lines) > 2 and "held_out_kl" in lines[0]:
         curves = {name: [line[f"held_out/{name}"] for line in lines] for name in summary["objectives"]}
@@ -175,9 +166,8 @@ def volumes(groups: Groups) -> Groups:
         for seed, kappa in dict.fromkeys((row["seed"], row["kl_coef"]) for row in rows):
             points = [row for row in rows if (row["seed"], row["kl_coef"]) == (seed, kappa)]
             mean, base = (np.array([[row[kind + name] for name in NAMES] for row in points]) for kind in ("", "base_"))
-            volume = metrics.normalised_hypervolume(mean, base[0], front)
-            kl = float(np.mean([row["kl"] for row in points]))
-            result[label].append({"seed": seed, "kl_coef": kappa, "kl": kl, "hypervolume": volume})
+            row = {"seed": seed, "kl_coef": kappa, "kl": float(np.mean([row["kl"] for row in points]))}
+            result[label].append(row | {"hypervolume": metrics.normalised_hypervolume(mean, base[0], front)})
     return result
 
 
@@ -194,8 +184,8 @@ def trade_offs(groups: Groups, path: Path) -> str:
         follows = [spearmanr(ps, sign * mean[:, j]).statistic for j, sign in ((0, 1), (1, -1))]
         cells = [f"{low:.2f} to {high:.2f}" for low, high in zip(mean[:, 2:].min(0), mean[:, 2:].max(0), strict=True)]
         lines.append([label, *(f"{r:+.3f}" for r in follows), *cells])
-    panel = Panel(*(f"{name} (raw units)" for name in NAMES), "Means over the seeds, p of helpful 0.1 to 0.9", drawn)
-    panels([panel], Path(f"{path}.png"), size=6.0)
+    axes = (f"{name} (raw units)" for name in NAMES)
+    panels([Panel(*axes, "Means over the seeds, p of helpful 0.1 to 0.9", drawn)], Path(f"{path}.png"), size=6.0)
     return markdown(["seed means", "Spearman of p₁ and helpful", "of p₂ and harmless", "KL", "λ̄ of helpful"], lines)
 
 
@@ -222,16 +212,15 @@ def in_world(level: str, labels: Sequence[str]) -> dict[str, dict]:
     return {label: hard | settings_of(label) | (halved if label == "soups" else {"rounds": 16}) for label in labels}
 
 
-def comparison(variants: dict[str, dict], families: dict) -> Experiment:
+def comparison(variants: dict[str, dict], families: dict, first: int = 40) -> Experiment:
     """Who serves the worst-served objective, at three κ."""
     figures = ["worst_gain", "worst_gain:median", "worst_gain:fell", "gain_helpful", "gain_harmless", "kl", "cosine",
                "lambda_helpful", "length_ratio", "signal", "lambda_error", "p_error"]  # fmt: skip
     note = "16 rounds, 4 clients × 64 responses, Dirichlet 0.1, one rate. Fell: an objective ended 0.3 below the base."
-    drawn = ("kl", "worst_gain")
-    return Experiment(measure, variants, at_kappas(6), figures, families, drawn[1:], note=note, drawn=drawn)
+    jobs, drawn = at_kappas(6, first=first), ("kl", "worst_gain")
+    return Experiment(measure, variants, jobs, figures, families, drawn[1:], note=note, drawn=drawn)
 
 
-BETAS = ("firm β=0", "firm β=0.01", "firm β=1")
 CLIENTS = COMMON | {"clients": 4, "batch_size": 64}
 KAPPA = {"kl_coef": KAPPAS[1]}
 TUNING = [seed | KAPPA for seed in TUNING_SEEDS]
@@ -239,19 +228,18 @@ BASELINES = ("firm β=1", "mgda", "linear", "morlhf", "fsmgda", "fedcmoo")
 TWO = in_world("strict", ("firm", *BASELINES, "soups", "firm groups", "linear groups", "firm grpo"))
 THREE = in_world("two against one", ("firm", *BASELINES))
 THREE["linear ¼ ½ ¼"] = THREE["linear"] | {"preference": [0.25, 0.5, 0.25]}
+SCOPE = in_world("two against one", ("firm", *VARIANTS, "fedcmoo")) | {"linear ¼ ½ ¼": THREE["linear ¼ ½ ¼"]}
 SGD = {"optimizer": "sgd", "lr": 0.3, "server_lr": 1.0}  # the better of 0.3 and 1 on seed 101
 
 EXPERIMENTS = {
     "communication": Experiment(
-        measure,
-        {f"{method}, M = {M}": {"method": method, "objectives": [*LEVELS["two against one"], "rule:brevity"][:M]}
-         for method in ("firm", "linear", "fsmgda", "fedcmoo") for M in (2, 3, 4)},
+        measure, {f"{name}, M = {M}": {"method": name, "objectives": [*LEVELS["two against one"], "rule:brevity"][:M]}
+         for name in ("firm", "linear", "fsmgda", "fedcmoo") for M in (2, 3, 4)},
         [{"seed": 0, "rounds": 1, "held_out": 16, "eval_samples": 1}], ["upload_bytes", "download_bytes"],
         note="Bytes of one client and round. An adapter has d = 17,408 numbers, 69,632 bytes; named numbers have 8.",
     ),
     "pareto": Experiment(  # a sweep of preferences, where the exact front is known
-        measure,
-        {label: COMMON | {"rounds": 16} | settings_of(label) for label in ("firm β=10", "firm", "linear", "morlhf")}
+        measure, {x: COMMON | {"rounds": 16} | settings_of(x) for x in ("firm β=10", "firm", "linear", "morlhf")}
         | {"soups": COMMON | {"rounds": 16, "method": "soups", "preference": None, "preferences": list(PREFERENCES)}},
         [job | {"preference": [p, round(1.0 - p, 1)]} for job, p in product(at_kappas(5), PREFERENCES)],
         ["hypervolume", "kl"], {"FIRM at 10 less": [("firm β=10", x) for x in ("firm", "linear", "morlhf", "soups")]},
@@ -259,10 +247,9 @@ EXPERIMENTS = {
         note="16 rounds, five preferences. Soups are two trainings a seed, the others five.",
     ),
     "conflict": Experiment(  # what β does to the clients' agreement and to smoothness
-        measure,
-        {f"{name}, {split} @ {level}": CLIENTS | KAPPA | settings_of(name) | SPLITS[split] | {
+        measure, {f"{name}, {split} @ {level}": CLIENTS | KAPPA | settings_of(name) | SPLITS[split] | {
             "batch_size": 128, "objectives": LEVELS[level]}
-         for split in SPLITS for level in LEVELS for name in BETAS},
+         for split in SPLITS for level in LEVELS for name in ("firm β=0", "firm β=0.01", "firm β=1")},
         [{"rounds": 16, "eval_every": 1, "held_out": 64, "eval_samples": 4} | seed for seed in seeds(4)],
         ["cosine", "signal", "lambda_error", "p_error", "disagreement", "drift", "dispersion", "roughness",
          "worst_gain", "kl", "lambda_helpful", "length_ratio", "gap", "twin_disagreement"],
@@ -278,18 +265,9 @@ EXPERIMENTS = {
     }),
     "minority_tuning": Experiment(measure, by_rate(THREE), TUNING, ["worst_gain", "kl"]),
     "minority": comparison(THREE, {"FIRM less each": [("firm", label) for label in (*BASELINES, "linear ¼ ½ ¼")]}),
-    "scope": replace(  # planned when `minority` was known, on seeds of its own
-        comparison(
-            {f"a λ for a {scope}": THREE["firm"] | {"scope": scope} for scope in SCOPES}
-            | {label: THREE[label] for label in ("fedcmoo", "linear ¼ ½ ¼")},
-            {"Less FIRM as it is": [(label, "a λ for a client's step") for label in (
-                "a λ for a client's round", "a λ for a round", "fedcmoo", "linear ¼ ½ ¼")]},
-        ),
-        measure=measure_scope, repeats=at_kappas(6, first=46),
-    ),
+    "scope": comparison(SCOPE, {"Less FIRM": [(label, "firm") for label in SCOPE if label != "firm"]}, first=46),
     "stationarity": Experiment(
-        measure,
-        {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
+        measure, {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
          | {"batch_size": batch, "kl_coef": 0.0, "split": "iid"}
          for batch in (16, 64) for label, changes in (("firm", {}), ("mgda", {}), ("linear", {}), ("firm sgd", SGD))},
         [{"rounds": 128, "held_out": 32} | seed for seed in seeds(4)],
