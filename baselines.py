@@ -74,9 +74,7 @@ ONE_LOSS = Weights("one loss", "", lambda context: torch.ones(1, dtype=torch.flo
 SCALARISED = Trainings("one, on Σ p_j R_j", lambda p, message: [p[:, None]], settings=("preference",))
 SCALARISED_WITHOUT_P = replace(SCALARISED, settings=())
 MORLHF = replace(LINEAR, name="morlhf", help="the one reward Σ p_j R_j", trainings=SCALARISED, weights=ONE_LOSS)
-SOUPS = replace(
-    MORLHF, name="soups", help="a specialist per objective, mixed by p (with --sweep or --compare)", several_runs=True
-)
+SOUPS = replace(MORLHF, name="soups", help="specialists mixed by p (with --sweep or --compare)", several_runs=True)
 
 
 def interpolate(specialists: Tensor, preference: Sequence[float] | Tensor | None) -> Tensor:

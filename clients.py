@@ -11,8 +11,8 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fedavg import Upload
 from lora import Adapter
@@ -77,9 +77,7 @@ class Context:
     gram: Tensor | None = None  # [k, k] JJᵀ
 
 
-def optimizer_step(
-    optimizer: torch.optim.Optimizer, adapter: Adapter, gradient: Tensor, max_norm: float | None
-) -> None:
+def optimizer_step(optimizer: Optimizer, adapter: Adapter, gradient: Tensor, max_norm: float | None) -> None:
     """One step along −gradient [d], clipped to max_norm."""
     if max_norm is not None:
         gradient = gradient * (max_norm / gradient.norm().clamp_min(max_norm))

@@ -55,16 +55,12 @@ HYPER_PULL = 0.1  # how far log w returns to the preference's in a round [ours]
 PERSONAL_LR = 0.2  # of the client's learning rate: no average takes the noise out of personal steps [ours]
 
 
-def hypergradient(primary: Tensor, taken: Tensor) -> Tensor:
-    """⟨∇L_P(θ′), g_i⟩ [k] in float64; primary [d], the gradient at θ′; taken [k, d], g_i of the step that led there."""
-    return taken.double() @ primary.double()
-
-
-def relative(primary: Tensor, taken: Tensor, row: int) -> Tensor:
-    """h [k], from −1 to 1: the hypergradient in units of the primary's gradients. row: the primary's of taken."""
-    lengths = taken.double().norm(dim=1)  # [k]
-    unit = primary.double().norm() * torch.maximum(lengths, lengths[row])
-    return hypergradient(primary, taken) / torch.where(unit > 0, unit, 1.0)
+def hypergradients(primary: Tensor, taken: Tensor) -> Tensor:
+    """h [k] in float64, from −1 to 1; primary g̃_P [d] at θ′, taken [k, d] the g_i of the step there, g_P first."""
+    primary, taken = primary.double(), taken.double()
+    lengths = taken.norm(dim=1)  # [k]
+    unit = primary.norm() * torch.maximum(lengths, lengths[0])
+    return taken @ primary / torch.where(unit > 0, unit, 1.0)
 
 
 def next_weights(w: Tensor, prior: Tensor, h: Tensor, rate: float) -> Tensor:
@@ -85,7 +81,7 @@ def moving_weights(context: Context) -> Tensor:
     state, scores, S = context.state, context.batch.scores, context.batch.rollout.group_size
     w = state.get("weights", context.preference)
     if context.epoch == 0 and "taken" in state and varies(scores[:, 0], S):
-        h = relative(context.J[0], state["taken"].to(context.J), 0).cpu()
+        h = hypergradients(context.J[0], state["taken"].to(context.J)).cpu()
         w = next_weights(w, context.preference, h, context.config.hyper_rate)
     state["weights"], state["taken"] = w, context.J  # J is k·d numbers, kept from round to round
     return w

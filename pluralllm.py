@@ -254,9 +254,7 @@ def alignment(
     return scores.nanmean(2)
 
 
-def worth_of_context(
-    survey: Survey, model: Predictor, groups: Sequence[str], seed: int, size: int = 15
-) -> dict[str, float]:
+def context_worth(survey: Survey, model: Predictor, groups: list[str], seed: int, size: int = 15) -> dict[str, float]:
     """Mean alignment given `size` of a group's own answers, and given another group's to the same questions. [ours]
 
     The other is the next in the list, round its end, that shares as many questions; a group without one is left out.

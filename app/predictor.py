@@ -199,7 +199,7 @@ def summarise(
         "training_seconds": {side: sum(line[f"seconds/{side}"] for line in lines) for side in sides},
         "upload_bytes_per_client_round": lines[-1]["upload_bytes"] if lines else 0,
         "context_bytes": len(json.dumps(opinions.context_rows(data, groups[0], seed)).encode()),
-        "context": pluralllm.worth_of_context(data, federated.model, unseen, seed),
+        "context": pluralllm.context_worth(data, federated.model, unseen, seed),
         "sides": {side: {"start": start[side]} | figures_of(scores[side][len(train) :]) for side in sides},
         "groups": by_group,
     }  # fmt: skip

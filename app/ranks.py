@@ -4,8 +4,7 @@ Every process (a rank) holds the whole federation. It samples and trains for its
 exchanged, and from there on every process computes the same. So results do not depend on how many there are. What a
 client keeps travels with the rest, because any rank may train it next; the first rank writes all files and lines.
 
-    torchrun --nproc-per-node 2 run.py                                                       on one machine
-    torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 run.py      on each of two
+docs/gpu.md has the commands for one machine and for several.
 
 Everything travels through the CPU by gloo, as safetensors and JSON: what a peer sends cannot execute code. Each machine
 has its own files and cache. The first process writes the run directory; --resume needs its config.json on all machines.

@@ -1,7 +1,5 @@
 """The command line that trains a reward model (`rewards.fit`) on pairs of replies, of which people chose one.
 
-    python rewards.py --backbone DIR --pairs FILE... --test_pairs FILE... --out DIR --freeze_backbone
-
 The result is an ordinary sequence-classification checkpoint. With --freeze_backbone only the head learns.
 
 Left out on purpose: several labels, margins between replies, ensembles.

@@ -278,5 +278,5 @@ def test_training_learns_to_read_the_context():
     trained = federation(data, clients, rounds=30, lr=6e-4, seed=0, local_steps=4, questions=[5, 10])
     for _ in range(30):
         trained.round()
-    worth = pluralllm.worth_of_context(data, trained.model, ["g4", "g5"], seed=0, size=8)
+    worth = pluralllm.context_worth(data, trained.model, ["g4", "g5"], seed=0, size=8)
     assert worth["own"] > pluralllm.guessed(data, ["g4", "g5"]).nanmean() + 0.1 > worth["other"] + 0.1
