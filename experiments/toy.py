@@ -182,7 +182,8 @@ def trade_offs(groups: Groups, path: Path) -> str:
         columns = (*NAMES, "kl", "lambda_helpful")
         mean = np.array([[np.mean([row.get(c, math.nan) for row in some]) for c in columns] for some in points])
         follows = [spearmanr(ps, sign * mean[:, j]).statistic for j, sign in ((0, 1), (1, -1))]
-        cells = [f"{low:.2f} to {high:.2f}" for low, high in zip(mean[:, 2:].min(0), mean[:, 2:].max(0), strict=True)]
+        ends = zip(mean[:, 2:].min(0), mean[:, 2:].max(0), strict=True)
+        cells = ["–" if math.isnan(low) else f"{low:.2f} to {high:.2f}" for low, high in ends]
         lines.append([label, *(f"{r:+.3f}" for r in follows), *cells])
     axes = (f"{name} (raw units)" for name in NAMES)
     panels([Panel(*axes, "Means over the seeds, p of helpful 0.1 to 0.9", drawn)], Path(f"{path}.png"), size=6.0)
