@@ -159,9 +159,8 @@ EXPERIMENTS = {
         "lambda_format", "shift_format", "careful_gain", "poor_gain"],
         {title: [(f"{a}, severity {s:g}", f"{b}, severity {s:g}") for s in SEVERITIES for a, b in pairs]
          for title, pairs in DIFFERENCES.items()},
-        ["accuracy"], drawn=("kl", "accuracy"),
-        note="λ is that of the last eighth of the rounds, its shift is since the first. Careful and poor gain: what "
-        "clients of either kind gain in accuracy by four rounds alone.",
+        ["accuracy"], note="λ is that of the last eighth of the rounds, its shift is since the first. Careful and poor "
+        "gain: what clients of either kind gain in accuracy by four rounds alone.",
     ),
     "predictor_tuning": Experiment(
         measure_predictor, by_rate({"both": PREDICTOR}, (3e-4, 1e-3, 3e-3)), TUNING_SEEDS, ["alignment"], derive=by_side
