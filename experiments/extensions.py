@@ -105,7 +105,6 @@ def by_side(groups: Groups) -> Groups:
 
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]
 POLICIES = {name: {"preset": "plural-firm-tiny"} | settings_of(name) for name in ("firm", "linear", "adaptive")}
-PLURAL_BEST = {"firm": 3e-3, "linear": 1.5e-3, "adaptive": 3e-3}
 
 
 def measure_policy(job: dict, directory: Path) -> list[Row]:
@@ -175,7 +174,7 @@ EXPERIMENTS = {
     ),
     "plural_tuning": Experiment(measure_policy, by_rate(POLICIES), TUNING_SEEDS, ["worst_share", "kl"]),
     "plural": Experiment(
-        measure_policy, {label: POLICIES[label] | {"lr": lr} for label, lr in PLURAL_BEST.items()},
+        measure_policy, {label: settings | {"lr": 1.5e-3} for label, settings in POLICIES.items()},
         at_kappas(10, (0.003, 0.03)),
         ["base_worst_share", "worst_share", "mean_share", "worst_alignment", "kl", "lowest_cosine"],
         {"FIRM less fixed weights and less the adaptive reward": [("firm", "linear"), ("firm", "adaptive")]},
