@@ -178,6 +178,6 @@ EXPERIMENTS = {
         at_kappas(10, (0.003, 0.03)),
         ["base_worst_share", "worst_share", "mean_share", "worst_alignment", "kl", "lowest_cosine"],
         {"FIRM less fixed weights and less the adaptive reward": [("firm", "linear"), ("firm", "adaptive")]},
-        ["worst_share", "mean_share", "worst_alignment"], drawn=("kl", "worst_share"),
+        ["worst_share", "mean_share", "worst_alignment"],
     ),
 }  # fmt: skip
