@@ -20,7 +20,7 @@ from app import plots
 
 NOTE = (
     "In brackets: p of the paired t-test, p after Holm over the lines of a column, and the least true difference that "
-    "the plain test finds in 80 % of cases; then how many seeds have a positive one."
+    "the plain test finds in 80 % of cases; then how many seeds have a positive one, and the mean over all seeds and κ."
 )
 LABELS = {"kl": "KL (nats per response)", "worst_gain": "worst gain (deviations)", "log_10_epsilon": "log₁₀ ε"}
 FELL = -0.3  # deviations of the base policy's reward
@@ -35,19 +35,20 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def at_equal_kl(a: Sequence[Row], b: Sequence[Row], figure: str) -> tuple[list[float], np.ndarray]:
-    """(KLs, a − b) by seed: of a seed's only runs, else at the middle of the log KLs that both reached."""
-    kls, differences = [], []
+def at_equal_kl(a: Sequence[Row], b: Sequence[Row], figure: str) -> tuple[list[float], np.ndarray, list[float]]:
+    """By seed: KLs and a − b, of its only runs or at the middle of the log KLs of both; a − b of the means over κ."""
+    kls, differences, plain = [], [], []
     for seed in dict.fromkeys(row["seed"] for row in a):
         of = [[(math.log(row.get("kl") or 1.0), row[figure]) for row in rows if row["seed"] == seed] for rows in (a, b)]
         (kl_a, of_a), (kl_b, of_b) = (zip(*sorted(points), strict=True) for points in of)
         alone = len(kl_a) == len(kl_b) == 1
+        plain.append(float(np.mean(of_a) - np.mean(of_b)))
         low, high = max(kl_a[0], kl_b[0]), min(kl_a[-1], kl_b[-1])
         if alone or low <= high:
             at = (low + high) / 2
             kls += [] if alone else [math.exp(at)]
             differences.append(float(np.interp(at, kl_a, of_a) - np.interp(at, kl_b, of_b)))
-    return kls, np.array(differences)
+    return kls, np.array(differences), plain
 
 
 def paired(d: np.ndarray) -> tuple[float, float, float, float]:
@@ -138,11 +139,13 @@ def differences(groups: Groups, figures: Sequence[str], pairs: Sequence[tuple[st
     lines = [[f"{a} − {b}"] for a, b in pairs]
     for figure in figures:
         found = [at_equal_kl(groups[a], groups[b], figure) for a, b in pairs]
-        tests = [paired(d) for _, d in found]
+        tests = [paired(d) for _, d, _ in found]
         corrections = holm([p for _, _, p, _ in tests])
-        for line, (kls, d), (mean, half, p, seen), corrected in zip(lines, found, tests, corrections, strict=True):
-            n = len({row["seed"] for row in groups[line[0].partition(" − ")[0]]})
-            cell = f"{number(mean, '+')} ± {number(half)} ({p:.2g}; {corrected:.2g}; {number(seen)})"
+        for line, (kls, d, plain), (mean, half, p, seen), holms in zip(lines, found, tests, corrections, strict=True):
+            n = len(plain)
+            cell = f"{number(mean, '+')} ± {number(half)} ({p:.2g}; {holms:.2g}; {number(seen)})"
             cell += f", {(d > 0).sum()} of {n} up" if len(d) == n else f", common KL on {len(d)} of {n} seeds"
-            line.append(cell + (f", at KL {np.mean(kls):.1f}" if kls else ""))
+            cell += f", at KL {np.mean(kls):.1f}" if kls else ""
+            mean, half = interval(plain)
+            line.append(cell + (f"; at equal κ {number(mean, '+')} ± {number(half)}" if kls or len(d) < n else ""))
     return markdown(["difference", *figures], lines)

@@ -61,10 +61,8 @@ def kept(context: Context) -> Tensor:
     return context.state["lambda"]
 
 
-VARIANTS = {
-    "firm-kept": replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=kept)),
-    "firm-shared": replace(baselines.FEDCMOO, server=SharedLambda),
-}
+VARIANTS = {"firm-kept": replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=kept)),
+            "firm-shared": replace(baselines.FEDCMOO, server=SharedLambda)}  # fmt: skip
 
 
 @patch.dict(METHODS, VARIANTS)
@@ -216,7 +214,7 @@ def in_world(level: str, labels: Sequence[str]) -> dict[str, dict]:
 def comparison(variants: dict[str, dict], families: dict, first: int = 40) -> Experiment:
     """Who serves the worst-served objective, at three κ."""
     figures = ["worst_gain", "worst_gain:median", "worst_gain:fell", "gain_helpful", "gain_harmless", "kl", "cosine",
-               "lambda_helpful", "length_ratio", "signal", "lambda_error", "p_error"]  # fmt: skip
+               "lambda_helpful", "disagreement", "length_ratio", "signal", "lambda_error", "p_error"]  # fmt: skip
     note = "16 rounds, 4 clients × 64 responses, Dirichlet 0.1, one rate. Fell: an objective ended 0.3 below the base."
     jobs, drawn = at_kappas(6, first=first), ("kl", "worst_gain")
     return Experiment(measure, variants, jobs, figures, families, drawn[1:], note=note, drawn=drawn)
@@ -266,7 +264,8 @@ EXPERIMENTS = {
     }),
     "minority_tuning": Experiment(measure, by_rate(THREE), TUNING, ["worst_gain", "kl"]),
     "minority": comparison(THREE, {"FIRM less each": [("firm", label) for label in (*BASELINES, "linear ¼ ½ ¼")]}),
-    "scope": comparison(SCOPE, {"Less FIRM": [(label, "firm") for label in SCOPE if label != "firm"]}, first=46),
+    "scope": comparison(SCOPE, {"Each less FIRM": [(label, "firm") for label in SCOPE if label != "firm"],
+                                "One λ for all clients": [("firm-shared", "firm-kept")]}, first=46),
     "stationarity": Experiment(
         measure, {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
          | {"batch_size": batch, "kl_coef": 0.0, "split": "iid"}

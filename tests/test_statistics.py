@@ -21,7 +21,7 @@ def test_holm_by_hand():
 
 def test_a_paired_difference_is_scipys_paired_t_test():
     x, y = np.random.default_rng(0).normal(size=(2, 10))
-    _, d = tables.at_equal_kl(rows(x), rows(y)[::-1], "v")  # paired by seed, whatever the order
+    _, d, _ = tables.at_equal_kl(rows(x), rows(y)[::-1], "v")  # paired by seed, whatever the order
     mean, half, p, _ = tables.paired(d)
     test = stats.ttest_rel(x, y)
     assert (mean, p) == pytest.approx(((x - y).mean(), test.pvalue))
@@ -42,10 +42,11 @@ def test_runs_at_several_kl_coefficients_compare_at_the_middle_of_the_log_kls_th
 
     a = runs(0, [3.0, 1.0, 8.0], 0.3) + runs(1, [1.0, 2.0], 0.5)
     b = runs(0, [2.0, 9.0], 0.0) + runs(1, [3.0, 4.0], 0.0)  # no common KL on seed 1
-    kls, d = tables.at_equal_kl(a, b, "v")
+    kls, d, plain = tables.at_equal_kl(a, b, "v")
     assert kls == [pytest.approx(4.0)] and d.tolist() == [pytest.approx(0.3)]
     shown = tables.differences({"a": a, "b": b}, ["v"], [("a", "b")])
-    assert "+0.300" in shown and "common KL on 1 of 2 seeds, at KL 4.0" in shown
+    assert "+0.300" in shown and "common KL on 1 of 2 seeds, at KL 4.0; at equal κ" in shown
+    assert plain == [pytest.approx(2 * np.log(24) / 3 + 0.3 - np.log(18)), pytest.approx(np.log(2) + 0.5 - np.log(12))]
 
 
 def test_a_column_of_differences_is_corrected_over_its_lines():
