@@ -1,7 +1,7 @@
 """The experiments beyond the toy world: FedMOA, PluralLLM's predictor and FIRM on it, a chat model. [ours]
 
 `fedmoa`: two objectives, accuracy and format. The judge is accuracy on held-out prompts, whose references are right.
-`predictor`: federated and central training take equally many optimizer steps; then as many central ones as rounds.
+`predictor`: federated against central training of equally many steps; then of as many as there are rounds.
 `plural`: the predictor's shares of four groups are a policy's objectives. It is judged by what the groups truly think,
 on questions that neither the survey nor a client's prompts hold:
 
@@ -75,7 +75,7 @@ def measure_fedmoa(job: dict, directory: Path) -> list[Row]:
 
 
 SIDES, LEVELS = ("federated", "centralised"), (0.7, 0.75)  # levels of alignment, for convergence
-EQUAL, COUNTED = "equal steps", "a central step a round"  # the second is the public code's counting
+SIX, ONE = "six steps a round", "one step a round"  # the public code counts six federated ones against a central one
 SCORES = ["alignment", "worst", "fairness", "jain_over_groups"]
 PREDICTOR = {"preset": "pluralllm-tiny", "eval_every": 2}
 
@@ -165,12 +165,12 @@ EXPERIMENTS = {
         measure_predictor, by_rate({"both": PREDICTOR}, (3e-4, 1e-3, 3e-3)), TUNING_SEEDS, ["alignment"], derive=by_side
     ),
     "predictor": Experiment(
-        measure_predictor, {EQUAL: PREDICTOR | {"lr": 1e-3}, COUNTED: PREDICTOR | {"lr": 1e-3, "local_steps": 1}},
+        measure_predictor, {SIX: PREDICTOR | {"lr": 1e-3}, ONE: PREDICTOR | {"lr": 1e-3, "local_steps": 1}},
         seeds(12), [*SCORES, *(f"rounds_to_{level}" for level in LEVELS), "own_context", "other_context", "uniform",
                    "mean answer"],
-        {counting: [tuple(f"{side}, {counting}" for side in SIDES)] for counting in (EQUAL, COUNTED)}, SCORES,
-        derive=by_side, note="Unseen groups. Rounds to a level: until the mean of three evaluations is past it. "
-        "Own context: 15 answers of the group itself; other: of one with another centre.",
+        {x: [(f"federated, {SIX}", f"centralised, {n}")] for x, n in (("Equal steps", SIX), ("Equal rounds", ONE))},
+        SCORES, derive=by_side, note="Unseen groups. Rounds to a level: until the mean of three evaluations is past "
+        "it. Own context: 15 answers of the group itself; other: of one with another centre.",
     ),
     "plural_tuning": Experiment(measure_policy, by_rate(POLICIES), TUNING_SEEDS, ["worst_share", "kl"]),
     "plural": Experiment(
