@@ -221,13 +221,13 @@ def comparison(variants: dict[str, dict], families: dict, first: int = 40) -> Ex
 
 
 CLIENTS = COMMON | {"clients": 4, "batch_size": 64}
-KAPPA = {"kl_coef": KAPPAS[1]}
-TUNING = [seed | KAPPA for seed in TUNING_SEEDS]
+TUNING = [seed | {"kl_coef": KAPPAS[1]} for seed in TUNING_SEEDS]
 BASELINES = ("firm β=1", "mgda", "linear", "morlhf", "fsmgda", "fedcmoo")
 TWO = in_world("strict", ("firm", *BASELINES, "soups", "firm groups", "linear groups", "firm grpo"))
 THREE = in_world("two against one", ("firm", *BASELINES))
 THREE["linear ¼ ½ ¼"] = THREE["linear"] | {"preference": [0.25, 0.5, 0.25]}
 SCOPE = in_world("two against one", ("firm", *VARIANTS, "fedcmoo")) | {"linear ¼ ½ ¼": THREE["linear ¼ ½ ¼"]}
+STRICT = {f"{label}, strict": job for label, job in in_world("strict", ("firm", "firm-kept")).items()}
 SGD = {"optimizer": "sgd", "lr": 0.3, "server_lr": 1.0}  # the better of 0.3 and 1 on seed 101
 
 EXPERIMENTS = {
@@ -246,8 +246,8 @@ EXPERIMENTS = {
         note="16 rounds, five preferences. Soups are two trainings a seed, the others five.",
     ),
     "conflict": Experiment(  # what β does to the clients' agreement and to smoothness
-        measure, {f"{name}, {split} @ {level}": CLIENTS | KAPPA | settings_of(name) | SPLITS[split] | {
-            "batch_size": 128, "objectives": LEVELS[level]}
+        measure, {f"{name}, {split} @ {level}": CLIENTS | settings_of(name) | SPLITS[split] | {
+            "batch_size": 128, "kl_coef": KAPPAS[1], "objectives": LEVELS[level]}
          for split in SPLITS for level in LEVELS for name in ("firm β=0", "firm β=0.01", "firm β=1")},
         [{"rounds": 16, "eval_every": 1, "held_out": 64, "eval_samples": 4} | seed for seed in seeds(4)],
         ["cosine", "signal", "lambda_error", "p_error", "disagreement", "drift", "dispersion", "roughness",
@@ -260,12 +260,12 @@ EXPERIMENTS = {
     "worst_tuning": Experiment(measure, by_rate(TWO), TUNING, ["worst_gain", "kl"]),
     "worst": comparison(TWO, {
         "FIRM less each method": [("firm", label) for label in (*BASELINES, "soups")],
-        "Groups, not a critic": [("firm groups", "firm"), ("linear groups", "linear"), ("firm grpo", "firm groups")],
-    }),
+        "Groups, not a critic": [("firm groups", "firm"), ("linear groups", "linear"), ("firm grpo", "firm groups")]}),
     "minority_tuning": Experiment(measure, by_rate(THREE), TUNING, ["worst_gain", "kl"]),
     "minority": comparison(THREE, {"FIRM less each": [("firm", label) for label in (*BASELINES, "linear ¼ ½ ¼")]}),
-    "scope": comparison(SCOPE, {"Each less FIRM": [(label, "firm") for label in SCOPE if label != "firm"],
-                                "One λ for all clients": [("firm-shared", "firm-kept")]}, first=46),
+    "scope": comparison(SCOPE | STRICT, {
+        "Each less FIRM": [(label, "firm") for label in SCOPE if label != "firm"], "Kept where two oppose each other":
+        [("firm-kept, strict", "firm, strict")], "One λ for all clients": [("firm-shared", "firm-kept")]}, first=46),
     "stationarity": Experiment(
         measure, {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
          | {"batch_size": batch, "kl_coef": 0.0, "split": "iid"}
