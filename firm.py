@@ -233,9 +233,9 @@ class Federation:
             self.clients[c].state = part.state
 
         uploads = [part.upload for part in arrived.values()]
-        self.theta, shares, mixing = self.server.step(self.theta, uploads)
+        self.theta, *shares = self.server.step(self.theta, uploads)  # of the clients, of their trainings
         self.policy.adapter.assign(self.theta)
-        record = Round(t, message, arrived, faults, dropped, shares, mixing, self.kl_coef, self.server.exchanged)
+        record = Round(t, message, arrived, faults, dropped, *shares, self.kl_coef, self.server.exchanged)
         kl = float(np.mean([upload.numbers["kl"] for upload in uploads]))
         self.kl_coef = ppo.adapt_kl(self.kl_coef, kl, len(uploads) * config.batch_size, config.kl_target)
         self.rounds_done += 1

@@ -113,7 +113,7 @@ class FederationSettings(Settings):
     clients_per_round: int | None = setting(None, "clients sampled per round; all if not given", low=1)
     client_dropout: float = setting(0.0, "probability that a sampled client vanishes from the round", low=0, high=1)
     batch_size: int = setting(16, "responses per client and round [paper: 16]", low=1)
-    group_size: int | None = setting(None, "S, responses to a prompt; if not given 1, or 4 without a critic", low=1)
+    group_size: int | None = setting(None, "S, responses to a prompt; if not given 1 [paper], 4 without critic", low=1)
     beta: float = setting(0.01, "weight of the regulariser [paper: 0.01]; 0 is MGDA", low=0)
     preference: list[float] | None = setting(None, "p, a weight per objective; uniform if not given")
     server_lr: float = setting(1.0, "server rate; 1 is plain FedAvg", above=0)

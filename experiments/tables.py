@@ -20,7 +20,7 @@ from app import plots
 
 NOTE = (
     "In brackets: p of the paired t-test, p after Holm over the lines of a column, and the least true difference that "
-    "the plain test finds in 80 % of cases; then how many seeds have a positive one, and the mean over all seeds and κ."
+    "the plain test finds in 80 % of cases; then how many seeds have a positive one; at equal κ: over all seeds and κ."
 )
 LABELS = {"kl": "KL (nats per response)", "worst_gain": "worst gain (deviations)", "log_10_epsilon": "log₁₀ ε"}
 FELL = -0.3  # deviations of the base policy's reward

@@ -79,7 +79,7 @@ def test_the_weights_are_the_exact_ones(M, decades, beta):
 
 
 def residual(G, lam, beta, p):
-    """How far λ [M] is from optimal: the Frank–Wolfe gap λᵀ∇f − min_j ∇_j f, which is at least f(λ) − f(λ*)"""
+    """How far λ [M] is from optimal: the Frank–Wolfe gap λᵀ∇f − min_j ∇_j f, which is at least f(λ) − f(λ*)."""
     slope = 2.0 * (G @ lam) + beta * (lam - mgda.preference_vector(p, len(lam)))  # ∇f [M]
     return float(lam @ slope - slope.min())
 
