@@ -5,8 +5,9 @@ A gain is in standard deviations of the base policy's rewards, the worst is that
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -61,8 +62,16 @@ def kept(context: Context) -> Tensor:
     return context.state["lambda"]
 
 
-VARIANTS = {"firm-kept": replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=kept)),
-            "firm-shared": replace(baselines.FEDCMOO, server=SharedLambda)}  # fmt: skip
+def later(weights: Callable[[Context], Tensor], more: float, context: Context) -> Tensor:
+    """A λ of two objectives that has so much more of the first one in a round's steps after its first."""
+    shift = torch.tensor([more, -more], dtype=torch.float64) * (context.epoch > 0)
+    return (weights(context) + shift).clamp(0.0, 1.0)
+
+
+RULES = {"firm-kept": kept, "firm-raised": partial(later, firm.min_norm, 0.02),
+         "kept-lowered": partial(later, kept, -0.02)}  # fmt: skip
+VARIANTS = {name: replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=rule)) for name, rule in RULES.items()}
+VARIANTS["firm-shared"] = replace(baselines.FEDCMOO, server=SharedLambda)
 
 
 @patch.dict(METHODS, VARIANTS)
@@ -226,7 +235,11 @@ BASELINES = ("firm β=1", "mgda", "linear", "morlhf", "fsmgda", "fedcmoo")
 TWO = in_world("strict", ("firm", *BASELINES, "soups", "firm groups", "linear groups", "firm grpo"))
 THREE = in_world("two against one", ("firm", *BASELINES))
 THREE["linear ¼ ½ ¼"] = THREE["linear"] | {"preference": [0.25, 0.5, 0.25]}
-SCOPE = in_world("two against one", ("firm", *VARIANTS, "fedcmoo")) | {"linear ¼ ½ ¼": THREE["linear ¼ ½ ¼"]}
+SCOPE = in_world("two against one", ("firm", "firm-kept", "firm-shared", "fedcmoo"))
+SCOPE["linear ¼ ½ ¼"] = THREE["linear ¼ ½ ¼"]
+PULL = {f"{label}, {level}": job | {"kl_coef": KAPPAS[1]} for level, labels in
+        (("strict", ("firm", *RULES)), ("mild", ("firm", "firm-kept"))) for label, job in in_world(level, labels).items()
+        }  # fmt: skip
 STRICT = {f"{label}, strict": job for label, job in in_world("strict", ("firm", "firm-kept")).items()}
 SGD = {"optimizer": "sgd", "lr": 0.3, "server_lr": 1.0}  # the better of 0.3 and 1 on seed 101
 
@@ -266,6 +279,12 @@ EXPERIMENTS = {
     "scope": comparison(SCOPE | STRICT, {
         "Each less FIRM": [(label, "firm") for label in SCOPE if label != "firm"], "Kept where two oppose each other":
         [("firm-kept, strict", "firm, strict")], "One λ for all clients": [("firm-shared", "firm-kept")]}, first=46),
+    "pull": Experiment(  # planned after a trial on seeds 52 to 57
+        measure, PULL, seeds(6, first=58), ["worst_gain", "worst_gain:fell", "gain_helpful", "gain_harmless", "kl"],
+        {"Other λ in a round's later steps": [(f"{a}, {level}", f"{b}, {level}") for a, b, level in (
+            ("firm-raised", "firm", "strict"), ("firm-kept", "firm", "strict"), ("kept-lowered", "firm-kept", "strict"),
+            ("firm-kept", "firm", "mild"))]}, ["worst_gain", "gain_helpful"], note="One κ, 0.003: KL is not matched.",
+    ),
     "stationarity": Experiment(
         measure, {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
          | {"batch_size": batch, "kl_coef": 0.0, "split": "iid"}
