@@ -1,12 +1,9 @@
 """Our parts against well-known peers, side by side in one process. [ours]
 
-    pip install -r requirements-bench.txt
-    python -m experiments.bench                               two small shapes: tiny and stories260k
-    python -m experiments.bench --shapes smollm2 --pairs 5    a chat model's: an hour
-
-Weights are random, responses never end early. Ours and the peer run in turn: the machine's other load falls on both.
-A ratio is the median over the pairs of the peer's time over ours (ours over the peer's if the name says "our time /"),
-with a bootstrapped 95 % interval that holds for one process. A missing peer leaves out its part only.
+docs/bench.md has the commands. Weights are random, responses never end early. Ours and the peer run in turn: the
+machine's other load falls on both. A ratio is the median over the pairs of the peer's time over ours (ours over the
+peer's if the name says "our time /"), with a bootstrapped 95 % interval that holds for one process. A missing peer
+leaves out its part only.
 """
 
 import argparse
@@ -116,13 +113,8 @@ def jacobian(bench: Bench) -> Iterator[Comparison]:
 
     for M in (2, 4):
         yield f"J of {M} objectives, our time / one objective's", gradients(M), gradients(1), 0
-    ours = gradients(2)
-
-    def plain() -> None:
-        with patch.object(policy, "shares_prompts", False):
-            ours()
-
-    yield "J on groups, a prompt read once / with every response", ours, plain, 0
+    plain = patch.object(policy, "shares_prompts", False)(gradients(2))
+    yield "J on groups, a prompt read once / with every response", gradients(2), plain, 0
 
 
 def trl_trainers(bench: Bench) -> Iterator:

@@ -99,8 +99,7 @@ def measure_predictor(job: dict, directory: Path) -> list[Row]:
 
 def by_side(groups: Groups) -> Groups:
     """A label for each side."""
-    pairs = product(groups.items(), SIDES)
-    return {f"{side}, {label}": [row for row in rows if row["side"] == side] for (label, rows), side in pairs}
+    return {f"{x}, {label}": [row for row in rows if row["side"] == x] for label, rows in groups.items() for x in SIDES}
 
 
 GROUPS = [spec.rsplit(":", 1)[1] for spec in PRESETS["plural-firm-tiny"]["objectives"]]

@@ -5,7 +5,7 @@ A gain is in standard deviations of the base policy's rewards, the worst is that
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -55,22 +55,17 @@ class SharedLambda(baselines.FedCMOOServer):
         return {"lambda": mgda.solve(mgda.normalise(mgda.gram(total)), self.config.beta, self.config.preference)}
 
 
-def kept(context: Context) -> Tensor:
-    """FIRM's λ of a client's first step, for all its steps of the round."""
-    if context.epoch == 0:
+def varied(kept: bool, more: float, context: Context) -> Tensor:
+    """FIRM's λ; in a round's later steps that of the first, if `kept`, with `more` of the first of two objectives."""
+    if context.epoch == 0 or not kept:
         context.state["lambda"] = firm.min_norm(context)
-    return context.state["lambda"]
+    shift = torch.tensor([more, -more, 0.0], dtype=torch.float64)[: len(context.gram)] * (context.epoch > 0)
+    return (context.state["lambda"] + shift).clamp(0.0, 1.0)
 
 
-def later(weights: Callable[[Context], Tensor], more: float, context: Context) -> Tensor:
-    """A λ of two objectives that has so much more of the first one in a round's steps after its first."""
-    shift = torch.tensor([more, -more], dtype=torch.float64) * (context.epoch > 0)
-    return (weights(context) + shift).clamp(0.0, 1.0)
-
-
-RULES = {"firm-kept": kept, "firm-raised": partial(later, firm.min_norm, 0.02),
-         "kept-lowered": partial(later, kept, -0.02)}  # fmt: skip
-VARIANTS = {name: replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=rule)) for name, rule in RULES.items()}
+RULES = {"firm-kept": (True, 0.0), "firm-raised": (False, 0.02), "kept-lowered": (True, -0.02)}
+VARIANTS = {name: replace(firm.FIRM, weights=replace(firm.MIN_NORM, function=partial(varied, *rule)))
+            for name, rule in RULES.items()}  # fmt: skip
 VARIANTS["firm-shared"] = replace(baselines.FEDCMOO, server=SharedLambda)
 
 
@@ -115,9 +110,8 @@ def of_rounds(lines: list[dict], summary: dict) -> Row:
     Roughness² is the mean squared second difference / 6 in variances of the base policy's rewards, the mean over
     objectives: 0 for a line, σ² for white noise around one. Every round answers from the same random numbers.
     """
-    logged = {name: name for name in ("cosine", "drift", "upload_bytes", "download_bytes")}
-    logged |= {"disagreement": "lambda/disagreement", "lambda_helpful": "lambda/helpful"}
-    logged["dispersion"] = "adapter/dispersion"
+    logged = dict(disagreement="lambda/disagreement", lambda_helpful="lambda/helpful", dispersion="adapter/dispersion")
+    logged |= {name: name for name in ("cosine", "drift", "upload_bytes", "download_bytes")}
     row = {name: float(np.mean([line[key] for line in lines])) for name, key in logged.items() if key in lines[0]}
     if len(lines) > 2 and "held_out_kl" in lines[0]:
         curves = {name: [line[f"held_out/{name}"] for line in lines] for name in summary["objectives"]}
@@ -125,8 +119,7 @@ def of_rounds(lines: list[dict], summary: dict) -> Row:
         squares = [np.mean((np.diff(curve, 2) / scales[name]) ** 2) / 6 for name, curve in curves.items()]
         row["roughness"] = float(np.mean(squares)) ** 0.5
     if len(lines) >= HORIZONS[-1]:
-        means = [float(np.mean([line["stationarity"] for line in lines[:T]])) for T in HORIZONS]
-        row |= {f"stationarity@{T}": mean for T, mean in zip(HORIZONS, means, strict=True)}
+        row |= {f"stationarity@{T}": float(np.mean([line["stationarity"] for line in lines[:T]])) for T in HORIZONS}
     return row
 
 
@@ -141,8 +134,6 @@ def of_grams(grams: list[dict[str, Tensor]], config: Config) -> Row:
         Noise makes the gradients' lengths alike, which draws λ to the middle: these two do not see it
     """
     G = torch.stack([gram["steps"][:, 0] for gram in grams])  # [T, C, K, M, M]
-    if G.shape[-1] < 2:
-        return {}
     squares = G.diagonal(dim1=-2, dim2=-1)
     ratio = (squares[..., 0] / squares[..., 1]).sqrt().log().mean().exp()
     gap = ((squares[..., 0] - 2 * G[..., 0, -1] + squares[..., -1]) / squares.sum(-1)).mean()
@@ -234,12 +225,11 @@ TUNING = [seed | {"kl_coef": KAPPAS[1]} for seed in TUNING_SEEDS]
 BASELINES = ("firm β=1", "mgda", "linear", "morlhf", "fsmgda", "fedcmoo")
 TWO = in_world("strict", ("firm", *BASELINES, "soups", "firm groups", "linear groups", "firm grpo"))
 THREE = in_world("two against one", ("firm", *BASELINES))
-THREE["linear ¼ ½ ¼"] = THREE["linear"] | {"preference": [0.25, 0.5, 0.25]}
 SCOPE = in_world("two against one", ("firm", "firm-kept", "firm-shared", "fedcmoo"))
-SCOPE["linear ¼ ½ ¼"] = THREE["linear ¼ ½ ¼"]
-PULL = {f"{label}, {level}": job | {"kl_coef": KAPPAS[1]} for level, labels in
-        (("strict", ("firm", *RULES)), ("mild", ("firm", "firm-kept"))) for label, job in in_world(level, labels).items()
-        }  # fmt: skip
+THREE["linear ¼ ½ ¼"] = SCOPE["linear ¼ ½ ¼"] = THREE["linear"] | {"preference": [0.25, 0.5, 0.25]}
+PULL = {f"{x}, {level}": job | {"kl_coef": KAPPAS[1]}
+        for level, some in (("strict", ("firm", *RULES)), ("mild", ("firm", "firm-kept")))
+        for x, job in in_world(level, some).items()}  # fmt: skip
 STRICT = {f"{label}, strict": job for label, job in in_world("strict", ("firm", "firm-kept")).items()}
 SGD = {"optimizer": "sgd", "lr": 0.3, "server_lr": 1.0}  # the better of 0.3 and 1 on seed 101
 
@@ -281,10 +271,10 @@ EXPERIMENTS = {
         [("firm-kept, strict", "firm, strict")], "One λ for all clients": [("firm-shared", "firm-kept")]}, first=46),
     "pull": Experiment(  # planned after a trial on seeds 52 to 57
         measure, PULL, seeds(6, first=58), ["worst_gain", "worst_gain:fell", "gain_helpful", "gain_harmless", "kl"],
-        {"Other λ in a round's later steps": [(f"{a}, {level}", f"{b}, {level}") for a, b, level in (
+        {"Other λ in a round's later steps": [(f"{a}, {x}", f"{b}, {x}") for a, b, x in (
             ("firm-raised", "firm", "strict"), ("firm-kept", "firm", "strict"), ("kept-lowered", "firm-kept", "strict"),
-            ("firm-kept", "firm", "mild"))]}, ["worst_gain", "gain_helpful"], note="One κ, 0.003: KL is not matched.",
-    ),
+            ("firm-kept", "firm", "mild"))]},
+        ["worst_gain", "gain_helpful"], note="One κ: KL is not matched. Raised, lowered: helpful's λ by 0.02."),
     "stationarity": Experiment(
         measure, {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
          | {"batch_size": batch, "kl_coef": 0.0, "split": "iid"}
