@@ -5,7 +5,7 @@ import pytest
 from conftest import make_tokenizer
 from tokenizers import processors
 
-from data import REPLY, Prompt, prompts_from, share_out, split_dialogue, subset_of, to_messages
+from data import REPLY, Prompt, objectives_of, prompts_from, share_out, split_dialogue, subset_of, to_messages
 from settings import DataSettings
 
 TEMPLATE = (
@@ -198,3 +198,13 @@ def test_numbers_are_in_their_order_from_json_pandas_or_csv_and_gaps_are_held_ou
 def test_a_split_that_cannot_be_is_refused(prompts, split, message):
     with pytest.raises(ValueError, match=message):
         shared(prompts, 2, held_out=4, split=split)
+
+
+def test_a_client_holds_what_is_named_by_its_number_else_by_its_task_else_all():
+    names, tasks = ["a", "b", "c"], ["maths", "code", "code", "2"]
+    assert objectives_of(["code=c,a", "1=b"], names, tasks) == [[0, 1, 2], [1], [2, 0], [0, 1, 2]]
+    for *before, spec in (["2=a"], ["4=a"], ["poetry=a"], ["3:a"], ["0=d"], ["0=a,a"], ["0=b", "0=a"]):
+        with pytest.raises(ValueError, match=f"client_objectives: '{spec}'; write"):  # 2 is a client and a task
+            objectives_of([*before, spec], names, tasks)
+    with pytest.raises(ValueError, match="client_objectives: no client holds b"):
+        objectives_of(["code=a", "maths=a,c", "3=a"], names, tasks)

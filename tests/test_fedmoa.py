@@ -14,7 +14,6 @@ from test_firm import assert_same_state, federation, thetas
 import fedmoa
 import ppo
 from clients import Purpose
-from data import objectives_of
 from fedavg import FEDAVG, Upload
 from fedmoa import FEDMOA
 from firm import FIXED, LINEAR
@@ -258,15 +257,7 @@ def test_every_personal_round_draws_afresh():
     assert rollouts[0][0].prompts.tolist() != rollouts[1][0].prompts.tolist()
 
 
-# Who holds what, and a whole run
-
-
-def test_a_client_goes_by_its_number_else_by_its_task():
-    tasks = ["maths", "code", "code", "2"]
-    assert objectives_of(["1=a", "code=b,a"], ["a", "b"], tasks) == [[0, 1], [0], [1, 0], [0, 1]]
-    for spec in ("2=a", "4=a", "3=a,a", "code=c", "poetry=a", "3:a"):  # 2 is a client and a task
-        with pytest.raises(ValueError, match=f"client_objectives: '{spec}'; write"):
-            objectives_of([spec], ["a", "b"], tasks)
+# A whole run
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 import run
 from app import ranks
 from app.session import Session
-from data import objectives_of
 from methods import METHODS
 from rollout import Policy
 
@@ -267,15 +266,6 @@ def test_the_reasoning_world_s_clients_have_a_table_of_their_own(tmp_path, capsy
     )
     adapters = {(tmp_path / "personal" / f"client{c}" / "adapter_model.safetensors").read_bytes() for c in range(8)}
     assert len(adapters | {adapter_of(tmp_path)}) == 9
-
-
-def test_who_holds_which_objectives_is_said_by_number_else_by_task():
-    names, tasks = ["a", "b", "c"], ["math", "code", "code"]
-    assert objectives_of([], names, tasks) == [[0, 1, 2]] * 3
-    assert objectives_of(["code=c,a", "2=b"], names, tasks) == [[0, 1, 2], [2, 0], [1]]
-    for specs in (["nobody=a"], ["0=d"], ["0=a,a"], ["0=a", "0=b"], ["code=a", "math=a"]):
-        with pytest.raises(ValueError, match="client_objectives"):
-            objectives_of(specs, names, tasks)
 
 
 def test_a_finished_run_can_be_extended_to_what_a_longer_run_gives_and_not_shortened(world, tmp_path, capsys):
