@@ -1,8 +1,5 @@
-"""FedMOA: the hypergradient, the weights, the accuracy-aware average, personalisation, and a whole run."""
+"""FedMOA: the hypergradient, the weights, the accuracy-aware average, personalisation; a run is in test_run.py."""
 
-import contextlib
-import io
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,9 +14,7 @@ from clients import Purpose
 from fedavg import FEDAVG, Upload
 from fedmoa import FEDMOA
 from firm import FIXED, LINEAR
-from run import main
 from settings import Config
-from worlds import reasoning
 
 # The weights
 
@@ -255,39 +250,3 @@ def test_every_personal_round_draws_afresh():
     built.respond = lambda *arguments: rollouts.append(drawn := respond(*arguments)) or drawn
     fedmoa.personalise(built, built.clients[0])
     assert rollouts[0][0].prompts.tolist() != rollouts[1][0].prompts.tolist()
-
-
-# A whole run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The preset in miniature, on a model that has hardly been trained: the run directory, and what was printed."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        taught = reasoning.pretrain
-        patch.setattr(reasoning, "pretrain", lambda **settings: taught(steps=20))
-        out = tmp_path_factory.mktemp("runs") / "run"
-        small = "--rounds 2 --batch_size 8 --held_out 16 --eval_samples 2 --personal_rounds 1 --severity 0.5"
-        assert main(["--preset", "fedmoa-tiny", *small.split(), "--out", str(out)]) == 0
-    return out, printed.getvalue()
-
-
-def test_a_run_leaves_every_clients_own_adapter(finished):
-    saved = [finished[0] / "personal" / f"client{c}" / "adapter_model.safetensors" for c in range(8)]
-    assert len({file.read_bytes() for file in saved}) == 8
-
-
-def test_the_summary_and_the_closing_table_have_every_clients_primary_before_after_and_personal(finished):
-    summary = json.loads((finished[0] / "summary.json").read_text("utf-8"))
-    assert [client["task"] for client in summary["by_client"]] == ["mathematics"] * 4 + ["code"] * 4
-    assert all(set(client["primary"]) == {"before", "after", "personal"} for client in summary["by_client"])
-    assert [client["objectives"] for client in summary["by_client"]][3:5] == [
-        ["accuracy", "format", "length"], ["accuracy", "format"]
-    ]  # fmt: skip
-    everybody = np.mean([client["primary"]["after"]["mean"] for client in summary["by_client"]])
-    assert everybody == pytest.approx(summary["objectives"]["accuracy"]["after"]["mean"])  # four kinds of equal size
-    table = finished[1].split("accuracy on held-out prompts of the clients' kinds")[1]
-    assert [line.split()[:2] for line in table.splitlines()[2:10]] == [
-        [str(c), "mathematics" if c < 4 else "code"] for c in range(8)
-    ]

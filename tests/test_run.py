@@ -253,6 +253,7 @@ def test_the_reasoning_world_s_clients_have_a_table_of_their_own(tmp_path, capsy
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and {line["task"] for line in lines} == {"code", "mathematics"}
     for line in lines:
+        assert line["subsets"][0].startswith(line["task"])
         assert line["objectives"] == ["accuracy", "format"] + ["length"] * (line["task"] == "mathematics")
         asked = [sample for sample in samples if sample["subset"] in line["subsets"]]
         assert line["held_out"] == len(asked) > 0
