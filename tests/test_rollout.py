@@ -177,10 +177,13 @@ def test_checkpointing_gradients_changes_neither_gradients_nor_responses(kind):
     gradients = []
     for checkpointed in (False, True):
         policy = policy_of(make_model(kind), gradient_checkpointing=checkpointed)
+        policy.adapter.assign(policy.adapter.vector() + 0.05)  # no factor is zero
         policy.logprobs(policy.sample(PROMPTS, UNIFORMS))  # leaves the model in training mode
         rollout = policy.sample(PROMPTS, UNIFORMS)
         gradients.append(torch.autograd.grad(policy.logprobs(rollout)[0].sum(), policy.adapter.parameters))
         gradients[-1] += (rollout.responses * rollout.mask,)
+    layers = [module for module in policy.model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert layers and policy.model.training  # it really was the checkpointed path
     assert all((a - b).abs().max() <= 1e-4 * a.abs().max() for a, b in zip(*gradients, strict=True))
 
 
