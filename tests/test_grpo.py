@@ -156,15 +156,5 @@ def test_calibration_asks_as_many_prompts_with_groups_as_without():
     assert torch.equal(built.calibration.mean, alone.calibration.mean)
 
 
-@pytest.mark.parametrize(
-    ("settings", "estimator", "message"),
-    [({"group_size": 4}, GROUP, "group_size: 4 does not divide batch_size, 6"),
-     ({"group_size": 1}, GROUP, "group_size: a group of 1"), ({}, GRPO, "group_size: 4 does not divide")],
-)  # fmt: skip
-def test_a_group_size_that_does_not_go_is_refused_by_name(settings, estimator, message):
-    with pytest.raises(ValueError, match=message):
-        firm.responses_per_prompt(Config(**{"batch_size": 6, **settings}), estimator)
-
-
 def test_if_left_open_a_group_has_four_and_a_critic_gets_one_response_to_a_prompt():
     assert [firm.responses_per_prompt(Config(), each) for each in (GROUP, GRPO, CRITIC)] == [4, 4, 1]

@@ -30,12 +30,6 @@ def test_every_preset_is_a_valid_configuration():
         assert config.method == methods.PREDICTOR or methods.check(config) is None
 
 
-def test_the_parts_of_a_method_can_be_replaced_by_name():
-    method = methods.method_of(parsed("--method linear --advantages grpo --weights min-norm --aggregation accuracy"))
-    assert (method.name, method.estimator.name, method.weights.name) == ("linear", "grpo", "min-norm")
-    assert method.aggregation.name == "accuracy" and method.needs_primary and not METHODS["linear"].needs_primary
-
-
 def test_settings_survive_their_file(tmp_path):
     config = parsed("--beta 0.3 --preference 1 3 --lora_targets q_proj v_proj")
     (tmp_path / "config.json").write_text(json.dumps(vars(config)))
@@ -44,7 +38,6 @@ def test_settings_survive_their_file(tmp_path):
 
 
 REFUSED = {  # flags, and what the one line names
-    "--learning 3": "--learning",
     "--pref 1 2": "--pref",  # no abbreviations
     "--beta much": "--beta.*much",
     "--beta nan": "beta",
