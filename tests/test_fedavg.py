@@ -61,10 +61,6 @@ def test_client_sampling_draws_distinct_clients_and_every_client_in_time():
     assert set().union(*draws) == set(range(8))
 
 
-def test_a_message_counts_its_elements_by_their_size_and_its_numbers_at_eight_bytes():
-    assert fedavg.n_bytes({"theta": torch.zeros(2, 10), "lambda": torch.zeros(3).double()}, 5) == 80 + 24 + 40
-
-
 def test_the_server_mixes_each_clients_trainings_and_then_averages_clients_by_their_prompts():
     class Mixing(Server):
         def training_shares(self, updates, weights):
