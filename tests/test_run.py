@@ -282,7 +282,7 @@ def test_a_finished_run_can_be_extended_to_what_a_longer_run_gives_and_not_short
 
 def test_an_out_that_holds_a_run_is_refused_and_left_alone(finished, world, capsys):
     before = contents(finished)
-    assert "out: " in refused(capsys, command(world, out=finished))
+    assert "is not empty" in refused(capsys, command(world, out=finished))
     assert contents(finished) == before
 
 
