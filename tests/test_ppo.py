@@ -16,43 +16,24 @@ G = torch.Generator().manual_seed(0)
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
 
 
-def example(M=3, dtype=torch.float32):
-    """Rewards and values [3, 5, M] with rows of 5, 3 and 1 real tokens; garbage where masked."""
-    return torch.randn(3, 5, M, generator=G).to(dtype), torch.randn(3, 5, M, generator=G).to(dtype)
-
-
 # Advantages
 
 
-@pytest.mark.parametrize("lam", [0.95, 0.0, 1.0])
-def test_gae_is_the_decaying_sum_of_td_errors(lam):
-    rewards, values = example(dtype=torch.float64)
-    advantages = ppo.gae(rewards, values, MASK, lam)
+def test_gae_is_the_decaying_sum_of_td_errors_up_to_the_end():
+    rewards, values = torch.randn(2, 3, 5, 3, generator=G).double()  # garbage where masked
+    advantages = ppo.gae(rewards, values, MASK, 0.95)
     for b, n in enumerate(MASK.sum(1).tolist()):
+        assert not advantages[b, n:].any()
         for j in range(3):
             v = values[b, :n, j].tolist() + [0.0]
             delta = [float(rewards[b, t, j]) + v[t + 1] - v[t] for t in range(n)]
             for t in range(n):
-                direct = sum(lam ** (s - t) * delta[s] for s in range(t, n))
+                direct = sum(0.95 ** (s - t) * delta[s] for s in range(t, n))
                 assert float(advantages[b, t, j]) == pytest.approx(direct, abs=1e-12)
-
-
-def test_with_lambda_one_the_advantage_is_the_return_less_the_value():
-    rewards, values = example(dtype=torch.float64)
-    returns = ppo.to_go(rewards * MASK[..., None])
-    assert ((ppo.gae(rewards, values, MASK, 1.0) - (returns - values)) * MASK[..., None]).abs().max() < 1e-12
 
 
 def test_the_return_of_a_token_is_the_sum_of_the_rewards_from_it_on():
     assert ppo.to_go(torch.tensor([[1.0, 2.0, 4.0]])).tolist() == [[7.0, 6.0, 4.0]]
-
-
-def test_nothing_after_the_end_reaches_an_advantage():
-    rewards, values = example()
-    advantages = ppo.gae(rewards, values, MASK, 0.95)
-    junk = 1e6 * (1 - MASK[..., None])
-    assert torch.equal(advantages, ppo.gae(rewards + junk, values + junk, MASK, 0.95))
-    assert float((advantages * (1 - MASK[..., None])).abs().max()) == 0.0
 
 
 def test_the_score_sits_on_the_last_real_token_and_the_kl_on_every_token():
@@ -127,24 +108,15 @@ def test_the_critic_is_fitted_to_real_tokens_only():
     assert torch.equal(*critics)
 
 
-def test_the_critics_targets_are_monte_carlo_returns_whatever_gae_lambda(policy):
-    rollout, logp, hidden = batch_of(policy)
-    batch = Batch(rollout, torch.randn(len(rollout), 2, generator=G), logp, logp - 0.1, hidden, 0.3)
-    state = {"critic": torch.randn(policy.hidden_size + 1, 2, generator=G)}
-    low, high = (CRITIC.advantages(batch, state, UpdateSettings(gae_lambda=lam)) for lam in (0.0, 1.0))
-    assert torch.equal(low.returns, high.returns) and torch.equal(low.returns, ppo.to_go(ppo.token_rewards(batch)))
-    assert not torch.equal(low.normalised, high.normalised)
-
-
 # The gradients
 
 
 def batch_of(policy, n=6, L=8):
-    """A rollout of n rows, its log π [n, L] and the hidden states [n, L, H]."""
+    """A rollout of n rows, and its log π [n, L]."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 50, k).tolist() for k in rng.integers(1, 9, n)]
     rollout = policy.sample(prompts, rng.random((n, L)))
-    return rollout, *policy.logprobs_in_pieces(rollout, None)
+    return rollout, policy.logprobs_in_pieces(rollout, None)[0]
 
 
 def everything(policy, rollout, logp, advantages, **settings):
@@ -153,16 +125,9 @@ def everything(policy, rollout, logp, advantages, **settings):
     return ppo.policy_gradients(policy, batch, advantages, UpdateSettings(**settings))
 
 
-def test_at_ratio_one_the_surrogates_gradient_is_minus_the_advantage():
-    ratio = torch.ones(3, 5, requires_grad=True)
-    advantages = torch.randn(3, 5, 1, generator=G)
-    ppo.surrogate(ratio, advantages, 0.2).sum().backward()
-    assert torch.equal(ratio.grad, -advantages[..., 0])
-
-
 @pytest.mark.parametrize(
     ("ratio", "advantage", "slope"),
-    [(1.3, 1.0, 0.0), (0.7, 1.0, -1.0), (1.3, -1.0, 1.0), (0.7, -1.0, 0.0), (1.1, 2.0, -2.0)],
+    [(1.3, 1.0, 0.0), (0.7, 1.0, -1.0), (1.3, -1.0, 1.0), (0.7, -1.0, 0.0), (1.1, 2.0, -2.0), (1.0, 3.0, -3.0)],
 )
 def test_the_clip_stops_only_steps_that_would_go_further_the_same_way(ratio, advantage, slope):
     r = torch.tensor([[ratio]], requires_grad=True)
@@ -171,14 +136,14 @@ def test_the_clip_stops_only_steps_that_would_go_further_the_same_way(ratio, adv
 
 
 def test_before_the_first_step_every_ratio_is_exactly_one(policy):
-    rollout, logp, _ = batch_of(policy)
+    rollout, logp = batch_of(policy)
     gradients = everything(policy, rollout, logp, torch.ones(*logp.shape, 2))
     assert gradients.approx_kl == 0.0 and gradients.clip_fraction == 0.0
     assert torch.equal(policy.logprobs(rollout)[0].detach(), logp)
 
 
 def test_lambda_times_j_is_the_gradient_of_the_weighted_loss(policy):
-    rollout, logp, _ = batch_of(policy)
+    rollout, logp = batch_of(policy)
     old = logp + 0.1 * torch.randn(logp.shape, generator=G)
     advantages = torch.randn(*logp.shape, 3, generator=G)
     lam = torch.tensor([0.2, 0.5, 0.3])
@@ -193,7 +158,7 @@ def test_lambda_times_j_is_the_gradient_of_the_weighted_loss(policy):
 def test_each_row_of_j_is_the_finite_difference_of_its_loss():
     policy = make_policy("llama")
     policy.model.double()
-    rollout, logp, _ = batch_of(policy)
+    rollout, logp = batch_of(policy)
     advantages = torch.randn(*logp.shape, 2, generator=G).double()
     # The float32 log-softmax is the only single-precision step; a wide difference keeps its rounding small.
     theta, direction = policy.adapter.vector(), torch.randn(policy.adapter.size, generator=G).double()
@@ -209,7 +174,7 @@ def test_each_row_of_j_is_the_finite_difference_of_its_loss():
 
 
 def test_micro_batches_change_neither_the_gradients_nor_a_figure(policy):
-    rollout, logp, _ = batch_of(policy)
+    rollout, logp = batch_of(policy)
     old = logp + 0.2 * torch.randn(logp.shape, generator=G)  # some ratios are clipped
     advantages = torch.randn(*logp.shape, 2, generator=G)
     whole, cut = (everything(policy, rollout, old, advantages, micro_batch_size=size) for size in (None, 4))
@@ -219,7 +184,7 @@ def test_micro_batches_change_neither_the_gradients_nor_a_figure(policy):
 
 
 def test_the_figures_of_a_step_are_their_definitions_over_real_tokens(policy):
-    rollout, logp, _ = batch_of(policy)
+    rollout, logp = batch_of(policy)
     old = logp + 0.2 * torch.randn(logp.shape, generator=G)
     gradients = everything(policy, rollout, old, torch.ones(*logp.shape, 1), clip_range=0.1)
     log_ratio = (logp - old)[rollout.mask.bool()].double().numpy()
@@ -229,7 +194,7 @@ def test_the_figures_of_a_step_are_their_definitions_over_real_tokens(policy):
 
 def test_over_16_bit_weights_the_gradients_are_float32_and_those_of_float32_to_rounding(kind):
     exact, rounded = make_policy(kind), make_policy(kind)
-    rollout, logp, _ = batch_of(exact)
+    rollout, logp = batch_of(exact)
     advantages = torch.randn(*logp.shape, 2, generator=G)
     expected = everything(exact, rollout, logp, advantages).J
     for module in rounded.model.modules():  # the frozen weights alone
@@ -245,7 +210,7 @@ def test_over_16_bit_weights_the_gradients_are_float32_and_those_of_float32_to_r
 @pytest.mark.parametrize("what", ["log-probs", "rewards", "advantages", "gradient"])
 def test_an_update_that_is_not_finite_is_refused_by_what_was_so_first(what):
     policy = make_policy()
-    rollout, logp, _ = batch_of(policy)
+    rollout, logp = batch_of(policy)
     bad = {"log-probs": math.nan, "rewards": math.inf, "advantages": math.nan, "gradient": 1e38}[what]
     scores, advantages = torch.zeros(len(rollout), 2), torch.full((*logp.shape, 2), bad)  # whatever it was, it spreads
     if what == "log-probs":
