@@ -202,15 +202,6 @@ def test_the_optimizers_rate_is_the_configured_one(optimizer):
     assert moved[1] == pytest.approx(2 * moved[0], rel=1e-2)
 
 
-def test_the_critic_never_sees_the_token_it_judges():
-    built, t = federation(), 2
-    rollout, _ = built.respond(built.clients[0], Purpose.TRAINING)
-    hidden = built.policy.logprobs(rollout)[2]
-    rollout.responses[:, t:] = (rollout.responses[:, t:] + 5) % 46 + 3
-    moved = (hidden - built.policy.logprobs(rollout)[2]).abs().amax(-1)  # [B, L]
-    assert moved[:, : t + 1].max() < 1e-6 < moved[:, t + 1 :][rollout.mask[:, t + 1 :] == 1].min()
-
-
 def test_two_trainings_on_two_objectives_each_are_logged_as_the_server_mixed_them():
     class Quarter(Server):
         def training_shares(self, updates, weights):
