@@ -1,6 +1,5 @@
-"""The predictor: its architecture, what it cannot see, its loss, its federated training, and its scores."""
+"""The predictor: its architecture, its loss, its federated training, and its scores."""
 
-import copy
 import math
 from dataclasses import replace
 
@@ -71,22 +70,6 @@ def test_it_is_torchs_encoder_under_the_mask_that_shows_only_the_context(model):
         rows = part(rows.relu() if i else rows)  # a ReLU between the four, none behind the last
     expected = model.head(peer(rows[None], mask=hidden)[0, len(x) :])
     torch.testing.assert_close(torch.stack(model(x, y, target_x), 1), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_target_does_not_reach_another_target(model):
-    x, y, target_x = points()
-    alone = model(x, y, target_x[:1])[0]
-    torch.testing.assert_close(model(x, y, target_x)[0][:1], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_a_targets_answer_does_not_reach_its_own_prediction(monkeypatch):
-    data, other, means = survey(), survey(), []
-    _, targets = pluralllm.draw(list(data.answers["g0"]), 2, 4, pluralllm.stream(7, Purpose.PREDICTOR_TRAINING, 0, 0))
-    other.answers["g0"][targets[0]] = other.answers["g0"][targets[0]].flip(0)
-    monkeypatch.setattr(pluralllm, "loss", lambda m, s, y, which: means.append(m.detach()) or (m * 0).sum())
-    for each in (data, other):
-        federation(each, [["g0"]], local_steps=1).round()
-    assert torch.equal(*means)
 
 
 def test_the_softmax_runs_within_each_question():
@@ -245,22 +228,9 @@ def test_a_predictor_that_is_not_finite_ends_the_run():
 
 
 def test_a_message_is_the_parameters():
-    figures = federation().round()
-    assert (
-        figures["upload_bytes"]
-        == figures["download_bytes"]
-        == 4 * sum(p.numel() for p in Predictor(WIDTH).parameters())
-    )
-
-
-def test_going_on_from_a_state_is_going_on_bit_for_bit():
-    whole, first, second = federation(), federation(), federation()
-    figures = [whole.round() for _ in range(4)]
-    first.round()
-    first.round()
-    second.restore(copy.deepcopy(first.state()))
-    assert [second.round(), second.round()] == figures[2:]
-    assert torch.equal(second.theta, whole.theta)
+    trained = federation()
+    figures = trained.round()
+    assert figures["upload_bytes"] == figures["download_bytes"] == 4 * len(trained.theta)
 
 
 def test_training_learns_to_read_the_context():
