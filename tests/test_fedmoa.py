@@ -13,16 +13,15 @@ import ppo
 from clients import Purpose
 from fedavg import FEDAVG, Upload
 from fedmoa import FEDMOA
-from firm import FIXED, LINEAR
+from firm import LINEAR
 from settings import Config
 
 # The weights
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_hypergradient_is_the_derivative_of_the_primary_loss_by_the_weights(seed):
+def test_the_hypergradient_is_the_derivative_of_the_primary_loss_by_the_weights():
     """On quadratics under plain SGD, in float64: −η ⟨∇L_primary(θ′), g_i⟩ against central differences."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
     A = draw(3, 7, 7)
     A, centre, theta, lr = A @ A.mT, draw(3, 7), draw(7), 0.01
@@ -50,12 +49,11 @@ def test_h_is_a_cosine_less_if_the_gradient_is_shorter_than_the_primarys_and_zer
     assert not fedmoa.hypergradients(0 * primary, taken).any() and not fedmoa.hypergradients(primary, 0 * taken).any()
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0, 1e3])
-def test_the_weights_stay_on_the_simplex_and_what_the_preference_leaves_out_stays_out(rate):
+def test_the_weights_stay_on_the_simplex_and_what_the_preference_leaves_out_stays_out():
     rng = np.random.default_rng(0)
     w = prior = torch.tensor([0.5, 0.3, 0.0, 0.2]).double()
     for _ in range(200):
-        w = fedmoa.next_weights(w, prior, torch.from_numpy(rng.uniform(-1, 1, 4)), rate)
+        w = fedmoa.next_weights(w, prior, torch.from_numpy(rng.uniform(-1, 1, 4)), rate=1e3)
         assert (w >= 0).all() and float(w.sum()) == pytest.approx(1.0) and w[2] == 0.0
 
 
@@ -66,13 +64,6 @@ def test_under_a_steady_cosine_the_weights_end_at_rate_over_pull_from_the_prefer
         w = fedmoa.next_weights(w, prior, h, rate=0.5)
     expected = prior * torch.exp(0.5 / fedmoa.HYPER_PULL * h)
     assert w.tolist() == pytest.approx((expected / expected.sum()).tolist())
-
-
-def test_without_a_rate_the_weights_are_the_preference():
-    moving, fixed = federation(method=FEDMOA, hyper_rate=0.0), federation(method=replace(FEDMOA, weights=FIXED))
-    for built in (moving, fixed):
-        built.round(), built.round()
-    assert torch.equal(moving.theta, fixed.theta)
 
 
 def test_a_round_moves_the_weights_by_the_fresh_primary_gradient_and_the_last_step_of_the_round_before(monkeypatch):
@@ -241,12 +232,3 @@ def test_personal_rounds_are_those_of_a_federation_of_its_own():
     alone.config = replace(alone.config, lr=fedmoa.PERSONAL_LR * alone.config.lr)
     alone.round(), alone.round()
     assert torch.allclose(fedmoa.personalise(built, built.clients[0]), alone.theta, atol=1e-7)
-
-
-def test_every_personal_round_draws_afresh():
-    built, rollouts = federation(method=FEDMOA, personal_rounds=2), []
-    built.round()
-    respond = built.respond
-    built.respond = lambda *arguments: rollouts.append(drawn := respond(*arguments)) or drawn
-    fedmoa.personalise(built, built.clients[0])
-    assert rollouts[0][0].prompts.tolist() != rollouts[1][0].prompts.tolist()
