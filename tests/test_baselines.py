@@ -22,10 +22,6 @@ def gaussian(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
 
 
-def relative_error(estimated, exact):
-    return float((estimated - exact).norm() / exact.norm())
-
-
 # All methods
 
 
@@ -54,11 +50,9 @@ def test_the_order_in_which_a_clients_objectives_are_named_does_not_matter(metho
 # MORLHF, soups
 
 
-@pytest.mark.parametrize("objective", [0, 1])
-def test_morlhf_at_a_corner_is_training_on_that_objective_alone(objective):
-    corner = federation(method=MORLHF, preference=[1.0 - objective, float(objective)])
-    single = federation(M=1)
-    single.score = lambda prompts, rollout, client: score(prompts, rollout)[:, [objective]]
+def test_morlhf_at_a_corner_is_training_on_that_objective_alone():
+    corner, single = federation(method=MORLHF, preference=[0, 1]), federation(M=1)
+    single.score = lambda prompts, rollout, client: score(prompts, rollout)[:, [1]]
     for built in (corner, single):
         built.round(), built.round()
     assert torch.equal(corner.theta, single.theta)
@@ -128,26 +122,10 @@ def test_the_randomised_svd_is_nearly_as_good_as_any_of_its_rank_and_leaves_out_
 # FedCMOO: the estimate
 
 
-def estimate(G, e):
-    return baselines.estimate_gram(G, e, np.random.default_rng(0))[0]
-
-
-def exact_gram(G):
-    """Gram [M, M] of the mean of G [N, M, d]."""
-    mean = G.numpy().mean(0)
-    return torch.from_numpy(mean @ mean.T)
-
-
 def combined(G, low_rank, T):
     """The estimate from any low-rank parts: the formula asks nothing of them."""
     known, rest = zip(*(baselines.gram_terms(*pair, T) for pair in zip(G, low_rank, strict=True)), strict=True)
     return baselines.mean_gram(torch.stack(known), torch.stack(rest), float(low_rank.square().sum()))
-
-
-@pytest.mark.parametrize("M, d", [(2, 300), (3, 101)])
-def test_without_loss_the_estimate_is_the_gram_of_the_mean_gradient(M, d):
-    G = gaussian(4, M, d)
-    assert relative_error(estimate(G, 2.0 * M), exact_gram(G)) < 1e-9
 
 
 @pytest.mark.parametrize("ratio, extra", [(1.49, True), (1.51, False)])
@@ -179,7 +157,8 @@ def test_the_whole_estimate_is_the_formula_with_truncated_svds():
     for X, c in zip(a, low_rank, strict=True):
         bracket = (X - c) @ (T - c).T
         gram = gram + X @ X.T + c @ (T - c).T + bracket + bracket.T
-    assert relative_error(estimate(torch.from_numpy(np.stack(a)), 1.0), torch.from_numpy(gram + gram.T) / 32) < 1e-8
+    estimated, _ = baselines.estimate_gram(torch.from_numpy(np.stack(a)), 1.0, np.random.default_rng(0))
+    assert np.linalg.norm(32 * estimated.numpy() - gram - gram.T) < 1e-8 * np.linalg.norm(gram + gram.T)
 
 
 # FedCMOO: the weights
