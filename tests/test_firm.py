@@ -15,7 +15,7 @@ import firm
 from app import metrics
 from app.checkpoint import federation_state, restore_federation
 from app.ranks import packed, unpacked
-from baselines import ADAPTIVE, FEDCMOO, FSMGDA, MORLHF
+from baselines import ADAPTIVE, FSMGDA, MORLHF
 from fedavg import Server
 from fedmoa import FEDMOA
 from firm import FIRM, LINEAR, MGDA, Federation
@@ -106,9 +106,8 @@ def test_the_base_weights_stay_bit_for_bit(kind):
     assert not torch.equal(built.theta, start)  # while the adapter did move
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_at_learning_rate_zero_nothing_moves(optimizer):
-    built = federation(lr=0.0, optimizer=optimizer)
+def test_at_learning_rate_zero_nothing_moves():
+    built = federation(lr=0.0)
     before = built.theta.clone()
     line = logged(built)
     assert torch.equal(built.theta, before)
@@ -209,13 +208,9 @@ class Half:
         return everything
 
 
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [(FIRM, {"held": [[0], [0, 1], [1]]}), (FIRM, {"clients": 1}), (failing(FEDMOA, 1), {}), (FEDCMOO, {})],
-)
-def test_two_processes_that_share_the_clients_come_to_what_one_comes_to(method, settings):
+def test_two_processes_of_which_one_has_a_client_that_fails_come_to_what_one_comes_to():
     barrier, parts = threading.Barrier(2), [{}, {}]
-    alone, *pair = (federation(method=method, exchange=exchange, **settings)
+    alone, *pair = (federation(method=failing(FEDMOA, 1), exchange=exchange)
                     for exchange in (None, Half(0, barrier, parts), Half(1, barrier, parts)))  # fmt: skip
 
     def train(built):
@@ -235,12 +230,6 @@ def test_mgda_is_firm_with_beta_zero():
     a, b = federation(method=MGDA), federation(method=FIRM, beta=0.0)
     a.round(), b.round()
     assert torch.equal(a.theta, b.theta)
-
-
-def test_firm_with_a_huge_beta_is_linear():
-    a, b = federation(beta=1e9, preference=[0.3, 0.7]), federation(method=LINEAR, preference=[0.3, 0.7])
-    a.round(), b.round()
-    assert (a.theta - b.theta).abs().max() < 1e-5
 
 
 ON_A_CRITIC = [m for m in TRAINED if (m.estimator, m.correct) == (FIRM.estimator, FIRM.correct)]

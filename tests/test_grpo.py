@@ -40,11 +40,10 @@ def advantages(batch, estimator=GROUP):
     return estimator.advantages(batch, {}, Config())
 
 
-@pytest.mark.parametrize("S", [2, 5])
-def test_a_score_is_compared_with_the_mean_of_the_others_of_its_group(S):
-    scores = torch.randn(3 * S, 2, generator=G).double()
+def test_a_score_is_compared_with_the_mean_of_the_others_of_its_group():
+    S, scores = 5, torch.randn(15, 2, generator=G).double()
     ours = grpo.leave_one_out(scores, S)
-    for i in range(3 * S):
+    for i in range(15):
         start = i // S * S
         others = [j for j in range(start, start + S) if j != i]
         assert (ours[i] - (scores[i] - scores[others].mean(0))).abs().max() < 1e-12
@@ -78,12 +77,6 @@ def test_if_all_groups_score_equally_and_kappa_is_zero_a_round_moves_nothing():
     record = built.round()
     assert torch.equal(built.theta, before)
     assert not any(step.gram.any() for part in record.arrived.values() for step in part.updates[0].steps)
-
-
-def test_an_advantage_depends_on_differences_within_the_group_alone():
-    batch = batch_of(torch.randn(12, 2, generator=G).double(), 4)
-    shifted = replace(batch, scores=batch.scores + 100.0 * torch.arange(3).repeat_interleave(4)[:, None])
-    assert (advantages(batch).normalised - advantages(shifted).normalised).abs().max() < 1e-10
 
 
 def test_the_kl_that_is_still_to_come_enters_per_token_and_outside_the_baseline():
