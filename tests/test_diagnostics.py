@@ -1,30 +1,17 @@
 """What --diagnostics adds: formulas against explicit float64 sums, halves against the whole batch's gradient."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy
+from test_firm import federation
 
 import ppo
 from app import diagnostics
-from data import Prompt
-from firm import Federation
-from methods import method_of
-from settings import Config
-
-
-def federation(**settings):
-    """Three clients on random weights; a reward is the share of tokens that 2, or 3, divides."""
-    rng = np.random.default_rng(0)
-    prompts = [Prompt("", (), tuple(rng.integers(3, 50, rng.integers(2, 8))), "", {}) for _ in range(15)]
-
-    def score(prompts, rollout, client):
-        shares = [((rollout.responses % j == 0) * rollout.mask).sum(1) / rollout.mask.sum(1) for j in (2, 3)]
-        return torch.stack(shares, 1).double()
-
-    config = Config(**{"clients": 3, "batch_size": 8, "epochs": 2, "lr": 1e-2, "kl_coef": 0.01} | settings)
-    shares = [prompts[:4], prompts[4:9], prompts[9:]]
-    return Federation(make_policy(max_new_tokens=6), shares, ["even", "threes"], score, method_of(config), config)
+from baselines import FSMGDA
+from firm import FIRM
+from grpo import GROUP
 
 
 def products(vectors):
@@ -61,11 +48,12 @@ def test_noise_raises_the_squared_norm_on_one_batch_and_not_stationarity_on_halv
     assert means == pytest.approx([true, true + noise], abs=error) and error < 2
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"micro_batch_size": 3}, {"advantages": "group", "group_size": 4}, {"method": "fsmgda"}], ids=str
-)
+@pytest.mark.parametrize("settings", [
+    {}, {"micro_batch_size": 3}, {"method": replace(FIRM, estimator=GROUP), "group_size": 4}, {"method": FSMGDA},
+], ids=["firm", "pieces", "groups", "fsmgda"])  # fmt: skip
 def test_halves_of_whole_groups_add_up_to_the_gradient_of_the_batch_and_the_adapter_stays(settings):
-    trained = federation(**settings)
+    trained = federation(batch_size=8, **settings)
+    trained.round()  # away from the base policy
     policy, config, record = trained.policy, trained.config, trained.round()
     after = policy.adapter.vector()
     diagnostics.observe(policy, record, config)
@@ -79,7 +67,8 @@ def test_halves_of_whole_groups_add_up_to_the_gradient_of_the_batch_and_the_adap
 
 
 def test_figures_of_a_round_are_those_of_the_gradients_that_it_began_with():
-    trained = federation()
+    trained = federation(batch_size=8, beta=1.0)  # at which every client's λ is another
+    trained.round()
     record = trained.round()
     figures, grams = diagnostics.observe(trained.policy, record, trained.config)
     trained.policy.adapter.assign(record.message["theta"])
