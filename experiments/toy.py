@@ -274,7 +274,7 @@ EXPERIMENTS = {
         {"Other λ in a round's later steps": [(f"{a}, {x}", f"{b}, {x}") for a, b, x in (
             ("firm-raised", "firm", "strict"), ("firm-kept", "firm", "strict"), ("kept-lowered", "firm-kept", "strict"),
             ("firm-kept", "firm", "mild"))]},
-        ["worst_gain", "gain_helpful"], note="One κ: KL is not matched. Raised, lowered: helpful's λ by 0.02."),
+        ["worst_gain", "gain_helpful"], note="As worst, at one κ: unequal KL. Raised, lowered: helpful's λ by 0.02."),
     "stationarity": Experiment(
         measure, {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
          | {"batch_size": batch, "kl_coef": 0.0, "split": "iid"}
