@@ -232,6 +232,7 @@ PULL = {f"{x}, {level}": job | {"kl_coef": KAPPAS[1]}
         for x, job in in_world(level, some).items()}  # fmt: skip
 STRICT = {f"{label}, strict": job for label, job in in_world("strict", ("firm", "firm-kept")).items()}
 SGD = {"optimizer": "sgd", "lr": 0.3, "server_lr": 1.0}  # the better of 0.3 and 1 on seed 101
+PULL["firm, SGD, 64 rounds, strict"] = PULL["firm, strict"] | SGD | {"rounds": 64}
 
 EXPERIMENTS = {
     "communication": Experiment(
@@ -271,9 +272,8 @@ EXPERIMENTS = {
         [("firm-kept, strict", "firm, strict")], "One λ for all clients": [("firm-shared", "firm-kept")]}, first=46),
     "pull": Experiment(  # planned after a trial on seeds 52 to 57
         measure, PULL, seeds(6, first=58), ["worst_gain", "worst_gain:fell", "gain_helpful", "gain_harmless", "kl"],
-        {"Other λ in a round's later steps": [(f"{a}, {x}", f"{b}, {x}") for a, b, x in (
-            ("firm-raised", "firm", "strict"), ("firm-kept", "firm", "strict"), ("kept-lowered", "firm-kept", "strict"),
-            ("firm-kept", "firm", "mild"))]},
+        {"Other λ in later steps": [(f"{a}, {x}", f"{b}, {x}") for a, b, x in (("firm-raised", "firm", "strict"),
+            ("firm-kept", "firm", "strict"), ("kept-lowered", "firm-kept", "strict"), ("firm-kept", "firm", "mild"))]},
         ["worst_gain", "gain_helpful"], note="As worst, at one κ: unequal KL. Raised, lowered: helpful's λ by 0.02."),
     "stationarity": Experiment(
         measure, {f"{label}, batch {batch}": CLIENTS | settings_of(label.split()[0]) | changes
