@@ -160,9 +160,8 @@ EXPERIMENTS = {
         ["accuracy"], note="λ is that of the last eighth of the rounds, its shift is since the first. Careful and poor "
         "gain: what clients of either kind gain in accuracy by four rounds alone.",
     ),
-    "predictor_tuning": Experiment(
-        measure_predictor, by_rate({"both": PREDICTOR}, (3e-4, 1e-3, 3e-3)), TUNING_SEEDS, ["alignment"], derive=by_side
-    ),
+    "predictor_tuning": Experiment(measure_predictor, by_rate({"both": PREDICTOR}, (3e-4, 1e-3, 3e-3)), TUNING_SEEDS,
+                                   ["alignment"], derive=by_side),
     "predictor": Experiment(
         measure_predictor, {SIX: PREDICTOR | {"lr": 1e-3}, ONE: PREDICTOR | {"lr": 1e-3, "local_steps": 1}},
         seeds(12), [*SCORES, *(f"rounds_to_{level}" for level in LEVELS), "own_context", "other_context", "uniform",
