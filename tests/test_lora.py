@@ -123,6 +123,22 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_over_16_bit_weights_gradient_and_step_are_taken_in_the_float32_parameters_and_reach_the_next_pass():
+    slopes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model("llama").to(dtype)
+        adapter = moved(model)
+        loss = model(input_ids=IDS).logits.float().logsumexp(-1).sum()
+        slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, adapter.parameters)]))
+    assert slopes[1].dtype == torch.float32
+    assert torch.cosine_similarity(*slopes, dim=0) > 0.95
+    before = logits(model)
+    for parameter, slope in zip(adapter.parameters, adapter.split(slopes[1]), strict=True):
+        parameter.grad = slope
+    torch.optim.Adam(adapter.parameters, lr=0.05).step()
+    assert (logits(model) - before).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("change", ["shape", "missing", "not finite"])
 def test_tensors_that_do_not_fit_are_refused_and_nothing_is_copied(change):
     adapter = moved(make_model("llama"))
