@@ -90,6 +90,23 @@ def test_pieces_hold_every_prompt_once_longest_first_within_the_budget(tokens):
     assert all(len(piece) == 1 or len(piece) * len(piece[0]) <= tokens for piece in pieces)
 
 
+@torch.no_grad()
+def test_a_step_leaves_every_buffer_where_it_was(policy):
+    # a graph reads and writes the addresses of its recording
+    decoder = Decoder(policy.sampler, 6, 20, 16)
+    decoder.prefill(PROMPTS)
+
+    def buffers():
+        named = {k: v.data_ptr() for k, v in vars(decoder).items() if isinstance(v, torch.Tensor)}
+        return named | {i: (x.keys.data_ptr(), x.values.data_ptr()) for i, x in enumerate(decoder.cache.layers)}
+
+    before = buffers()
+    decoder.advance()
+    decoder.choose()
+    decoder.run(PROMPTS[:2], UNIFORMS[:2], cuda_graph=False)
+    assert buffers() == before
+
+
 SIZE = {"vocab_size": 50, "hidden_size": 32, "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 2}
 WINDOW = MistralConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=64, **SIZE)
 LOCAL = GPTNeoConfig(attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4, window_size=64, **SIZE)
