@@ -1,4 +1,4 @@
-"""Sampling and log-probs: batch, padding and cache must not matter, on rotary and on learned positions."""
+"""Sampling and log-probs: batch, padding and early stops must not matter, on rotary and on learned positions."""
 
 from dataclasses import replace
 
@@ -105,6 +105,33 @@ def test_micro_batches_cut_no_group_that_fits(policy):
         assert [len(numbers) for numbers, _ in pieces] == rows and {piece.group_size for _, piece in pieces} == {S}
         assert sorted(torch.cat([numbers for numbers, _ in pieces]).tolist()) == list(range(12))
         assert all(torch.equal(n[::S] + S - 1, n[S - 1 :: S]) for n, _ in pieces)
+
+
+def test_sampling_leaves_the_base_weights_bit_for_bit_even_after_an_error(policy, monkeypatch):
+    before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
+    policy.sample(PROMPTS, UNIFORMS)
+    monkeypatch.setattr(policy.sampler, "draw", lambda *_, **__: 1 / policy.adapter.enabled)  # off while it is merged
+    with pytest.raises(ZeroDivisionError):
+        policy.sample(PROMPTS, UNIFORMS)
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.model.named_parameters())
+    assert policy.adapter.enabled
+
+
+def test_with_the_adapter_off_the_base_model_is_sampled_from(kind):
+    policy, base = make_policy(kind), make_policy(kind, noise=0.0)
+    with policy.adapter.disabled():
+        reference = real_tokens(policy.sample(PROMPTS, UNIFORMS))
+    assert reference == real_tokens(base.sample(PROMPTS, UNIFORMS))
+    assert reference != real_tokens(policy.sample(PROMPTS, UNIFORMS))
+
+
+def test_a_response_depends_on_its_prompt_and_its_own_uniforms_alone(policy):
+    whole = real_tokens(policy.sample(PROMPTS * 20, MANY))
+    assert [real_tokens(policy.sample([PROMPTS[i % 6]], MANY[i : i + 1]))[0] for i in range(120)] == whole
+    short = [i for i, row in enumerate(whole) if len(row) < 9]
+    early = policy.sample([PROMPTS[i % 6] for i in short], MANY[short])
+    assert early.responses.shape[1] < 9  # it stopped before the others would have
+    assert real_tokens(early) == [whole[i] for i in short]
 
 
 def test_the_mask_ends_with_the_first_of_the_named_eos_which_is_trained():
