@@ -246,7 +246,14 @@ def test_training_may_start_from_an_adapter_which_the_checkpoint_then_holds(worl
     assert run.main(["--resume", str(tmp_path / "run"), "--rounds", "2"]) == 0
 
 
-def test_the_reasoning_world_s_clients_have_a_table_of_their_own(tmp_path, capsys):
+def test_the_reasoning_world_s_clients_have_a_table_of_their_own(tmp_path, capsys, monkeypatch):
+    asked_of, evaluate = {}, Session.evaluate  # the subsets on which a client's own adapter is measured
+
+    def noted(self, title, which=None):
+        asked_of[title] = {self.held_out[i].subset for i in range(len(self.held_out)) if which is None or i in which}
+        return evaluate(self, title, which)
+
+    monkeypatch.setattr(Session, "evaluate", noted)
     small = ["--rounds", "1", "--batch_size", "4", "--held_out", "16", "--eval_samples", "1", "--personal_rounds", "1"]
     assert run.main(["--preset", "fedmoa-tiny", *small, "--out", str(tmp_path)]) == 0
     lines = summary_of(tmp_path)["by_client"]
@@ -261,6 +268,7 @@ def test_the_reasoning_world_s_clients_have_a_table_of_their_own(tmp_path, capsy
             mean = sum(sample[stage]["scores"]["accuracy"] for sample in asked) / len(asked)
             assert line["primary"][stage]["mean"] == pytest.approx(mean)
         assert 0.0 <= line["primary"]["personal"]["mean"] <= 1.0
+        assert asked_of[f"client {line['client']}"] == set(line["subsets"])
     table = capsys.readouterr().out
     assert all(
         re.search(rf"^{line['client']} +{line['task']} +{line['subsets'][0]}", table, re.MULTILINE) for line in lines
